@@ -1,0 +1,44 @@
+# The two commands: `make quickstart` and `make test`. Both install what they need into .venv.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+export HF_HUB_OFFLINE := 1
+# Megatron-Core talks about optional GPU packages on every import; our own warnings go another way.
+export PYTHONWARNINGS := ignore
+
+.PHONY: quickstart test lint benchmarks clean help
+
+help:
+	@echo "make quickstart   train a small reward model from nothing, evaluate it, draw runs/quickstart/report.html"
+	@echo "make test         everything that CI runs"
+	@echo "make benchmarks   the tables of benchmarks/"
+
+quickstart: $(VENV)/.ready
+	$(RUN) examples/quickstart/run.py
+
+test: $(VENV)/.ready-dev lint
+	$(RUN) -m pytest
+
+lint: $(VENV)/.ready-dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(VENV)/bin/lint-imports
+
+benchmarks: $(VENV)/.ready
+	$(RUN) benchmarks/layouts.py
+	$(RUN) benchmarks/preprocess.py
+
+$(VENV)/.ready: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("error: Python 3.10 or newer is needed; set PYTHON=...")'
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --disable-pip-version-check --quiet --requirement requirements.txt
+	$(RUN) -m pip install --disable-pip-version-check --quiet --no-deps --editable .
+	touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt
+	$(RUN) -m pip install --disable-pip-version-check --quiet --requirement requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs/quickstart

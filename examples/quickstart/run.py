@@ -1,0 +1,115 @@
+"""make quickstart: from nothing to an evaluated reward model and a report, with the commands that a real run uses.
+
+Every step prints its command and can be run by hand. Finished steps are kept: a second run resumes, it does not start
+again.
+"""
+
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path("examples/quickstart")
+RUN = Path("runs/quickstart")
+DATA = RUN / "data"
+EVALUATIONS = {
+    "New prompts, policies seen in training": RUN / "evaluate-heldout",
+    "New prompts, policies never seen": RUN / "evaluate-unseen",
+}
+
+
+def main() -> int:
+    """Run all steps; returns the exit status of the first that fails."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two ranks on two cores
+    start = time.monotonic()
+    for title, *command in steps():
+        print(f"\n== {title}\n$ {shlex.join(command).replace(sys.executable, 'python')}", flush=True)
+        status = subprocess.run([sys.executable, *command[1:]], check=False).returncode
+        if status:
+            print(f"error: the step {title!r} failed with exit status {status}; its message is above", file=sys.stderr)
+            return status
+    summary = write_summary()
+    subprocess.run([sys.executable, *report_command()[1:]], check=True)
+    print(f"\n== Done in {time.monotonic() - start:.0f} s\n{json.dumps(summary, indent=2)}")
+    print(f"\nOpen {RUN / 'report.html'} in a browser; `tensorboard --logdir {RUN}` shows the same curves live.")
+    return 0
+
+
+def steps() -> list[tuple[str, ...]]:
+    """Title and command of every step."""
+    polar = ("python", "-m", "megatron_polar")
+    seen, unseen = str(HERE / "pool.yaml"), str(HERE / "unseen_pool.yaml")
+    model, data = str(DATA / "tokenizer.model"), str(DATA)
+    train_text, heldout_text, unseen_text = (f"{data}/text/{name}" for name in ("train", "heldout", "unseen"))
+    held_out = ("--prompt-split", "heldout", "--num-prompts", "700", "--policies-per-prompt", "2")
+    heldout_report, unseen_report = map(str, EVALUATIONS.values())
+    torchrun = ("python", "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "megatron_polar")
+    return [
+        (
+            "Sample trajectories of 64 policies",
+            *(*polar, "sample", "--pool", seen, "--output", train_text),
+            *("--num-prompts", "8000", "--policies-per-prompt", "2"),
+        ),
+        (
+            "The same policies on held-out prompts",
+            *polar,
+            "sample",
+            "--pool",
+            seen,
+            "--output",
+            heldout_text,
+            *held_out,
+        ),
+        ("16 policies nobody has seen", *polar, "sample", "--pool", unseen, "--output", unseen_text, *held_out),
+        ("Train a tokenizer", *polar, "train-tokenizer", train_text, "--output", model, "--vocab-size", "1024"),
+        ("Tokenise", *polar, "preprocess", train_text, "--output", f"{data}/train", "--tokenizer", model),
+        ("Tokenise", *polar, "preprocess", heldout_text, "--output", f"{data}/heldout", "--tokenizer", model),
+        ("Pre-train, tensor-parallel on two ranks", *torchrun, "train", str(HERE / "pretrain.yaml")),
+        ("Evaluate on held-out prompts", *evaluate(polar, heldout_text, heldout_report)),
+        ("Evaluate on unseen policies", *evaluate(polar, unseen_text, unseen_report)),
+        (
+            "Score an example",
+            *(*polar, "score", "--checkpoint", str(RUN), "--wrapper", "pretrain"),
+            *("--input", str(HERE / "example.jsonl"), "--output", str(RUN / "example_scores.jsonl")),
+        ),
+    ]
+
+
+def evaluate(polar: tuple[str, ...], data: str, output: str) -> tuple[str, ...]:
+    """The evaluate command for one set of trajectories."""
+    return (*polar, "evaluate", "--checkpoint", str(RUN), "--suite", "policies", "--data", data, "--output", output)
+
+
+def report_command() -> tuple[str, ...]:
+    """The report command: the run's curves with both evaluations."""
+    evaluations = [f"--evaluation={title}={directory}" for title, directory in EVALUATIONS.items()]
+    return ("python", "-m", "megatron_polar", "report", str(RUN), *evaluations)
+
+
+def write_summary() -> dict:
+    """Write runs/quickstart/summary.json from what the steps left behind."""
+    seen, unseen = (json.loads((directory / "summary.json").read_text()) for directory in EVALUATIONS.values())
+    rows = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
+    training = [row for row in rows if "iteration-time" in row]
+    intervals = [b["iteration"] - a["iteration"] for a, b in zip([{"iteration": 0}, *training], training, strict=False)]
+    summary = {
+        "heldout_accuracy": seen["accuracy"],
+        "heldout_comparisons": seen["num_pairs"],
+        "swapped_accuracy": seen["swapped_accuracy"],
+        "unseen_policy_accuracy": unseen["accuracy"],
+        "unseen_policy_comparisons": unseen["num_pairs"],
+        "train_seconds": sum(n * row["iteration-time"] for n, row in zip(intervals, training, strict=True)),
+        "comparisons_per_second": statistics.median(row["comparisons/s"] for row in training),
+    }
+    temporary = RUN / "summary.json.tmp"
+    temporary.write_text(json.dumps(summary, indent=2) + "\n")
+    temporary.replace(RUN / "summary.json")
+    return summary
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,262 @@
+"""The console command and its verbs. Each verb imports what it needs: a login node starts in under a second."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import megatron_polar
+from megatron_polar import log
+from megatron_polar.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status: 0 done, 1 a check failed, 2 the user can mend it (one line on stderr)."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megatron-polar", description=megatron_polar.__doc__)
+    parser.add_argument("--version", action="version", version=megatron_polar.__version__)
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+    for add in (_add_sample, _add_tokenizer, _add_preprocess, _add_train, _add_evaluate, _add_score, _add_report):
+        add(verbs)
+    return parser
+
+
+# --- sample ----------------------------------------------------------------------------------------------------------
+
+
+def _add_sample(verbs) -> None:
+    verb = verbs.add_parser("sample", help="draw trajectories from a pool of policies")
+    verb.add_argument("--pool", type=Path, required=True, help="pool.yaml (docs/policies.md)")
+    verb.add_argument(
+        "--prompts", type=Path, help="JSONL with a `prompt` key; default: sentence openings of the pool's corpus"
+    )
+    verb.add_argument("--output", type=Path, required=True, help="directory for the trajectories")
+    verb.add_argument("--num-prompts", type=int, help="how many prompts (default: all of --prompts)")
+    verb.add_argument(
+        "--prompt-split", choices=("train", "heldout"), default="train", help="side of the corpus's prompts"
+    )
+    verb.add_argument(
+        "--trajectories-per-policy", type=int, default=2, help="trajectories of each prompt's first policy"
+    )
+    verb.add_argument("--policies-per-prompt", type=int, default=4, help="policies that answer each prompt")
+    verb.add_argument("--wrapper", choices=("sft", "pretrain"), default="pretrain")
+    verb.add_argument("--seed", type=int, default=1)
+    verb.add_argument("--workers", type=int, default=1)
+    verb.set_defaults(run=_sample)
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from megatron_polar.policies.sample import sample_pool
+
+    report = sample_pool(
+        options.pool,
+        prompts=options.prompts,
+        output=options.output,
+        num_prompts=options.num_prompts,
+        prompt_split=options.prompt_split,
+        trajectories_per_policy=options.trajectories_per_policy,
+        policies_per_prompt=options.policies_per_prompt,
+        seed=options.seed,
+        workers=options.workers,
+        wrapper=options.wrapper,
+    )
+    log.info(f"{report.output}: {report.num_trajectories} trajectories for {report.num_prompts} prompts")
+
+
+# --- train-tokenizer and preprocess ----------------------------------------------------------------------------------
+
+
+def _add_tokenizer(verbs) -> None:
+    verb = verbs.add_parser("train-tokenizer", help="a small sentencepiece tokenizer with POLAR's control tokens")
+    verb.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="JSONL files or directories of records")
+    verb.add_argument("--output", type=Path, required=True, help="the .model file to write")
+    verb.add_argument("--vocab-size", type=int, default=1024)
+    verb.set_defaults(run=_train_tokenizer)
+
+
+def _train_tokenizer(options: argparse.Namespace) -> None:
+    from megatron_polar.data.records import list_inputs, read_texts
+    from megatron_polar.data.tokenizer import train_tokenizer
+
+    texts = read_texts(list_inputs(options.inputs))
+    path = train_tokenizer(texts, vocab_size=options.vocab_size, output=options.output)
+    log.info(f"{path}: {options.vocab_size} pieces")
+
+
+def _add_preprocess(verbs) -> None:
+    verb = verbs.add_parser("preprocess", help="JSONL records to a tokenised indexed dataset")
+    verb.add_argument(
+        "inputs", nargs="+", type=Path, metavar="INPUT", help=".jsonl[.gz|.zst] files or directories of them"
+    )
+    verb.add_argument("--output", type=Path, required=True, help="dataset directory")
+    verb.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece .model or Hugging Face directory")
+    verb.add_argument("--separator-token", help="control token between the halves (default: POLAR's <|reward|>)")
+    verb.add_argument("--reward-token", help="control token of the reward (default: POLAR's [UNUSED_TOKEN_130])")
+    verb.add_argument("--workers", type=int, default=1)
+    verb.add_argument("--wrapper", choices=("sft", "pretrain"), default="sft", help="for records that name none")
+    verb.add_argument(
+        "--max-response-length",
+        type=int,
+        default=4096,
+        help="tokens kept of a trajectory (paper: 5120 for pre-training)",
+    )
+    verb.add_argument(
+        "--max-bad-fraction", type=float, default=0.0, help="share of bad lines to quarantine instead of failing"
+    )
+    verb.set_defaults(run=_preprocess)
+
+
+def _preprocess(options: argparse.Namespace) -> None:
+    from megatron_polar.data.preprocess import preprocess
+
+    report = preprocess(
+        options.inputs,
+        output=options.output,
+        tokenizer_path=options.tokenizer,
+        num_workers=options.workers,
+        wrapper=options.wrapper,
+        max_response_length=options.max_response_length,
+        max_bad_fraction=options.max_bad_fraction,
+        separator_token=options.separator_token,
+        reward_token=options.reward_token,
+    )
+    if not report.already_complete:
+        log.info(
+            f"{report.output}: {report.documents} documents, {report.halves} trajectories, {report.tokens} tokens, "
+            f"{report.policies} policies; {report.bad_lines} lines quarantined, {report.responses_cut} responses cut, "
+            f"{report.duplicates_dropped} duplicates dropped"
+        )
+
+
+# --- train -----------------------------------------------------------------------------------------------------------
+
+
+def _add_train(verbs) -> None:
+    verb = verbs.add_parser("train", help="pre-training and fine-tuning from a YAML")
+    verb.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="on top of the YAML")
+    verb.add_argument("--dry-run", action="store_true", help="check and print the resolved configuration, then stop")
+    verb.set_defaults(run=_train)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from megatron_polar.config.load import dump_config, load_config
+
+    config = load_config(options.config, options.overrides)
+    if options.dry_run:
+        print(dump_config(config), end="")
+        return
+    from megatron_polar.train.run import train
+
+    train(config)
+    if log.is_first_rank():
+        from megatron_polar.score.report import training_report
+
+        log.info(f"report: {training_report(Path(config.run.directory))}")
+
+
+# --- evaluate and score ----------------------------------------------------------------------------------------------
+
+
+def _add_checkpoint_options(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--checkpoint", type=Path, required=True, help="run directory, or one step of it")
+    verb.add_argument("--tensor-model-parallel-size", type=int, default=1)
+    verb.add_argument("--pipeline-model-parallel-size", type=int, default=1)
+    verb.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+
+
+def _load_scorer(options: argparse.Namespace):
+    from megatron_polar.config.schema import ParallelSection
+    from megatron_polar.score.scorer import load_scorer
+
+    parallel = ParallelSection(
+        tensor_model_parallel_size=options.tensor_model_parallel_size,
+        pipeline_model_parallel_size=options.pipeline_model_parallel_size,
+    )
+    return load_scorer(options.checkpoint, parallel=parallel, device_kind=options.device)
+
+
+def _add_evaluate(verbs) -> None:
+    verb = verbs.add_parser("evaluate", help="accuracy on a suite, with intervals and self-checks")
+    _add_checkpoint_options(verb)
+    verb.add_argument(
+        "--suite", required=True, help="preferences, policies, gsm8k, gsm8k-all or rmb (docs/evaluation.md)"
+    )
+    verb.add_argument("--data", type=Path, required=True, help="the suite's file or directory")
+    verb.add_argument(
+        "--output", type=Path, required=True, help="directory for summary.json, rewards.jsonl, report.html"
+    )
+    verb.add_argument("--limit", type=int, help="draw this many items (seeded)")
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--wrapper", choices=("sft", "pretrain"), default="sft", help="for records that name none")
+    verb.set_defaults(run=_evaluate)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from megatron_polar.score.evaluate import evaluate, exit_status
+    from megatron_polar.score.suites import load_suite
+
+    items = load_suite(
+        options.suite, options.data, limit=options.limit, seed=options.seed, default_wrapper=options.wrapper
+    )
+    scorer = _load_scorer(options)
+    summary = evaluate(scorer, items, output=options.output, suite=options.suite, seed=options.seed)
+    if log.is_first_rank():
+        from megatron_polar.score.report import evaluation_report
+
+        rewards = options.output / "rewards.jsonl"
+        log.info(f"report: {evaluation_report(summary, rewards=rewards, output=options.output / 'report.html')}")
+    return exit_status(summary)
+
+
+def _add_score(verbs) -> None:
+    verb = verbs.add_parser("score", help="rewards for {prompt, reference, output} lines")
+    _add_checkpoint_options(verb)
+    verb.add_argument("--input", type=Path, required=True, help="JSONL: prompt, reference, output (or outputs: [...])")
+    verb.add_argument("--output", type=Path, required=True, help="the same lines with `reward` (or `rewards`) added")
+    verb.add_argument("--wrapper", choices=("sft", "pretrain"), default="sft", help="for lines that name none")
+    verb.set_defaults(run=_score)
+
+
+def _score(options: argparse.Namespace) -> None:
+    from megatron_polar.score.score_file import read_requests, score_file
+
+    read_requests(options.input, default_wrapper=options.wrapper)  # refuse a bad file before the model is loaded
+    scorer = _load_scorer(options)
+    count = score_file(scorer, options.input, output=options.output, default_wrapper=options.wrapper)
+    log.info(f"{options.output}: {count} lines scored")
+
+
+# --- report ----------------------------------------------------------------------------------------------------------
+
+
+def _add_report(verbs) -> None:
+    verb = verbs.add_parser("report", help="redraw a run's report.html")
+    verb.add_argument("run_directory", type=Path, metavar="RUN_DIR")
+    verb.add_argument(
+        "--evaluation", action="append", default=[], metavar="HEADING=DIR", help="add an `evaluate` output"
+    )
+    verb.set_defaults(run=_report)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from megatron_polar.score.report import training_report
+
+    evaluations = {}
+    for entry in options.evaluation:
+        heading, separator, directory = entry.partition("=")
+        if not separator:
+            raise UserError(f"--evaluation {entry!r} is not of the form HEADING=DIR")
+        evaluations[heading] = Path(directory)
+    log.info(f"report: {training_report(options.run_directory, evaluations=evaluations)}")

@@ -1,0 +1,200 @@
+"""Every knob of a run, as frozen dataclasses. The string below a field says what it means and its unit.
+
+Parallel sizes and model shapes use Megatron's spelling, the method's knobs the paper's (arXiv 2507.05197).
+`docs/configuration.md` is made from this file by `tools/write_configuration_docs.py`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class RunSection:
+    directory: str
+    """Run directory: checkpoints, metrics, TensorBoard files and the report go here."""
+    seed: int = 1234
+    """Seed of the initial weights, of dropout and of the order and draw of comparisons."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to run: `auto` takes CUDA where torch sees a GPU, else the CPU with gloo."""
+    deterministic: bool = False
+    """Ask torch and Transformer Engine for deterministic kernels (slower on GPUs; the CPU is always deterministic)."""
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    preset: str | None = None
+    """Named architecture (`polar_1_8b`, `polar_7b`, ...; see `config/presets.py`); the fields below override it."""
+    num_layers: int | None = None
+    """Transformer layers."""
+    hidden_size: int | None = None
+    """Width of the residual stream."""
+    ffn_hidden_size: int | None = None
+    """Width of the SwiGLU hidden layer."""
+    num_attention_heads: int | None = None
+    """Query heads."""
+    num_query_groups: int | None = None
+    """Key/value heads (grouped-query attention); equal to `num_attention_heads` without grouping."""
+    kv_channels: int | None = None
+    """Dimension of one head; default `hidden_size / num_attention_heads`."""
+    rotary_base: float | None = None
+    """RoPE base (theta)."""
+    layernorm_epsilon: float | None = None
+    """Epsilon of RMSNorm."""
+    add_qkv_bias: bool | None = None
+    """Bias on the QKV projection (Qwen2)."""
+    qk_layernorm: bool | None = None
+    """RMSNorm on queries and keys (Qwen3)."""
+    vocab_size: int | None = None
+    """Rows of the embedding before padding; default: the tokenizer's vocabulary size."""
+    make_vocab_size_divisible_by: int = 128
+    """The embedding is padded to a multiple of this, independent of the layout."""
+    init_method_std: float | None = None
+    """Standard deviation of random initial weights; default 0.02."""
+    reward_head_init_std: float = 0.0
+    """Standard deviation of the reward head's initial weights; 0 as in the released POLAR runs."""
+    hidden_dropout: float = 0.0
+    """Dropout after attention and MLP, a probability."""
+    attention_dropout: float = 0.0
+    """Dropout on attention weights, a probability (the shared-prefix kernels require 0)."""
+    attention: Literal["auto", "te", "sdpa", "dense"] = "auto"
+    """Core attention: Transformer Engine, torch SDPA, or the dense-mask oracle; `auto` takes `te` on CUDA, else
+    `sdpa`."""
+    transformer_impl: Literal["auto", "transformer_engine", "local"] = "auto"
+    """Layer spec; `auto` takes Transformer Engine on CUDA, else Megatron-Core's local layers."""
+
+
+@dataclass(frozen=True)
+class ParallelSection:
+    tensor_model_parallel_size: int = 1
+    """Ranks that split every layer."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that split the stack of layers."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Model chunks per pipeline rank (interleaved 1F1B); null: plain 1F1B."""
+    context_parallel_size: int = 1
+    """Ranks that split each row of tokens (all-to-all over heads inside attention)."""
+    sequence_parallel: bool = False
+    """Split norms and dropout along the sequence between tensor-parallel ranks."""
+    distributed_timeout_minutes: int = 30
+    """How long a collective may wait for a missing rank, in minutes."""
+
+
+@dataclass(frozen=True)
+class DatasetSource:
+    path: str
+    """Directory written by `megatron-polar preprocess`."""
+    weight: float | None = None
+    """Share of the comparisons drawn from it, relative to the other weights; all null: proportional to size."""
+
+
+@dataclass(frozen=True)
+class DataSection:
+    train: tuple[DatasetSource, ...]
+    """Training datasets."""
+    validation: tuple[DatasetSource, ...] = ()
+    """Held-out datasets for evaluation inside the loop."""
+    tokenizer: str | None = None
+    """Tokenizer that the datasets must have been made with; default: the one stored in the first training dataset."""
+    candidates_per_comparison: int = 2
+    """K: candidates scored against one reference (2 = the paper); rankings shorter than K keep all their candidates."""
+    max_sequence_length: int = 16384
+    """Longest full sequence (prompt + reference + prompt + candidate) in tokens; longer prompts lose their head."""
+    layout: Literal["shared_prefix", "packed", "padded"] = "shared_prefix"
+    """How comparisons lie in a row: prefix computed once, packed without sharing, or one padded row a sequence."""
+    max_tokens_per_micro_batch: int = 32768
+    """Physical tokens in one micro-batch (a row of packed comparisons; padded: rows x length)."""
+    pad_to_multiple: int = 16
+    """Row lengths are padded to a multiple of this times the tensor- and context-parallel sizes."""
+    num_workers: int = 2
+    """Loader processes per rank that prepare batches ahead; 0 prepares them in the training process."""
+    prefetch_factor: int = 4
+    """Steps that each loader process prepares ahead."""
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    global_batch_size: int
+    """Comparisons per optimizer step, over all ranks."""
+    num_steps: int | None = None
+    """Optimizer steps; give this or `num_epochs`."""
+    num_epochs: float | None = None
+    """Passes over the training data; give this or `num_steps`."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """`bf16` keeps fp32 main parameters and gradients; `fp32` runs everything in fp32."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations recomputed in the backward pass: none, core attention, or whole layers."""
+    recompute_num_layers: int = 1
+    """With `recompute: full`: layers per recomputed block."""
+    init_from: str | None = None
+    """Checkpoint (run directory or one step of it) whose weights to start from; null: random weights."""
+    gradient_accumulation_fusion: bool = False
+    """Accumulate weight gradients inside the GEMM (needs Apex or Transformer Engine)."""
+
+
+@dataclass(frozen=True)
+class OptimizerSection:
+    lr: float
+    """Peak learning rate."""
+    min_lr_fraction: float = 0.1
+    """The schedule ends at this fraction of `lr`."""
+    warmup_fraction: float = 0.03
+    """Share of the steps over which the learning rate rises linearly from 0."""
+    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after the warm-up."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (AdamW); not applied to norms, biases and the reward head."""
+    adam_beta1: float = 0.9
+    """AdamW beta 1."""
+    adam_beta2: float = 0.95
+    """AdamW beta 2."""
+    adam_eps: float = 1e-8
+    """AdamW epsilon."""
+    clip_grad: float = 1.0
+    """Global gradient-norm clip; 0 turns clipping off."""
+    use_distributed_optimizer: bool = True
+    """Shard optimizer state over data-parallel ranks (ZeRO-1)."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward pass runs (needs `overlap_grad_reduce`)."""
+
+
+@dataclass(frozen=True)
+class CheckpointSection:
+    save_interval: int = 1000
+    """Steps between checkpoints; one more is written at the end."""
+    keep: int = 3
+    """Newest checkpoints to keep; 0 keeps all."""
+    resume: bool = True
+    """Continue from the newest complete checkpoint of the run directory; false refuses a directory that has one."""
+
+
+@dataclass(frozen=True)
+class EvaluationSection:
+    interval: int = 500
+    """Steps between evaluations on `data.validation`; 0 turns them off."""
+    num_comparisons: int = 512
+    """Held-out comparisons per evaluation (the same ones every time)."""
+
+
+@dataclass(frozen=True)
+class LoggingSection:
+    interval: int = 10
+    """Steps between lines of the console log, `metrics.jsonl` and TensorBoard."""
+    tensorboard: bool = True
+    """Write TensorBoard event files to `<run.directory>/tensorboard`."""
+    hardware_peak_tflops: float | None = None
+    """Peak TFLOP/s of one device for MFU; null: looked up by the GPU's name, no MFU where it is unknown."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    run: RunSection
+    model: ModelSection
+    data: DataSection
+    train: TrainSection
+    optimizer: OptimizerSection
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+    logging: LoggingSection = field(default_factory=LoggingSection)

@@ -1,0 +1,139 @@
+"""Checks across sections: what does not fit together is refused before a GPU hour is spent."""
+
+from megatron_polar.config.presets import Architecture, architecture_of
+from megatron_polar.config.schema import ParallelSection, RunConfig
+from megatron_polar.errors import UserError
+
+
+def validate(config: RunConfig) -> None:
+    """Raise UserError for values that are out of range or do not fit each other."""
+    architecture = architecture_of(config.model)
+    _check_ranges(config)
+    check_layout(config.parallel, architecture)
+    _check_training(config)
+    if not config.data.train:
+        raise UserError("data.train is empty; name at least one dataset made by `megatron-polar preprocess`")
+    for name in ("train", "validation"):
+        weights = [source.weight for source in getattr(config.data, name)]
+        if any(w is None for w in weights) and any(w is not None for w in weights):
+            raise UserError(f"data.{name}: some sources have a weight and some do not; give all a weight, or none")
+        if any(w is not None and w <= 0 for w in weights):
+            raise UserError(f"data.{name}: weights {weights} must be above 0; remove a source that shall not be used")
+
+
+def check_layout(parallel: ParallelSection, architecture: Architecture) -> None:
+    """Raise UserError where the parallel sizes do not divide the model, or make mcore silently wrong."""
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    cp, vpp = parallel.context_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    for name in ("num_query_groups", "num_attention_heads", "ffn_hidden_size"):
+        size = getattr(architecture, name)
+        if size % tp:
+            raise UserError(
+                f"parallel.tensor_model_parallel_size={tp} does not divide model.{name}={size}; use {_divisors(size)}"
+            )
+    if architecture.num_attention_heads % architecture.num_query_groups:
+        raise UserError(
+            f"model.num_query_groups={architecture.num_query_groups} does not divide "
+            f"model.num_attention_heads={architecture.num_attention_heads}"
+        )
+    groups = architecture.num_query_groups // tp
+    if groups % cp:
+        raise UserError(
+            f"parallel.context_parallel_size={cp} does not divide the {groups} key/value heads of each tensor-parallel "
+            f"rank (model.num_query_groups={architecture.num_query_groups} / tensor_model_parallel_size={tp}), and "
+            f"context parallelism here splits heads; use {_divisors(groups)}"
+        )
+    chunks = pp * (vpp or 1)
+    if vpp is not None and (pp == 1 or vpp < 2):
+        raise UserError(
+            f"parallel.virtual_pipeline_model_parallel_size={vpp} needs pipeline_model_parallel_size > 1 and at least "
+            f"2 chunks; set it to null for plain 1F1B"
+        )
+    if architecture.num_layers % chunks:
+        raise UserError(
+            f"model.num_layers={architecture.num_layers} cannot be split into {chunks} pipeline chunks "
+            f"(pipeline_model_parallel_size={pp} x virtual_pipeline_model_parallel_size={vpp or 1}); "
+            f"use a product out of {_divisors(architecture.num_layers)}"
+        )
+    if parallel.sequence_parallel and tp == 1:
+        raise UserError(
+            "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size > 1; set it to false"
+        )
+
+
+def _check_ranges(config: RunConfig) -> None:
+    at_least_one = {
+        "train.global_batch_size": config.train.global_batch_size,
+        "train.recompute_num_layers": config.train.recompute_num_layers,
+        "data.max_tokens_per_micro_batch": config.data.max_tokens_per_micro_batch,
+        "data.pad_to_multiple": config.data.pad_to_multiple,
+        "data.prefetch_factor": config.data.prefetch_factor,
+        "checkpoint.save_interval": config.checkpoint.save_interval,
+        "evaluation.num_comparisons": config.evaluation.num_comparisons,
+        "logging.interval": config.logging.interval,
+        "parallel.tensor_model_parallel_size": config.parallel.tensor_model_parallel_size,
+        "parallel.pipeline_model_parallel_size": config.parallel.pipeline_model_parallel_size,
+        "parallel.context_parallel_size": config.parallel.context_parallel_size,
+    }
+    for key, value in at_least_one.items():
+        if value < 1:
+            raise UserError(f"{key}={value} must be at least 1")
+    not_negative = {
+        "data.num_workers": config.data.num_workers,
+        "checkpoint.keep": config.checkpoint.keep,
+        "evaluation.interval": config.evaluation.interval,
+        "optimizer.weight_decay": config.optimizer.weight_decay,
+        "optimizer.clip_grad": config.optimizer.clip_grad,
+        "model.reward_head_init_std": config.model.reward_head_init_std,
+    }
+    for key, value in not_negative.items():
+        if value < 0:
+            raise UserError(f"{key}={value} must not be negative")
+    fractions = {
+        "model.hidden_dropout": config.model.hidden_dropout,
+        "model.attention_dropout": config.model.attention_dropout,
+        "optimizer.warmup_fraction": config.optimizer.warmup_fraction,
+        "optimizer.min_lr_fraction": config.optimizer.min_lr_fraction,
+        "optimizer.adam_beta1": config.optimizer.adam_beta1,
+        "optimizer.adam_beta2": config.optimizer.adam_beta2,
+    }
+    for key, value in fractions.items():
+        if not 0 <= value <= 1:
+            raise UserError(f"{key}={value} must lie between 0 and 1")
+    if config.optimizer.lr <= 0:
+        raise UserError(f"optimizer.lr={config.optimizer.lr} must be above 0")
+    if config.data.candidates_per_comparison < 2:
+        raise UserError(
+            f"data.candidates_per_comparison={config.data.candidates_per_comparison} must be at least 2: "
+            f"a comparison ranks one candidate above another"
+        )
+    if config.data.max_sequence_length < 16:
+        raise UserError(
+            f"data.max_sequence_length={config.data.max_sequence_length} leaves no room for text; use 16 or more"
+        )
+
+
+def _check_training(config: RunConfig) -> None:
+    if (config.train.num_steps is None) == (config.train.num_epochs is None):
+        raise UserError(
+            f"train.num_steps={config.train.num_steps} and train.num_epochs={config.train.num_epochs}: "
+            f"give exactly one of the two"
+        )
+    for key in ("num_steps", "num_epochs"):
+        value = getattr(config.train, key)
+        if value is not None and value <= 0:
+            raise UserError(f"train.{key}={value} must be above 0")
+    if config.optimizer.overlap_param_gather and not config.optimizer.overlap_grad_reduce:
+        raise UserError("optimizer.overlap_param_gather=true needs optimizer.overlap_grad_reduce=true")
+    if config.optimizer.overlap_param_gather and not config.optimizer.use_distributed_optimizer:
+        raise UserError("optimizer.overlap_param_gather=true needs optimizer.use_distributed_optimizer=true")
+    if config.model.attention_dropout > 0 and config.data.layout != "padded":
+        raise UserError(
+            f"model.attention_dropout={config.model.attention_dropout} is not possible with data.layout="
+            f"{config.data.layout}: a shared prefix must see the same attention for all its candidates; "
+            f"set it to 0, or use data.layout=padded"
+        )
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0 and d <= 64)

@@ -1,0 +1,156 @@
+"""(seed, epoch, index) → Comparison: which trajectories are compared at which place of an epoch.
+
+Everything here is a pure function of the seed, the index and the data: no state, no files, the same on every rank and
+for every layout. An index counts comparisons over all epochs: epoch = index // comparisons per epoch.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_polar.config.schema import DatasetSource
+from megatron_polar.data.corpus import Corpus, StoredDocument
+from megatron_polar.data.template import ControlTokens, TokenizedComparison, assemble_comparison
+from megatron_polar.errors import UserError
+
+_MASK64 = (1 << 64) - 1
+_FEISTEL_ROUNDS = 6
+
+
+def _mix64(value: int) -> int:
+    """SplitMix64's finaliser: every input bit reaches every output bit."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return value ^ (value >> 31)
+
+
+def permute(position: int, *, size: int, key: int) -> int:
+    """Where `position` goes in the `key`-th pseudo-random permutation of range(size), in constant memory.
+
+    A Feistel network over the smallest even number of bits that holds `size`, walked until it lands inside the range;
+    half a billion comparisons need no table.
+    """
+    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half_bits) - 1
+    while True:
+        left, right = position >> half_bits, position & mask
+        for round_index in range(_FEISTEL_ROUNDS):
+            left, right = right, left ^ (_mix64(right ^ _mix64(key + round_index)) & mask)
+        position = (left << half_bits) | right
+        if position < size:
+            return position
+
+
+class ComparisonDataset:
+    """Comparisons drawn from one or several corpora, in a shuffled order that repeats in no two epochs.
+
+    An epoch has as many comparisons as all corpora have documents; a corpus contributes its share by weight (by size
+    where no weights are given), walking through its documents in an order of its own, so that over epochs every
+    document is used equally often. Trajectory documents give reference and candidate 1 from one policy and candidates
+    2..K from others (paper eq. 7); preferences give their candidates in ranked order (eq. 8).
+    """
+
+    def __init__(
+        self, sources: Sequence[DatasetSource], *, seed: int, candidates_per_comparison: int, max_sequence_length: int
+    ):
+        self.corpora = [Corpus(source.path) for source in sources]
+        self.seed = seed
+        self.candidates_per_comparison = candidates_per_comparison
+        self.max_sequence_length = max_sequence_length
+        self.control = _shared_control_tokens(self.corpora, sources)
+        self._shares = _shares([len(corpus) for corpus in self.corpora], [source.weight for source in sources])
+        self._ends = np.cumsum(self._shares)
+
+    def __len__(self) -> int:
+        """Comparisons per epoch."""
+        return int(self._ends[-1])
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over everything that decides which comparison an index means."""
+        parts = [corpus.fingerprint for corpus in self.corpora] + [str(share) for share in self._shares]
+        parts += [str(self.seed), str(self.candidates_per_comparison), str(self.max_sequence_length)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """The corpus, and the running number of the draw from it, that comparison `index` means."""
+        epoch, position = divmod(index, len(self))
+        place = permute(position, size=len(self), key=_mix64(self.seed) ^ _mix64(epoch))
+        source = int(np.searchsorted(self._ends, place, side="right"))
+        start = int(self._ends[source] - self._shares[source])
+        return source, epoch * int(self._shares[source]) + place - start
+
+    def comparison(self, index: int) -> TokenizedComparison:
+        """Draw comparison `index` (any non-negative integer; epochs follow each other)."""
+        source, draw = self.locate(index)
+        corpus = self.corpora[source]
+        cycle, position = divmod(draw, len(corpus))
+        key = _mix64(self.seed + 1) ^ _mix64((source << 40) + cycle)
+        document = permute(position, size=len(corpus), key=key)
+        stored = corpus.document(document)
+        generator = np.random.default_rng([self.seed, source, cycle, document])
+        choose = _draw_contrast if stored.kind == "trajectories" else _draw_ranking
+        reference, candidates, levels = choose(stored, count=self.candidates_per_comparison, generator=generator)
+        return assemble_comparison(
+            stored.halves[reference],
+            [stored.halves[i] for i in candidates],
+            levels=levels,
+            control=self.control,
+            max_length=self.max_sequence_length,
+        )
+
+
+def _shares(sizes: Sequence[int], weights: Sequence[float | None]) -> np.ndarray:
+    """Comparisons per epoch of each corpus: by weight, with the largest remainders rounded up, at least one each."""
+    if all(weight is None for weight in weights):
+        return np.array(sizes, dtype=np.int64)
+    total = sum(sizes)
+    exact = np.array(weights, dtype=np.float64) / sum(weights) * total
+    shares = np.floor(exact).astype(np.int64)
+    for position in np.argsort(shares - exact, kind="stable")[: total - int(shares.sum())]:
+        shares[position] += 1
+    return np.maximum(shares, 1)
+
+
+def _shared_control_tokens(corpora: Sequence[Corpus], sources: Sequence[DatasetSource]) -> ControlTokens:
+    first = corpora[0].manifest["tokenizer"]
+    for corpus, source in zip(corpora, sources, strict=True):
+        other = corpus.manifest["tokenizer"]
+        if other["fingerprint"] != first["fingerprint"]:
+            raise UserError(
+                f"{source.path}: made with another tokenizer ({other['fingerprint'][:12]}) than {sources[0].path} "
+                f"({first['fingerprint'][:12]}); preprocess one of them again with the other's tokenizer"
+            )
+    names = ("bos_id", "separator_id", "reward_id", "pad_id")
+    return ControlTokens(**{name: first[name] for name in names})
+
+
+def _draw_contrast(
+    document: StoredDocument, *, count: int, generator: np.random.Generator
+) -> tuple[int, list[int], tuple[int, ...]]:
+    """Reference and candidate 1 from one policy, the others from as many other policies as there are."""
+    policies, sizes = np.unique(document.policy_ids, return_counts=True)
+    anchor = generator.choice(policies[sizes >= 2])
+    reference, same = generator.permutation(np.flatnonzero(document.policy_ids == anchor))[:2]
+    others = generator.permutation(np.flatnonzero(document.policy_ids != anchor))
+    # The n-th trajectory of every policy comes before anyone's (n+1)-th: policies stay as different as possible.
+    seen: dict[int, int] = {}
+    turns = []
+    for trajectory in others:
+        policy = int(document.policy_ids[trajectory])
+        turns.append(seen.get(policy, 0))
+        seen[policy] = turns[-1] + 1
+    chosen = others[np.argsort(turns, kind="stable")][: count - 1]
+    return int(reference), [int(same), *map(int, chosen)], (0,) + (1,) * len(chosen)
+
+
+def _draw_ranking(
+    document: StoredDocument, *, count: int, generator: np.random.Generator
+) -> tuple[int, list[int], tuple[int, ...]]:
+    """The stored ranking; of a longer one, `count` candidates in their order."""
+    candidates = np.arange(1, len(document.halves))
+    if len(candidates) > count:
+        candidates = np.sort(generator.choice(candidates, size=count, replace=False))
+    return 0, [int(c) for c in candidates], tuple(range(len(candidates)))

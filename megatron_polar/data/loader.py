@@ -1,0 +1,107 @@
+"""Steps of training data for one rank, prepared ahead by worker processes.
+
+A step is a pure function of its number: every rank reads the step's comparisons, makes the same plan, and builds its
+own micro-batches. So the loader has no state to save: the number of the next step is the cursor.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from megatron_polar.config.presets import Architecture
+from megatron_polar.config.schema import DataSection
+from megatron_polar.data.comparisons import ComparisonDataset
+from megatron_polar.data.packing import Layout, MicroBatch, build_micro_batch, comparison_flops, plan_step
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """How comparisons are laid into rows: what the data section, the model and the topology say together."""
+
+    layout: Layout
+    max_tokens: int
+    pad_to_multiple: int
+    num_ranks: int
+    micro_batches_multiple_of: int
+    architecture: Architecture
+
+
+@dataclass(frozen=True)
+class Step:
+    """One rank's share of one optimizer step, and what is known about the whole step.
+
+    `indices[m]` are the comparison indices of micro-batch m; `imbalance` is the heaviest rank's FLOPs over the mean.
+    """
+
+    number: int
+    micro_batches: list[MicroBatch]
+    indices: list[list[int]]
+    num_comparisons: int
+    prompt_tokens_cut: int
+    imbalance: float
+
+
+class StepDataset(Dataset):
+    """Map-style dataset of steps for data-parallel rank `rank`: `dataset[n]` is step n, which uses the comparisons
+    [n * global_batch_size, (n + 1) * global_batch_size)."""
+
+    def __init__(self, comparisons: ComparisonDataset, *, global_batch_size: int, rank: int, shape: RowShape):
+        self.comparisons, self.global_batch_size, self.rank, self.shape = comparisons, global_batch_size, rank, shape
+
+    def __getitem__(self, number: int) -> Step:
+        start = number * self.global_batch_size
+        indices = range(start, start + self.global_batch_size)
+        return build_step(self.comparisons, indices, number=number, rank=self.rank, shape=self.shape)
+
+
+def build_step(comparisons: ComparisonDataset, indices: range, *, number: int, rank: int, shape: RowShape) -> Step:
+    """Draw the comparisons `indices`, plan them over all ranks and build this rank's micro-batches."""
+    drawn = [comparisons.comparison(index) for index in indices]
+    plan = plan_step(
+        drawn,
+        num_ranks=shape.num_ranks,
+        max_tokens=shape.max_tokens,
+        layout=shape.layout,
+        architecture=shape.architecture,
+        multiple_of=shape.micro_batches_multiple_of,
+    )
+    costs = [comparison_flops(c, layout=shape.layout, architecture=shape.architecture) for c in drawn]
+    loads = [sum(costs[i] for part in parts for i in part) for parts in plan]
+    batches = [
+        build_micro_batch(
+            [drawn[i] for i in part],
+            layout=shape.layout,
+            pad_id=comparisons.control.pad_id,
+            pad_to_multiple=shape.pad_to_multiple,
+        )
+        for part in plan[rank]
+    ]
+    return Step(
+        number=number,
+        micro_batches=batches,
+        indices=[[indices[i] for i in part] for part in plan[rank]],
+        num_comparisons=len(drawn),
+        prompt_tokens_cut=sum(c.prompt_tokens_cut for c in drawn),
+        imbalance=max(loads) * len(loads) / sum(loads),
+    )
+
+
+def load_steps(dataset: StepDataset, *, start: int, stop: int, data: DataSection) -> Iterator[Step]:
+    """Yield steps start..stop-1 in order, prepared ahead by `data.num_workers` processes."""
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=range(start, stop),
+        num_workers=data.num_workers,
+        prefetch_factor=data.prefetch_factor if data.num_workers else None,
+        collate_fn=_as_it_is,
+        # A generator of its own: the default would draw from torch's global RNG and spoil bit-exact resume.
+        generator=torch.Generator(),
+    )
+    return iter(loader)
+
+
+def _as_it_is(step: Step) -> Step:
+    return step

@@ -1,0 +1,236 @@
+"""Comparisons → balanced micro-batches of shared-prefix rows. Pure numpy.
+
+A comparison is `[prefix | candidate 1 | ... | candidate K]`; positions of every candidate continue from the prefix.
+Attention runs over *segments* of the row: candidate 1 rides with the prefix in one causal segment, every other
+candidate is a segment of its own whose keys and values are preceded by the prefix's. The layouts `packed` (each
+sequence whole, nothing shared) and `padded` (one sequence a row) describe the same rewards with more tokens; they exist
+to be compared with.
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from megatron_polar.config.presets import Architecture
+from megatron_polar.data.template import TokenizedComparison
+
+Layout = Literal["shared_prefix", "packed", "padded"]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass needs. b rows of s tokens (b = 1 unless padded), c rewards, p ordered pairs, g segments.
+
+    tokens, position_ids: int64 [b, s]. Segments (empty when padded): `segment_starts` and `segment_lengths` tile the
+    row, `prefix_starts` and `prefix_lengths` name the rows of the shared prefix that precede a segment's own keys
+    (length 0: none). `reward_positions` [c] index the flattened [s, b] tokens. `winners` and `losers` [p] index the c
+    rewards: each pair says which candidate shall score higher. `candidate_counts` gives the number of rewards of each
+    comparison.
+    """
+
+    tokens: np.ndarray
+    position_ids: np.ndarray
+    segment_starts: np.ndarray
+    segment_lengths: np.ndarray
+    prefix_starts: np.ndarray
+    prefix_lengths: np.ndarray
+    reward_positions: np.ndarray
+    winners: np.ndarray
+    losers: np.ndarray
+    candidate_counts: np.ndarray
+    num_logical_tokens: int
+    """Tokens that the comparisons would have without sharing and without padding."""
+    num_attended: int
+    """Query-key pairs inside the attention mask, padding excluded: what attention really computes."""
+
+    @property
+    def num_comparisons(self) -> int:
+        return len(self.candidate_counts)
+
+
+def physical_tokens(comparison: TokenizedComparison, *, layout: Layout) -> int:
+    """Tokens that the comparison occupies in a row, before any padding."""
+    candidate_lengths = [len(candidate) for candidate in comparison.candidates]
+    repeats = 1 if layout == "shared_prefix" else len(candidate_lengths)
+    return repeats * len(comparison.prefix) + sum(candidate_lengths)
+
+
+def attended_pairs(comparison: TokenizedComparison, *, layout: Layout) -> int:
+    """Query-key pairs inside the causal mask of one comparison."""
+    p = len(comparison.prefix)
+    lengths = [len(candidate) for candidate in comparison.candidates]
+    if layout == "shared_prefix":
+        return p * (p + 1) // 2 + sum(p * c + c * (c + 1) // 2 for c in lengths)
+    return sum((p + c) * (p + c + 1) // 2 for c in lengths)
+
+
+def comparison_flops(comparison: TokenizedComparison, *, layout: Layout, architecture: Architecture) -> int:
+    """Forward FLOPs of one comparison in this layout: the cost by which rows are balanced."""
+    return architecture.forward_flops(
+        tokens=physical_tokens(comparison, layout=layout), attended=attended_pairs(comparison, layout=layout)
+    )
+
+
+def karmarkar_karp(costs: Sequence[int], num_parts: int) -> list[list[int]]:
+    """Split items into parts of nearly equal cost by the largest differencing method (Karmarkar & Karp 1982).
+
+    Returns the item indices of each part. Always combines the two partitions whose parts differ most, heaviest with
+    lightest; the result depends on nothing but the costs and their order.
+    """
+    if num_parts == 1 or not costs:
+        return [list(range(len(costs)))] + [[] for _ in range(num_parts - 1)]
+    heap = []
+    for index, cost in enumerate(costs):
+        parts = [(0, ())] * (num_parts - 1) + [(cost, (index,))]  # ascending by cost; members form nested pairs
+        heap.append((-cost, index, parts))
+    heapq.heapify(heap)
+    next_id = len(costs)
+    while len(heap) > 1:
+        _, _, first = heapq.heappop(heap)
+        _, _, second = heapq.heappop(heap)
+        merged = [(a + b, (x, y)) for (a, x), (b, y) in zip(first, reversed(second), strict=True)]
+        merged.sort(key=lambda part: part[0])
+        heapq.heappush(heap, (merged[0][0] - merged[-1][0], next_id, merged))
+        next_id += 1
+    return [sorted(_flatten(members)) for _, members in heap[0][2]]
+
+
+def _flatten(members: tuple) -> list[int]:
+    """Indices inside nested pairs; iterative, since the nesting is as deep as there are items."""
+    indices, stack = [], [members]
+    while stack:
+        for member in stack.pop():
+            if isinstance(member, tuple):
+                stack.append(member)
+            else:
+                indices.append(member)
+    return indices
+
+
+def plan_step(
+    comparisons: Sequence[TokenizedComparison],
+    *,
+    num_ranks: int,
+    max_tokens: int,
+    layout: Layout,
+    architecture: Architecture,
+    multiple_of: int = 1,
+) -> list[list[list[int]]]:
+    """Deal a step's comparisons to data-parallel ranks and micro-batches: `plan[rank][micro_batch]` lists indices.
+
+    Every rank gets the same number of micro-batches (a multiple of `multiple_of`, for interleaved pipelines), balanced
+    by FLOPs over ranks and within each rank, and none exceeds `max_tokens` unless it holds a single comparison.
+    Micro-batches are sorted by cost, so that the k-th ones of all ranks take about the same time.
+    """
+    costs = [comparison_flops(c, layout=layout, architecture=architecture) for c in comparisons]
+    ranks = karmarkar_karp(costs, num_ranks)
+    tokens = [physical_tokens(c, layout=layout) for c in comparisons]
+    longest = [max(len(c.prefix) + len(k) for k in c.candidates) for c in comparisons]
+    rows = [len(c.candidates) for c in comparisons]
+
+    def size(members: list[int]) -> int:
+        if layout == "padded":
+            return max((longest[i] for i in members), default=0) * sum(rows[i] for i in members)
+        return sum(tokens[i] for i in members)
+
+    def split(members: list[int], count: int) -> list[list[int]]:
+        return [[members[j] for j in part] for part in karmarkar_karp([costs[i] for i in members], count)]
+
+    def fits(parts: list[list[int]]) -> bool:
+        return all(size(part) <= max_tokens or len(part) <= 1 for part in parts)
+
+    count = max(1, *(-(-sum(tokens[i] for i in members) // max_tokens) for members in ranks))
+    count = -(-count // multiple_of) * multiple_of
+    most = max(1, *(len(members) for members in ranks))
+    while True:
+        plan = [split(members, count) for members in ranks]
+        if all(fits(parts) for parts in plan) or count >= most:
+            break
+        count += multiple_of
+    return [sorted(parts, key=lambda part: -sum(costs[i] for i in part)) for parts in plan]
+
+
+def build_micro_batch(
+    comparisons: Sequence[TokenizedComparison], *, layout: Layout, pad_id: int, pad_to_multiple: int
+) -> MicroBatch:
+    """Lay the comparisons into one micro-batch. An empty list gives a batch of padding with no rewards."""
+    builder = _padded_rows if layout == "padded" else _packed_row
+    arrays = builder(comparisons, share=layout == "shared_prefix", pad_id=pad_id, multiple=pad_to_multiple)
+    winners, losers = _ordered_pairs(comparisons)
+    return MicroBatch(
+        **arrays,
+        winners=winners,
+        losers=losers,
+        candidate_counts=np.array([len(c.candidates) for c in comparisons], dtype=np.int64),
+        num_logical_tokens=sum(physical_tokens(c, layout="packed") for c in comparisons),
+        num_attended=sum(attended_pairs(c, layout=layout) for c in comparisons),
+    )
+
+
+def _ordered_pairs(comparisons: Sequence[TokenizedComparison]) -> tuple[np.ndarray, np.ndarray]:
+    winners, losers, base = [], [], 0
+    for comparison in comparisons:
+        levels = np.asarray(comparison.levels)
+        better, worse = np.nonzero(levels[:, None] < levels[None, :])
+        winners.append(better + base)
+        losers.append(worse + base)
+        base += len(levels)
+    none = np.zeros(0, dtype=np.int64)
+    return np.concatenate([none, *winners]), np.concatenate([none, *losers])
+
+
+def _packed_row(comparisons, *, share: bool, pad_id: int, multiple: int) -> dict[str, np.ndarray]:
+    tokens, positions, segments, rewards, end = [], [], [], [], 0
+    for comparison in comparisons:
+        prefix, p = comparison.prefix, len(comparison.prefix)
+        prefix_start = end
+        for k, candidate in enumerate(comparison.candidates):
+            c = len(candidate)
+            if k == 0 or not share:  # the candidate rides with its own copy of the prefix
+                tokens += [prefix, candidate]
+                positions.append(np.arange(p + c))
+                segments.append((end, p + c, 0, 0))
+                end += p + c
+            else:
+                tokens.append(candidate)
+                positions.append(np.arange(p, p + c))
+                segments.append((end, c, prefix_start, p))
+                end += c
+            rewards.append(end - 1)
+    padding = max(-end % multiple, 0 if end else multiple)
+    if padding:
+        tokens.append(np.full(padding, pad_id))
+        positions.append(np.arange(padding))
+        segments.append((end, padding, 0, 0))
+    starts, lengths, prefix_starts, prefix_lengths = np.array(segments, dtype=np.int64).T
+    return {
+        "tokens": np.concatenate(tokens).astype(np.int64)[None],
+        "position_ids": np.concatenate(positions).astype(np.int64)[None],
+        "segment_starts": starts,
+        "segment_lengths": lengths,
+        "prefix_starts": prefix_starts,
+        "prefix_lengths": prefix_lengths,
+        "reward_positions": np.array(rewards, dtype=np.int64),
+    }
+
+
+def _padded_rows(comparisons, *, share: bool, pad_id: int, multiple: int) -> dict[str, np.ndarray]:
+    sequences = [np.concatenate([c.prefix, candidate]) for c in comparisons for candidate in c.candidates]
+    b, s = max(len(sequences), 1), max([len(q) for q in sequences], default=1)
+    s = -(-s // multiple) * multiple
+    tokens = np.full((b, s), pad_id, dtype=np.int64)
+    for row, sequence in enumerate(sequences):
+        tokens[row, : len(sequence)] = sequence
+    nothing = np.zeros(0, dtype=np.int64)
+    return {
+        "tokens": tokens,
+        "position_ids": np.broadcast_to(np.arange(s), (b, s)).copy(),
+        "segment_starts": nothing,
+        "segment_lengths": nothing,
+        "prefix_starts": nothing,
+        "prefix_lengths": nothing,
+        "reward_positions": np.array([(len(q) - 1) * b + row for row, q in enumerate(sequences)], dtype=np.int64),
+    }

@@ -1,0 +1,351 @@
+"""Work units of input lines -> shards -> one dataset: fixed units, any number of workers, the same bytes.
+
+The parent cuts the input lines into units of a fixed size in bytes. Workers turn a unit into a shard file and then a
+small `done` file with counts and hashes; the parent appends shards in unit order, so nothing in the output depends on
+who finished first. A unit whose done file and shard still fit its lines is not done again. Memory holds a few units,
+however large the input is.
+"""
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import orjson
+import xxhash
+
+from megatron_polar import log
+from megatron_polar.data.records import (
+    Preference,
+    RecordError,
+    TrajectoryGroup,
+    drop_duplicates,
+    parse_record,
+    read_jsonl,
+)
+from megatron_polar.data.storage import HEADER_FIELDS, KINDS, HashedFile, write_index
+from megatron_polar.data.template import WRAPPERS, encode_half
+from megatron_polar.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_polar.errors import UserError
+
+# Bytes of text in a work unit. It decides nothing about the output, only how much memory a worker takes and how much
+# work a kill can cost.
+UNIT_BYTES = 4 * 1024 * 1024
+
+MAXIMA = ("longest_prompt", "longest_response", "longest_half")
+COUNTS = (
+    "lines",
+    "bad_lines",
+    "documents",
+    "trajectory_groups",
+    "preferences",
+    "halves",
+    "tokens",
+    "responses_cut",
+    "response_tokens_cut",
+    "duplicate_trajectories",
+    "duplicate_candidates",
+    "same_text_of_two_policies",
+)
+
+
+# ---------------------------------------------------------------- work units
+
+
+@dataclass(frozen=True)
+class UnitContext:
+    """All that a worker needs beside the lines of a unit."""
+
+    tokenizer_path: Path
+    separator_token: str
+    reward_token: str
+    wrapper: str
+    max_response_length: int
+    work: Path
+    files: tuple[str, ...]
+    key: bytes
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Consecutive input lines: (index of the file, line number, line)."""
+
+    index: int
+    lines: list[tuple[int, int, bytes]]
+    digest: str
+
+
+class UnitSource:
+    """Cuts the input files into units, and notes name, size and hash of each file that was read to its end."""
+
+    def __init__(self, files: Sequence[Path], *, context: UnitContext, unit_bytes: int):
+        self._files, self._context, self._unit_bytes = files, context, unit_bytes
+        self.total_bytes = sum(file.stat().st_size for file in files)
+        self.bytes_read = 0
+        self.units_resumed = 0
+        self.entries: list[dict] = []
+
+    def update(self, data: bytes) -> None:
+        self.bytes_read += len(data)
+        self._hash.update(data)
+
+    def units(self) -> Iterator[_Unit]:
+        lines: list[tuple[int, int, bytes]] = []
+        index = size = 0
+        for number, file in enumerate(self._files):
+            self._hash, before = xxhash.xxh3_128(), self.bytes_read
+            for line_number, line in read_jsonl(file, meter=self):
+                lines.append((number, line_number, line))
+                size += len(line)
+                if size >= self._unit_bytes:
+                    yield self._unit(index, lines)
+                    lines, index, size = [], index + 1, 0
+            name, read = self._context.files[number], self.bytes_read - before
+            self.entries.append({"name": name, "size": read, "xxh3_128": self._hash.hexdigest()})
+        if lines:
+            yield self._unit(index, lines)
+
+    def _unit(self, index: int, lines: list[tuple[int, int, bytes]]) -> _Unit:
+        digest = xxhash.xxh3_128(self._context.key)
+        for number, line_number, line in lines:
+            digest.update(f"\n{self._context.files[number]}\n{line_number}\n{len(line)}\n".encode())
+            digest.update(line)
+        return _Unit(index=index, lines=lines, digest=digest.hexdigest())
+
+
+def shard_path(work: Path, index: int) -> Path:
+    return work / f"unit-{index:08d}.shard"
+
+
+def encode_units(
+    source: UnitSource, *, context: UnitContext, tokenizer: Tokenizer, num_workers: int
+) -> Iterator[tuple[int, dict]]:
+    """Yield (unit index, its done file) in unit order, a bounded number of units in flight."""
+    total = max(1, source.total_bytes // 1_000_000)
+    with log.Progress("preprocess", total=total, unit="MB") as bar, ExitStack() as stack:
+        pool = None
+        if num_workers > 1:
+            spawn = multiprocessing.get_context("spawn")  # a fork would copy the caller's threads' locks
+            pool = ProcessPoolExecutor(num_workers, spawn, initializer=_start_worker, initargs=(context,))
+            stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+        pending: deque[tuple[int, Future | dict]] = deque()
+        for unit in source.units():
+            done = _read_done(unit, work=context.work)
+            if done is not None:
+                source.units_resumed += 1
+                pending.append((unit.index, done))
+            elif pool is None:
+                pending.append((unit.index, _encode_unit(unit, context=context, tokenizer=tokenizer)))
+            else:
+                pending.append((unit.index, _submit(pool, unit)))
+            if len(pending) >= (1 if pool is None else 2 * num_workers):
+                yield _result(*pending.popleft())
+            bar.advance(max(0, min(source.bytes_read // 1_000_000, total) - bar.done))
+        while pending:
+            yield _result(*pending.popleft())
+
+
+_WORKER_DIED = "a worker process died (killed for memory?); run the same command again, finished units are kept"
+
+
+def _submit(pool: ProcessPoolExecutor, unit: _Unit) -> Future:
+    try:
+        return pool.submit(_encode_unit_in_worker, unit)
+    except BrokenProcessPool as error:
+        raise UserError(_WORKER_DIED) from error
+
+
+def _result(index: int, done: Future | dict) -> tuple[int, dict]:
+    try:
+        return index, done if isinstance(done, dict) else done.result()
+    except BrokenProcessPool as error:
+        raise UserError(_WORKER_DIED) from error
+
+
+def _read_done(unit: _Unit, *, work: Path) -> dict | None:
+    """The done file of an earlier run, if it is of the same lines and settings and its shard is whole."""
+    shard = shard_path(work, unit.index)
+    try:
+        done = orjson.loads(shard.with_suffix(".done").read_bytes())
+        whole = done["unit"] == unit.digest and xxhash.xxh3_128(shard.read_bytes()).hexdigest() == done["shard"]
+    except (OSError, orjson.JSONDecodeError, KeyError, TypeError):
+        return None
+    return done if whole else None
+
+
+# ---------------------------------------------------------------- in the workers
+
+_worker_state: dict = {}
+
+
+def _start_worker(context: UnitContext) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
+    # A killed parent cannot stop its workers: they watch it.
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    tokenizer = load_tokenizer(
+        context.tokenizer_path, separator_token=context.separator_token, reward_token=context.reward_token
+    )
+    _worker_state.update(context=context, tokenizer=tokenizer)
+
+
+def _exit_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _encode_unit_in_worker(unit: _Unit) -> dict:
+    return _encode_unit(unit, context=_worker_state["context"], tokenizer=_worker_state["tokenizer"])
+
+
+def _encode_unit(unit: _Unit, *, context: UnitContext, tokenizer: Tokenizer) -> dict:
+    """Tokenise the unit's lines into a shard file; write and return its done file's content."""
+    counts = Counter(dict.fromkeys((*COUNTS, *MAXIMA), 0))
+    policies: dict[str, int] = {}
+    bad: list[dict] = []
+    sequences: list[np.ndarray] = []
+    documents: list[int] = []
+    for number, line_number, line in unit.lines:
+        counts["lines"] += 1
+        where = {"source": context.files[number], "line_number": line_number}
+        try:
+            record = parse_record(line, **where, default_wrapper=context.wrapper)
+            record, dropped = drop_duplicates(record, **where)
+            try:
+                document = _encode_document(
+                    record, context=context, tokenizer=tokenizer, policies=policies, counts=counts
+                )
+            except UserError as error:  # a text that this tokenizer cannot encode
+                raise RecordError(str(error), file=context.files[number], line=line_number) from error
+        except RecordError as error:
+            counts["bad_lines"] += 1
+            entry = {"file": error.file, "line": error.line, "reason": error.reason}
+            bad.append({**entry, "sha256": hashlib.sha256(line).hexdigest()})
+            continue
+        preference = isinstance(record, Preference)
+        counts["documents"] += 1
+        counts["preferences" if preference else "trajectory_groups"] += 1
+        counts["duplicate_candidates" if preference else "duplicate_trajectories"] += dropped
+        sequences.extend(document)
+        documents.append(len(document))
+    shard = shard_path(context.work, unit.index)
+    temporary = shard.with_suffix(f".{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        tokens = np.concatenate(sequences) if sequences else np.zeros(0, np.int32)
+        for array in (tokens, np.array([len(ids) for ids in sequences], np.int32), np.array(documents, np.int32)):
+            np.save(file, array, allow_pickle=False)
+    digest = xxhash.xxh3_128(temporary.read_bytes()).hexdigest()
+    temporary.replace(shard)
+    done = {"unit": unit.digest, "shard": digest, "counts": counts, "policies": list(policies), "bad": bad}
+    temporary.write_bytes(orjson.dumps(done))
+    temporary.replace(shard.with_suffix(".done"))
+    return done
+
+
+def _encode_document(
+    record: TrajectoryGroup | Preference, *, context: UnitContext, tokenizer: Tokenizer, policies: dict, counts: Counter
+) -> list[np.ndarray]:
+    """Header and halves of one record; policy ids are the unit's own, the parent replaces them."""
+    if isinstance(record, Preference):
+        texts, names = [record.reference, *record.candidates], None
+    else:
+        texts = [trajectory.text for trajectory in record.trajectories]
+        names = [trajectory.policy for trajectory in record.trajectories]
+    prompt_length = len(tokenizer.encode(record.prompt))
+    halves = [
+        encode_half(
+            tokenizer,
+            prompt=record.prompt,
+            trajectory=text,
+            wrapper=record.wrapper,
+            max_response_length=context.max_response_length,
+            prompt_length=prompt_length,
+        )
+        for text in texts
+    ]
+    for half in halves:
+        counts["tokens"] += len(half.ids)
+        counts["responses_cut"] += half.response_tokens_cut > 0
+        counts["response_tokens_cut"] += half.response_tokens_cut
+        counts["longest_half"] = max(counts["longest_half"], len(half.ids))
+        counts["longest_response"] = max(counts["longest_response"], len(half.ids) - half.prompt_length)
+    counts["halves"] += len(halves)
+    counts["longest_prompt"] = max(counts["longest_prompt"], prompt_length)
+    if names is None:
+        ids = [-1] * len(halves)
+    else:
+        counts["same_text_of_two_policies"] += len(texts) - len(set(texts))
+        ids = [policies.setdefault(name, len(policies)) for name in names]
+    kind = KINDS.index("trajectories" if names is not None else "preference")
+    header = [kind, WRAPPERS.index(record.wrapper), prompt_length, *ids]
+    return [np.array(header, np.int32), *(half.ids for half in halves)]
+
+
+# ---------------------------------------------------------------- in the parent: shards -> dataset
+
+
+class Merger:
+    """Appends shards in unit order: tokens to corpus.bin, lengths to two side files, bad lines to the quarantine."""
+
+    def __init__(self, work: Path):
+        self._work = work
+        self.counts: Counter = Counter(dict.fromkeys((*COUNTS, *MAXIMA), 0))
+        self.policies: dict[str, int] = {}
+        self.num_sequences = 0
+
+    def __enter__(self) -> "Merger":
+        self._stack = ExitStack()
+        open_file = self._stack.enter_context
+        self._tokens = open_file(HashedFile(self._work / "corpus.bin"))
+        self.quarantine = open_file(HashedFile(self._work / "quarantine.jsonl"))
+        self._lengths = open_file(HashedFile(self._work / "lengths"))
+        self._documents = open_file(HashedFile(self._work / "documents"))
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._stack.close()
+
+    def append(self, shard: Path, done: dict) -> None:
+        with shard.open("rb") as file:
+            tokens, lengths, documents = (np.load(file, allow_pickle=False) for _ in range(3))
+        self._use_global_policies(tokens, lengths, documents, names=done["policies"])
+        self._tokens.write(tokens.tobytes())
+        self._lengths.write(lengths.tobytes())
+        self._documents.write(documents.tobytes())
+        for entry in done["bad"]:
+            self.quarantine.write(orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE))
+        self.num_sequences += len(lengths)
+        for name in COUNTS:
+            self.counts[name] += done["counts"][name]
+        for name in MAXIMA:
+            self.counts[name] = max(self.counts[name], done["counts"][name])
+
+    def _use_global_policies(
+        self, tokens: np.ndarray, lengths: np.ndarray, documents: np.ndarray, *, names: Sequence[str]
+    ) -> None:
+        """Replace a unit's policy ids by those of the whole dataset, given in order of first appearance."""
+        if not names:
+            return
+        ids = np.array([self.policies.setdefault(name, len(self.policies)) for name in names], np.int32)
+        starts = np.cumsum(lengths, dtype=np.int64) - lengths
+        headers = np.cumsum(documents, dtype=np.int64) - documents  # sequence number of every document's header
+        sizes = lengths[headers] - HEADER_FIELDS
+        within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        places = np.repeat(starts[headers] + HEADER_FIELDS, sizes) + within
+        local = tokens[places]
+        tokens[places] = np.where(local < 0, local, ids[np.maximum(local, 0)])
+
+    def finish(self) -> list[HashedFile]:
+        """Write the index; return the files of the dataset."""
+        with HashedFile(self._work / "corpus.idx") as index:
+            write_index(index, lengths=self._lengths.path, documents=self._documents.path)
+        quarantine = [self.quarantine] if self.quarantine.size else []
+        return [self._tokens, index, *quarantine]

@@ -1,0 +1,191 @@
+"""RunConfig + Topology → TransformerConfig → wrapped model chunks. The only constructor of TransformerConfig."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import unwrap_model
+
+from megatron_polar.config.presets import Architecture, architecture_of, padded_vocab_size
+from megatron_polar.config.schema import RunConfig
+from megatron_polar.errors import UserError
+from megatron_polar.model.attention import attention_class
+from megatron_polar.model.initialization import initialize_weights
+from megatron_polar.model.layer_spec import block_spec, resolve_transformer_impl
+from megatron_polar.model.reward_model import RewardModel, head_dtype
+from megatron_polar.parallel.device import Device
+from megatron_polar.parallel.topology import Topology
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """Model chunks of this rank (one without interleaving) and what was chosen where the configuration says auto.
+
+    `chunks` are what the schedules run (wrapped); `cores` the RewardModels inside them.
+    """
+
+    chunks: list[MegatronModule]
+    transformer_config: TransformerConfig
+    architecture: Architecture
+    vocab_size: int
+    transformer_impl: str
+    attention: str
+
+    @property
+    def cores(self) -> list[RewardModel]:
+        return [unwrap_model(chunk) for chunk in self.chunks]
+
+
+def build_model(
+    config: RunConfig,
+    *,
+    topology: Topology,
+    device: Device,
+    vocab_size: int,
+    for_training: bool = True,
+    dtype: torch.dtype | None = None,
+) -> BuiltModel:
+    """Build this rank's chunks with random weights (the same in every layout), wrapped for data parallelism if
+    training.
+
+    `vocab_size` is the tokenizer's; `dtype` overrides `train.precision` (fp64 in tests).
+    """
+    architecture = architecture_of(config.model)
+    if config.model.vocab_size is not None:
+        if config.model.vocab_size < vocab_size:
+            raise UserError(
+                f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's vocabulary of {vocab_size}; "
+                f"leave it out, or set at least {vocab_size}"
+            )
+        vocab_size = config.model.vocab_size
+    rows = padded_vocab_size(vocab_size, multiple=config.model.make_vocab_size_divisible_by)
+    if rows % topology.tp_size:
+        raise UserError(
+            f"parallel.tensor_model_parallel_size={topology.tp_size} does not divide the padded vocabulary of {rows} "
+            f"rows; set model.make_vocab_size_divisible_by to a multiple of it"
+        )
+    dtype = dtype or _DTYPES[config.train.precision]
+    impl = resolve_transformer_impl(config.model.transformer_impl, device_kind=device.kind)
+    attention = attention_class(
+        config.model.attention, device_kind=device.kind, have_transformer_engine=impl == "transformer_engine"
+    )
+    transformer_config = make_transformer_config(
+        config, architecture=architecture, topology=topology, device=device, dtype=dtype, transformer_impl=impl
+    )
+    metadata = {"dp_cp_group": topology.groups.dp_cp}
+    chunks = []
+    for vp_stage in [None] if topology.vpp_size is None else range(topology.vpp_size):
+        model = RewardModel(
+            transformer_config,
+            groups=topology.groups,
+            transformer_layer_spec=block_spec(
+                transformer_config, transformer_impl=impl, attention=attention, vp_stage=vp_stage
+            ),
+            vocab_size=rows,
+            max_sequence_length=config.data.max_sequence_length,
+            pre_process=topology.is_first_stage and vp_stage in (None, 0),
+            post_process=topology.is_last_stage and vp_stage in (None, (topology.vpp_size or 1) - 1),
+            share_embeddings_and_output_weights=False,
+            rotary_base=architecture.rotary_base,
+            vp_stage=vp_stage,
+        )
+        model.to(device.torch_device)
+        initialize_weights(
+            model,
+            seed=config.run.seed,
+            architecture=architecture,
+            reward_head_std=config.model.reward_head_init_std,
+            metadata=metadata,
+        )
+        chunks.append(_wrap(model, config=config, transformer_config=transformer_config, for_training=for_training))
+    return BuiltModel(chunks, transformer_config, architecture, rows, impl, attention.__name__)
+
+
+def make_transformer_config(
+    config: RunConfig,
+    *,
+    architecture: Architecture,
+    topology: Topology,
+    device: Device,
+    dtype: torch.dtype,
+    transformer_impl: str,
+) -> TransformerConfig:
+    """Translate the run's configuration into megatron-core's."""
+    interleaved = topology.vpp_size is not None
+    recompute = {"none": None, "selective": "selective", "full": "full"}[config.train.recompute]
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        kv_channels=architecture.kv_channels,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.layernorm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=architecture.add_qkv_bias,
+        qk_layernorm=architecture.qk_layernorm,
+        hidden_dropout=config.model.hidden_dropout,
+        attention_dropout=config.model.attention_dropout,
+        tensor_model_parallel_size=topology.tp_size,
+        pipeline_model_parallel_size=topology.pp_size,
+        virtual_pipeline_model_parallel_size=topology.vpp_size,
+        context_parallel_size=topology.cp_size,
+        sequence_parallel=config.parallel.sequence_parallel,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        pipeline_dtype=dtype if topology.pp_size > 1 else None,
+        # Rows differ in length from micro-batch to micro-batch, so pipeline stages tell each other the shape first;
+        # megatron-core then insists on this dispatcher even without experts.
+        variable_seq_lengths=topology.pp_size > 1,
+        moe_token_dispatcher_type="alltoall",
+        # Interleaving with batched p2p between two ranks gives silently wrong activations in megatron-core 0.16.1.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        # Gradients are sums over pairs; finalize_model_grads divides them once by the global number of pairs.
+        calculate_per_token_loss=True,
+        # model/initialization.py fills the weights; megatron-core only marks which of them are tensor-parallel, on the
+        # way.
+        init_method=_leave_as_it_is,
+        output_layer_init_method=_leave_as_it_is,
+        embedding_init_method=_leave_as_it_is,
+        use_cpu_initialization=device.kind == "cpu",
+        init_method_std=architecture.init_method_std,
+        gradient_accumulation_fusion=config.train.gradient_accumulation_fusion,
+        apply_rope_fusion=transformer_impl == "transformer_engine",
+        bias_activation_fusion=device.kind == "cuda",
+        recompute_granularity=recompute,
+        recompute_method="uniform" if recompute == "full" else None,
+        recompute_num_layers=config.train.recompute_num_layers if recompute == "full" else None,
+        deterministic_mode=config.run.deterministic and device.kind == "cuda",
+    )
+
+
+def _leave_as_it_is(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def _wrap(
+    model: RewardModel, *, config: RunConfig, transformer_config: TransformerConfig, for_training: bool
+) -> MegatronModule:
+    wrapped = model
+    if transformer_config.bf16:
+        wrapped = Float16Module(transformer_config, model)
+        if model.post_process:
+            model.output_layer.to(head_dtype(transformer_config.params_dtype))
+    if not for_training:
+        return wrapped
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=transformer_config.bf16,
+        overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
+        overlap_param_gather=config.optimizer.overlap_param_gather,
+        use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
+    )
+    return DistributedDataParallel(transformer_config, ddp_config, wrapped)

@@ -1,0 +1,156 @@
+"""Where tensors live and how ranks talk: cuda/nccl or cpu/gloo, in one object.
+
+The only file that branches on the device, and the only one that touches megatron-core's hard-coded "cuda": on a machine
+without a GPU `substitute_cuda` makes megatron-core 0.16.1 run on the CPU unchanged. What is substituted, and why each
+piece is needed, stands beside it.
+"""
+
+import contextlib
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from megatron.core.tensor_parallel import random as mcore_random
+from torch.overrides import TorchFunctionMode
+
+from megatron_polar.errors import UserError
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Device:
+    """One rank's device: `kind` is "cuda" or "cpu", `torch_device` where its tensors live, `backend` how ranks talk."""
+
+    kind: Literal["cuda", "cpu"]
+    torch_device: torch.device
+    backend: Literal["nccl", "gloo"]
+    name: str
+
+    def synchronize(self) -> None:
+        """Wait until everything queued on the device is done."""
+        if self.kind == "cuda":
+            torch.cuda.synchronize()
+
+    def memory_allocated(self) -> int:
+        """Peak bytes allocated on the device since the last call (0 on the CPU)."""
+        if self.kind == "cpu":
+            return 0
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+
+
+def select_device(kind: Literal["auto", "cuda", "cpu"], *, local_rank: int) -> Device:
+    """Choose this rank's device and make megatron-core run on it. Raises UserError when CUDA is asked for and
+    missing."""
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "run.device=cuda, but torch sees no GPU here; set run.device=auto, or check the driver and the torch build"
+        )
+    if kind == "cuda" or (kind == "auto" and torch.cuda.is_available()):
+        torch.cuda.set_device(local_rank)
+        return Device("cuda", torch.device("cuda", local_rank), "nccl", torch.cuda.get_device_name(local_rank))
+    if torch.cuda.is_available():
+        raise UserError(
+            "run.device=cpu on a machine with GPUs: hide them (CUDA_VISIBLE_DEVICES='') or set run.device=auto"
+        )
+    substitute_cuda()
+    return Device("cpu", _CPU, "gloo", "cpu")
+
+
+class _CudaToCpu(TorchFunctionMode):
+    """Sends every request for a CUDA tensor to the CPU; megatron-core writes device="cuda", .cuda() and
+    pin_memory=True."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.Tensor.cuda:
+            return args[0]
+        if function is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # The optimizers sort parameters by the *name* "torch.cuda.FloatTensor".
+            return function(*args).replace("torch.", "torch.cuda.", 1)
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs = {**kwargs, "device": _CPU}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
+        return function(*args, **kwargs)
+
+
+class _CpuRngStates(mcore_random.CudaRNGStatesTracker):
+    """megatron-core's tensor-parallel RNG tracker over the CPU generator."""
+
+    def add(self, name: str, seed: int) -> None:
+        if seed in self.seeds_ or name in self.states_:
+            raise RuntimeError(f"RNG state {name!r} or seed {seed} exists already")
+        self._is_initialized = True
+        self.seeds_.add(seed)
+        self.states_[name] = torch.Generator("cpu").manual_seed(seed).get_state()
+
+    @contextlib.contextmanager
+    def fork(self, name: str = mcore_random._MODEL_PARALLEL_RNG_TRACKER_NAME):
+        outer = torch.get_rng_state()
+        torch.set_rng_state(self.states_[name])
+        try:
+            yield
+        finally:
+            self.states_[name] = torch.get_rng_state()
+            torch.set_rng_state(outer)
+
+
+_active_mode: _CudaToCpu | None = None
+
+
+def substitute_cuda() -> None:
+    """Make megatron-core 0.16.1 run on the CPU; call before any process group exists. A second call does nothing."""
+    global _active_mode  # the mode is a property of the process, as torch's default device is
+    if _active_mode is not None:
+        return
+    torch.cuda.current_device = lambda: _CPU
+    torch.cuda.synchronize = lambda device=None: None
+    mcore_random._CUDA_RNG_STATE_TRACKER = _CpuRngStates()
+    mcore_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+    # Activation recomputation saves and restores the RNG state of "the device".
+    mcore_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    mcore_random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+    # The default fp8=False is tested with `is not None`: recomputing a norm without FP8 would ask for Transformer
+    # Engine.
+    mcore_random.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
+    _mend_distributed_optimizer()
+    _active_mode = _CudaToCpu()
+    _active_mode.__enter__()
+
+
+def _mend_distributed_optimizer() -> None:
+    """Three places where DistributedOptimizer expects the fused Adam of a GPU and gets torch's AdamW, with its
+    `step` tensors."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    sharded_state_dict, load_state_dict = DistributedOptimizer.sharded_state_dict, DistributedOptimizer.load_state_dict
+
+    def sharded_state_dict_with_state(self, model_sharded_state_dict, is_loading=False, *arguments, **keywords):
+        # AdamW has no state before its first step, but loading needs tensors to load into.
+        for group in self.optimizer.param_groups if is_loading else ():
+            for parameter in group["params"]:
+                if not self.optimizer.state[parameter]:
+                    moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                    self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+        return sharded_state_dict(self, model_sharded_state_dict, is_loading, *arguments, **keywords)
+
+    def load_state_dict_with_own_steps(self, state_dict):
+        # megatron-core shares one `step` tensor between all parameters, and AdamW counts it up once for each of them.
+        load_state_dict(self, state_dict)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    def set_main_param_and_optimizer_states(self, model_param, tensors):
+        # `step` is restored with the parameter groups; there is no such entry among the tensors.
+        group_index, group_order = self.model_param_group_index_map[model_param]
+        main_param = self.optimizer.param_groups[group_index]["params"][group_order]
+        for name, destination in {"param": main_param, **self.optimizer.state[main_param]}.items():
+            if name != "step" and name in tensors:
+                destination.copy_(tensors[name])
+
+    DistributedOptimizer.sharded_state_dict = sharded_state_dict_with_state
+    DistributedOptimizer.load_state_dict = load_state_dict_with_own_steps
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_main_param_and_optimizer_states

@@ -1,0 +1,284 @@
+"""Draw trajectories from a pool of policies into JSONL shards: the same bytes for any workers and any interruption."""
+
+import hashlib
+import multiprocessing
+import os
+import random
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import orjson
+
+from megatron_polar.data.records import read_jsonl
+from megatron_polar.data.template import prompt_text
+from megatron_polar.errors import UserError
+from megatron_polar.log import Progress, info
+from megatron_polar.policies.backends import EmbeddedPolicy, choose, derived_seed
+from megatron_polar.policies.ngram import MARKS, join_words
+from megatron_polar.policies.pool import Pool, PromptRule, load_pool
+
+FORMAT_VERSION = 1
+_HELD_OUT_ONE_IN = 10
+_SPLIT_WORDS = 3  # a prompt's side is decided by its first words, so that one opening is never on both sides
+
+
+@dataclass(frozen=True)
+class SampleReport:
+    """What one call of `sample_pool` leaves behind; num_reused shards were there before."""
+
+    output: Path
+    num_prompts: int
+    num_trajectories: int
+    num_words: int
+    num_shards: int
+    num_reused: int
+
+
+@dataclass(frozen=True)
+class DrawSettings:
+    """What is drawn for each prompt; part of the fingerprint that a later call must match to resume."""
+
+    seed: int
+    trajectories_per_policy: int
+    policies_per_prompt: int
+    prompts_per_shard: int
+    wrapper: Literal["sft", "pretrain"]
+
+
+@dataclass(frozen=True)
+class _Shard:
+    path: Path
+    prompts: tuple[str, ...]
+
+
+def sample_pool(
+    pool_path: Path,
+    *,
+    prompts: Path | None,
+    output: Path,
+    num_prompts: int | None = None,
+    prompt_split: Literal["train", "heldout"] = "train",
+    trajectories_per_policy: int = 2,
+    policies_per_prompt: int = 4,
+    seed: int = 1,
+    workers: int = 1,
+    wrapper: Literal["sft", "pretrain"] = "pretrain",
+    prompts_per_shard: int = 500,
+) -> SampleReport:
+    """Sample trajectories of `policies_per_prompt` policies for each prompt: several of the first, one of each other.
+
+    Prompts are the first `num_prompts` of a JSONL file with a `prompt` key (all for None), or, without a file,
+    `num_prompts` different sentence openings of the pool's corpus; then `prompt_split` says from which side of the
+    split, and the sides share no opening. `output` gets `settings.json`, `trajectories-00000.jsonl` ... and, last,
+    `manifest.json`. Called again with the same settings it keeps the finished shards. UserError for bad input and for
+    an output of other settings.
+    """
+    pool = load_pool(pool_path)
+    settings = DrawSettings(seed, trajectories_per_policy, policies_per_prompt, prompts_per_shard, wrapper)
+    _check_counts(pool, settings, num_prompts=num_prompts, prompt_split=prompt_split, workers=workers)
+    if prompts is None:
+        texts = draw_prompts(pool, num_prompts=num_prompts, split=prompt_split, seed=seed)
+    else:
+        texts = list(_read_prompts(prompts, limit=num_prompts))
+    described = _describe_settings(pool, settings, texts)
+    is_complete = _open_output(output, described)
+    shards = [
+        _Shard(output / f"trajectories-{index:05d}.jsonl", tuple(texts[start : start + prompts_per_shard]))
+        for index, start in enumerate(range(0, len(texts), prompts_per_shard))
+    ]
+    pending = [shard for shard in shards if not _is_finished(shard)]
+    if is_complete and not pending:
+        info(f"sample: {output} is complete and was made with these settings; nothing to do")
+    _write_shards(pool, settings, pending, workers=workers, total=sum(len(shard.prompts) for shard in pending))
+    entries = [_describe_shard(shard.path) for shard in shards]
+    totals = {name: sum(entry[name] for entry in entries) for name in ("prompts", "trajectories", "words")}
+    _write_json(output / "manifest.json", {**described, **totals, "shards": entries})
+    return SampleReport(output, *totals.values(), num_shards=len(shards), num_reused=len(shards) - len(pending))
+
+
+def _check_counts(
+    pool: Pool, settings: DrawSettings, *, num_prompts: int | None, prompt_split: str, workers: int
+) -> None:
+    available = len(pool.specs)
+    if not 2 <= settings.policies_per_prompt <= available:
+        raise UserError(
+            f"policies_per_prompt={settings.policies_per_prompt} does not fit the {available} policies of {pool.path}; "
+            f"use 2 to {available}"
+        )
+    lowest = {"trajectories_per_policy": 2, "prompts_per_shard": 1, "workers": 1, "num_prompts": 1}
+    given = {**asdict(settings), "workers": workers, "num_prompts": num_prompts if num_prompts is not None else 1}
+    for name, minimum in lowest.items():
+        if given[name] < minimum:
+            raise UserError(f"{name}={given[name]} is too small; use {minimum} or more")
+    for name, value, allowed in (
+        ("wrapper", settings.wrapper, ("pretrain", "sft")),
+        ("prompt_split", prompt_split, ("train", "heldout")),
+    ):
+        if value not in allowed:
+            raise UserError(f"{name}={value!r} is not known; use {' or '.join(map(repr, allowed))}")
+
+
+def prompt_side(words: Sequence[str]) -> Literal["train", "heldout"]:
+    """Say on which side a drawn prompt is, by its first three words alone: no pool and no seed can move it."""
+    return "heldout" if derived_seed("split", *words[:_SPLIT_WORDS]) % _HELD_OUT_ONE_IN == 0 else "train"
+
+
+def draw_prompts(pool: Pool, *, num_prompts: int | None, split: Literal["train", "heldout"], seed: int) -> list[str]:
+    """Draw different openings of sentences and clauses of the pool's corpus, all on one side of the split.
+
+    UserError where num_prompts is None or above the number of different openings.
+    """
+    if num_prompts is None:
+        raise UserError(
+            "num_prompts is missing: give how many prompts to draw from the pool's corpus, or a file of prompts"
+        )
+    on_side = (words for words in _openings(pool.documents, pool.prompts) if prompt_side(words) == split)
+    openings = sorted(set(map(join_words, on_side)))
+    if num_prompts > len(openings):
+        raise UserError(
+            f"num_prompts={num_prompts} is above the {len(openings)} different {split} prompts in the corpus of "
+            f"{pool.path}; lower it, name a larger corpus or widen prompts.min_words .. prompts.max_words"
+        )
+    return choose(openings, num_prompts, random.Random(derived_seed("prompts", seed)))
+
+
+def _openings(documents: Sequence[Sequence[str]], rule: PromptRule) -> Iterator[Sequence[str]]:
+    for document in documents:
+        for start, word in enumerate(document):
+            if word in MARKS or (start and document[start - 1] not in MARKS):
+                continue
+            for length in range(rule.min_words, min(rule.max_words, len(document) - start) + 1):
+                yield document[start : start + length]
+
+
+def _read_prompts(path: Path, *, limit: int | None) -> Iterator[str]:
+    remedy = 'each line is an object with a "prompt": a text or a list of {"role", "content"} messages'
+    count = 0
+    for line_number, line in read_jsonl(path):
+        if count == limit:
+            return
+        try:
+            prompt = prompt_text(orjson.loads(line)["prompt"])
+        except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+            reason = "has no key `prompt`" if isinstance(error, KeyError) else f"cannot be read ({error})"
+            raise UserError(f"{path}:{line_number}: {reason}; {remedy}") from None
+        if not prompt.strip():
+            raise UserError(f"{path}:{line_number}: the prompt is empty; {remedy}")
+        count += 1
+        yield prompt
+    if count == 0 or (limit is not None and count < limit):
+        wanted = "at least one is needed" if limit is None else f"num_prompts={limit} are asked for"
+        raise UserError(f"{path}: holds {count} prompts, {wanted}; lower num_prompts or add lines")
+
+
+def _describe_settings(pool: Pool, settings: DrawSettings, prompts: Sequence[str]) -> dict:
+    described = {
+        "format": FORMAT_VERSION,
+        "draw": asdict(settings),
+        "policies": [asdict(spec) for spec in pool.specs],
+        "corpus_sha256": hashlib.sha256(orjson.dumps(pool.documents)).hexdigest(),
+        "prompts_sha256": hashlib.sha256(orjson.dumps(prompts)).hexdigest(),
+    }
+    encoded = orjson.dumps(described)
+    # Decoded again, it equals what is read back from settings.json: lists where there were tuples.
+    return {**orjson.loads(encoded), "fingerprint": hashlib.sha256(encoded).hexdigest()}
+
+
+def _open_output(output: Path, described: dict) -> bool:
+    """Make or recognise the output directory; returns whether a manifest says that it is complete."""
+    settings_path, remedy = output / "settings.json", "choose another output directory or delete this one"
+    if settings_path.exists():
+        found = orjson.loads(settings_path.read_bytes())
+        changed = [name for name, value in described.items() if found.get(name) != value and name != "fingerprint"]
+        if changed:
+            raise UserError(f"{output}: holds trajectories of other settings ({', '.join(changed)} changed); {remedy}")
+    elif output.is_dir() and any(output.iterdir()):
+        raise UserError(f"{output}: is not empty and not an output of `sample` (no settings.json); {remedy}")
+    else:
+        output.mkdir(parents=True, exist_ok=True)
+        _write_json(settings_path, described)
+    return (output / "manifest.json").exists()
+
+
+def _is_finished(shard: _Shard) -> bool:
+    # A shard gets its name only when it is whole; counting the lines catches one that was cut later.
+    if not shard.path.exists():
+        return False
+    content = shard.path.read_bytes()
+    return content.endswith(b"\n") and content.count(b"\n") == len(shard.prompts)
+
+
+def _write_shards(pool: Pool, settings: DrawSettings, shards: Sequence[_Shard], *, workers: int, total: int) -> None:
+    if not shards:
+        return
+    with Progress("sample", total=total, unit="prompts") as bar:
+        if workers == 1:
+            policies = pool.fit()
+            for shard in shards:
+                bar.advance(_write_shard(shard, policies=policies, settings=settings))
+            return
+        # Spawned, not forked: a parent with threads (torch, tokenizers) must not be copied in mid-flight.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(
+            min(workers, len(shards)), mp_context=context, initializer=_fit_in_worker, initargs=(pool,)
+        ) as executor:
+            for done in executor.map(partial(_write_shard_in_worker, settings=settings), shards):
+                bar.advance(done)
+
+
+_policies_of_worker: list[EmbeddedPolicy] = []
+
+
+def _fit_in_worker(pool: Pool) -> None:
+    _policies_of_worker[:] = pool.fit()
+
+
+def _write_shard_in_worker(shard: _Shard, *, settings: DrawSettings) -> int:
+    return _write_shard(shard, policies=_policies_of_worker, settings=settings)
+
+
+def _write_shard(shard: _Shard, *, policies: Sequence[EmbeddedPolicy], settings: DrawSettings) -> int:
+    lines = [orjson.dumps(_draw_group(prompt, policies, settings)) + b"\n" for prompt in shard.prompts]
+    _write_atomically(shard.path, b"".join(lines))
+    return len(lines)
+
+
+def _draw_group(prompt: str, policies: Sequence[EmbeddedPolicy], settings: DrawSettings) -> dict:
+    rng = random.Random(derived_seed("policies", settings.seed, prompt))
+    trajectories = []
+    for index in choose(range(len(policies)), settings.policies_per_prompt, rng):
+        count = 1 if trajectories else settings.trajectories_per_policy  # only the first, the anchor, needs a pair
+        texts = policies[index].generate(prompt, num_trajectories=count, seed=settings.seed, wrapper=settings.wrapper)
+        trajectories.extend({"policy": policies[index].name, "text": text} for text in texts)
+    return {"prompt": prompt, "trajectories": trajectories, "wrapper": settings.wrapper}
+
+
+def _describe_shard(path: Path) -> dict:
+    content = path.read_bytes()
+    groups = [orjson.loads(line) for line in content.splitlines()]
+    texts = [trajectory["text"] for group in groups for trajectory in group["trajectories"]]
+    return {
+        "file": path.name,
+        "prompts": len(groups),
+        "trajectories": len(texts),
+        "words": sum(len(text.split()) for text in texts),
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+
+
+def _write_json(path: Path, value: dict) -> None:
+    _write_atomically(path, orjson.dumps(value, option=orjson.OPT_INDENT_2) + b"\n")
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    partial_path = path.with_name(path.name + ".partial")
+    with partial_path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial_path, path)

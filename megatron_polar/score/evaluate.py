@@ -1,0 +1,159 @@
+"""Score a suite, check the scoring against itself with the labels swapped, and write the figures."""
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_polar import log
+from megatron_polar.errors import UserError
+from megatron_polar.score.requests import Scorer, ScoreRequest
+from megatron_polar.score.statistics import Accuracy, compute_statistics, ordered_pairs
+from megatron_polar.score.suites import EvaluationItem
+
+# A margin below this share of the rewards' spread may change its sign when the batch changes: bf16 keeps about 8 bits.
+NEAR_TIE = 0.02
+
+
+def evaluate(
+    scorer: Scorer,
+    items: Sequence[EvaluationItem],
+    *,
+    output: Path,
+    suite: str,
+    seed: int = 0,
+    items_per_request: int = 256,
+) -> dict[str, Any]:
+    """Score all items, once as they are and once for the label-swap self-check; write and return the summary.
+
+    Writes `output/rewards.jsonl` (one line per item) and then `output/summary.json`, each complete or not at all. The
+    self-check reverses the candidates and swaps their labels, so the accuracy must become 1 - accuracy; a scorer that
+    looks at positions instead of texts does not pass. `summary["swap_check"]` is "passed" or starts with "FAILED";
+    `exit_status(summary)` is what a command returns. Raises UserError for rewards that are not finite.
+    """
+    if not items:
+        raise UserError(f"suite {suite!r}: no items to evaluate; check --data and --limit")
+    start = time.monotonic()
+    rewards = _score_items(scorer, items, description=f"{suite}: scoring", items_per_request=items_per_request)
+    seconds = time.monotonic() - start
+    swapped_items = [swap_labels(item) for item in items]
+    swapped_rewards = _score_items(
+        scorer, swapped_items, description=f"{suite}: label-swap check", items_per_request=items_per_request
+    )
+    _write_atomically(output / "rewards.jsonl", _reward_lines(items, rewards))
+    statistics = compute_statistics(items, rewards, seed=seed)
+    swapped = compute_statistics(swapped_items, swapped_rewards, seed=seed).micro
+    figures = dataclasses.asdict(statistics)
+    summary = {
+        "suite": suite,
+        "num_items": len(items),
+        **{name: figures["micro"][name] for name in ("num_pairs", "num_ties", "accuracy", "low", "high")},
+        **{name: value for name, value in figures.items() if name not in ("micro", "categories")},
+        "swapped_accuracy": swapped.accuracy,
+        "swap_check": _swap_check(items, rewards, accuracy=statistics.micro, swapped=swapped),
+        "swap_largest_reward_difference": _largest_difference(rewards, swapped_rewards),
+        "items_with_reference_among_candidates": sum(item.reference in item.candidates for item in items),
+        "items_with_equal_candidates": sum(len(set(item.candidates)) < len(item.candidates) for item in items),
+        "seconds": seconds,
+        "items_per_second": len(items) / seconds if seconds > 0 else None,
+        "categories": figures["categories"],
+    }
+    _write_atomically(output / "summary.json", [json.dumps(summary, indent=2, ensure_ascii=False)])
+    log.info(_one_line(summary))
+    if exit_status(summary):
+        log.warn(f"{suite}: label-swap check {summary['swap_check']}")
+    return summary
+
+
+def exit_status(summary: dict[str, Any]) -> int:
+    """Return 0 when the evaluation may be trusted, 1 when its self-check failed."""
+    return 0 if summary["swap_check"] == "passed" else 1
+
+
+def swap_labels(item: EvaluationItem) -> EvaluationItem:
+    """Reverse the candidates and call the worst the best: what is right on the result is wrong on `item`."""
+    highest, lowest = max(item.levels), min(item.levels)
+    levels = tuple(highest + lowest - level for level in reversed(item.levels))
+    return dataclasses.replace(item, candidates=item.candidates[::-1], levels=levels)
+
+
+def _score_items(
+    scorer: Scorer, items: Sequence[EvaluationItem], *, description: str, items_per_request: int
+) -> list[list[float]]:
+    rewards: list[list[float]] = []
+    with log.Progress(description, total=len(items), unit="items") as bar:
+        for first in range(0, len(items), items_per_request):
+            chunk = items[first : first + items_per_request]
+            scored = scorer.score([_request(item) for item in chunk])
+            if [len(row) for row in scored] != [len(item.candidates) for item in chunk]:
+                raise ValueError(
+                    f"the scorer returned {len(scored)} lists of rewards for {len(chunk)} requests, or wrong ones"
+                )
+            for item, row in zip(chunk, scored, strict=True):
+                if not np.isfinite(row).all():
+                    raise UserError(
+                        f"{item.identifier}: rewards {list(row)} are not finite; the checkpoint holds NaN or infinity, "
+                        "or its precision overflows: evaluate an earlier step, or in fp32"
+                    )
+                rewards.append([float(reward) for reward in row])
+            bar.advance(len(chunk))
+    return rewards
+
+
+def _request(item: EvaluationItem) -> ScoreRequest:
+    return ScoreRequest(prompt=item.prompt, reference=item.reference, outputs=item.candidates, wrapper=item.wrapper)
+
+
+def _swap_check(
+    items: Sequence[EvaluationItem], rewards: Sequence[Sequence[float]], *, accuracy: Accuracy, swapped: Accuracy
+) -> str:
+    """Compare the swapped accuracy with 1 - accuracy; only pairs too close to call may account for a difference."""
+    margins = np.abs(ordered_pairs(items, rewards).margin)
+    spread = float(np.std([reward for row in rewards for reward in row]))
+    allowed = float(np.mean(margins <= NEAR_TIE * spread))
+    deviation = abs(accuracy.accuracy + swapped.accuracy - 1)
+    if deviation <= allowed + 1e-9:
+        return "passed"
+    return (
+        f"FAILED: accuracy {accuracy.accuracy:.4f} became {swapped.accuracy:.4f} with the labels swapped, not "
+        f"{1 - accuracy.accuracy:.4f}, and near ties explain at most {allowed:.4f}: rewards depend on the order of the "
+        "candidates, do not use these figures"
+    )
+
+
+def _largest_difference(rewards: Sequence[Sequence[float]], swapped_rewards: Sequence[Sequence[float]]) -> float:
+    """How far the rewards of the same text differ between the two passes: 0 for a scorer that ignores the batch."""
+    return max(float(np.max(np.abs(np.subtract(a, b[::-1])))) for a, b in zip(rewards, swapped_rewards, strict=True))
+
+
+def _reward_lines(items: Sequence[EvaluationItem], rewards: Sequence[Sequence[float]]) -> Iterable[str]:
+    for item, row in zip(items, rewards, strict=True):
+        line = {"identifier": item.identifier, "category": item.category, "levels": item.levels, "rewards": row}
+        yield json.dumps(line, ensure_ascii=False)
+
+
+def _write_atomically(path: Path, lines: Iterable[str]) -> None:
+    if not log.is_first_rank():  # every rank has all rewards; one writes
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as stream:
+            stream.writelines(f"{line}\n" for line in lines)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _one_line(summary: dict[str, Any]) -> str:
+    check = summary["swap_check"].split(":")[0]
+    return (
+        f"{summary['suite']}: accuracy {summary['accuracy']:.4f} (95 % {summary['low']:.4f} to {summary['high']:.4f}, "
+        f"{summary['num_pairs']} pairs), macro {summary['macro_accuracy']:.4f} of {len(summary['categories'])}, "
+        f"ties {summary['tie_rate']:.4f}, swapped {summary['swapped_accuracy']:.4f} ({check})"
+    )

@@ -1,0 +1,261 @@
+"""One self-contained HTML page of tables and figures: inline CSS and SVG, no network, readable in light and in dark."""
+
+import html
+import io
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+# Okabe and Ito's palette: told apart with any common colour blindness. Matplotlib draws in these colours; in the page
+# each becomes a CSS variable, so that dark mode can exchange it.
+_COLOURS = {"--ink": "#1b1f23", "--rule": "#d0d4d9", "--series-1": "#0072b2", "--series-2": "#d55e00"}
+_INK, _RULE, FIRST_COLOUR, SECOND_COLOUR = _COLOURS.values()
+_MAX_POINTS = 600
+_FIGURE_INCHES = (5.2, 2.9)
+
+YAxis = Literal["linear", "log", "from zero"]
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f23; --paper: #ffffff; --card: #f5f6f8; --rule: #d0d4d9; --soft: #57606a;
+  --series-1: #0072b2; --series-2: #d55e00; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ec; --paper: #14171a; --card: #1e2226; --rule: #3a4047;
+  --soft: #9aa4ae; --series-1: #56b4e9; --series-2: #f0a13a; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 74rem; padding: 2rem 1.5rem 4rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "Noto Sans", "DejaVu Sans", sans-serif; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0; }
+h2 { font-size: 1.2rem; margin: 2.5rem 0 .8rem; }
+h3 { font-size: 1rem; margin: 0 0 .5rem; }
+p { max-width: 46rem; }
+.soft, figcaption, caption { color: var(--soft); }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .8rem; margin: 1.5rem 0; }
+.card { background: var(--card); border-radius: .5rem; padding: .8rem 1rem; }
+.card b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
+.card span { color: var(--soft); font-size: .85rem; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.2rem 2rem;
+  margin-top: 1.2rem; align-items: start; }
+figure { margin: 0; }
+figcaption { font-size: .85rem; }
+figure svg { width: 100%; height: auto; display: block; }
+svg text { font-family: inherit !important; fill: var(--ink); }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+caption { text-align: left; font-size: .85rem; padding-bottom: .4rem; }
+th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--rule); text-align: left; white-space: nowrap; }
+thead th { border-bottom-width: 2px; }
+tbody th { font-weight: 400; }
+th.number, td.number { text-align: right; }
+summary { cursor: pointer; font-weight: 600; }
+pre { background: var(--card); padding: 1rem; border-radius: .5rem; overflow-x: auto; font-size: .85rem; }
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of a report: a heading, and HTML made by the functions of this file."""
+
+    heading: str
+    body: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve: x and y of equal length; a faint one is drawn thin, behind the others."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: str = FIRST_COLOUR
+    is_faint: bool = False
+    has_markers: bool = False
+
+
+def write_report(output: Path, *, title: str, subtitle: str, sections: Sequence[Section]) -> Path:
+    """Write one HTML file that needs nothing else; it replaces an older one in a single step."""
+    parts = [f"<section><h2>{html.escape(section.heading)}</h2>\n{section.body}</section>" for section in sections]
+    page = (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{html.escape(title)}</title>\n'
+        f"<style>{_STYLE}</style>\n</head>\n<body>\n<header><h1>{html.escape(title)}</h1>\n"
+        f'<p class="soft">{html.escape(subtitle)}</p></header>\n<main>\n'
+        + "\n".join(parts)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial_path = output.with_name(output.name + ".partial")
+    partial_path.write_text(page, encoding="utf-8")
+    os.replace(partial_path, output)
+    return output
+
+
+def number(value: float | int | None) -> str:
+    """Write a number for reading: whole numbers with thousands separators, others with four significant digits."""
+    if value is None:
+        return "–"
+    if isinstance(value, int) or (math.isfinite(value) and value == int(value) and abs(value) >= 1000):
+        return f"{int(value):,}"
+    if math.isfinite(value) and abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def share(value: float | int | None) -> str:
+    """Write a share with four decimals, so that a column of them lines up; counts and None as `number` does."""
+    return f"{value:.4f}" if isinstance(value, float) else number(value)
+
+
+def table(
+    headers: Sequence[str],
+    rows: Sequence[Sequence[str | float | int | None]],
+    *,
+    caption: str,
+    write_number: Callable[[float | int | None], str] = number,
+) -> str:
+    """Make a table whose first column names the rows; numbers (and None) are right-aligned, texts are escaped."""
+    is_number = [all(not isinstance(row[column], str) for row in rows) for column in range(len(headers))]
+    css = [' class="number"' if numeric else "" for numeric in is_number]
+    head = "".join(f'<th scope="col"{css[i]}>{html.escape(text)}</th>' for i, text in enumerate(headers))
+    lines = []
+    for row in rows:
+        cells = [html.escape(value) if isinstance(value, str) else write_number(value) for value in row]
+        first, *others = (f"{style}>{cell}" for style, cell in zip(css, cells, strict=True))
+        lines.append(f'<tr><th scope="row"{first}</th>' + "".join(f"<td{cell}</td>" for cell in others) + "</tr>")
+    return (
+        f'<div class="scroll"><table><caption>{html.escape(caption)}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>'
+        + "\n".join(lines)
+        + "</tbody></table></div>\n"
+    )
+
+
+def cards(figures: Mapping[str, float | int | str | None]) -> str:
+    """Make a row of headline figures from name → value."""
+    boxes = [
+        f'<div class="card"><b>{html.escape(value) if isinstance(value, str) else number(value)}</b>'
+        f"<span>{html.escape(name)}</span></div>"
+        for name, value in figures.items()
+    ]
+    return f'<div class="cards">{"".join(boxes)}</div>\n'
+
+
+def line_figure(lines: Sequence[Line], *, title: str, x_label: str, caption: str, y_axis: YAxis = "linear") -> str:
+    """Draw curves over a common x as a figure with a heading; above 600 points neighbours are averaged."""
+    with _Figure(title, caption=caption) as drawing:
+        for line in lines:
+            x, y = _thinned(line.x, line.y)
+            drawing.axes.plot(
+                x,
+                y,
+                color=line.colour,
+                linewidth=1.0 if line.is_faint else 1.8,
+                alpha=0.35 if line.is_faint else 1.0,
+                marker="o" if line.has_markers or len(x) == 1 else None,
+                markersize=4,
+                label=line.label,
+            )
+        drawing.axes.set_yscale("log" if y_axis == "log" else "linear")
+        if y_axis == "from zero":
+            drawing.axes.set_ylim(bottom=0)
+        drawing.axes.set_xlabel(x_label)
+        if len(lines) > 1:
+            drawing.axes.legend(frameon=False, labelcolor=_INK)
+    return drawing.html
+
+
+def _thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
+    if len(x) <= _MAX_POINTS:
+        return list(x), list(y)
+    edges = [round(index * len(x) / _MAX_POINTS) for index in range(_MAX_POINTS + 1)]
+    means = [(sum(x[a:b]) / (b - a), sum(y[a:b]) / (b - a)) for a, b in pairwise(edges)]
+    return [mean[0] for mean in means], [mean[1] for mean in means]
+
+
+def interval_figure(rows: Sequence[tuple[str, float, float, float]], *, title: str, caption: str) -> str:
+    """Draw (label, value, low, high) rows of accuracies as dots with intervals, and chance as a dashed line."""
+    height = max(1.6, 0.6 + 0.22 * len(rows))
+    with _Figure(title, caption=caption, inches=(_FIGURE_INCHES[0], height)) as drawing:
+        positions = range(len(rows), 0, -1)
+        values = [row[1] for row in rows]
+        errors = [[max(0.0, row[1] - row[2]) for row in rows], [max(0.0, row[3] - row[1]) for row in rows]]
+        drawing.axes.axvline(0.5, color=SECOND_COLOUR, linestyle="--", linewidth=1.2, label="chance")
+        drawing.axes.errorbar(
+            values, list(positions), xerr=errors, fmt="o", color=FIRST_COLOUR, capsize=3, markersize=5, label="accuracy"
+        )
+        drawing.axes.set_yticks(list(positions), [row[0] for row in rows])
+        drawing.axes.set_xlim(0.0 if min(row[2] for row in rows) < 0.3 else 0.3, 1.01)
+        drawing.axes.set_ylim(0.4, len(rows) + 0.6)
+        drawing.axes.grid(False, axis="y")
+    return drawing.html
+
+
+def histogram_figure(groups: Mapping[str, Sequence[float]], *, title: str, x_label: str, caption: str) -> str:
+    """Draw up to two groups of numbers as overlaid histograms over common bins."""
+    values = [value for group in groups.values() for value in group]
+    with _Figure(title, caption=caption) as drawing:
+        limits = (min(values), max(values)) if min(values) < max(values) else (values[0] - 0.5, values[0] + 0.5)
+        # Filled against outlined: told apart without colour too.
+        for (label, group), colour, kind in zip(
+            groups.items(), (FIRST_COLOUR, SECOND_COLOUR), ("stepfilled", "step"), strict=False
+        ):
+            alpha = 0.45 if kind == "stepfilled" else 1.0
+            drawing.axes.hist(
+                group, bins=40, range=limits, color=colour, histtype=kind, alpha=alpha, linewidth=1.8, label=label
+            )
+        drawing.axes.set_xlabel(x_label)
+        drawing.axes.set_ylabel("answers")
+        drawing.axes.legend(frameon=False, labelcolor=_INK)
+    return drawing.html
+
+
+class _Figure:
+    """One matplotlib figure while it is drawn (`axes`), and its `html` after the `with` block."""
+
+    def __init__(self, title: str, *, caption: str, inches: tuple[float, float] = _FIGURE_INCHES):
+        self._title, self._caption, self._inches = title, caption, inches
+        self.html = ""
+
+    def __enter__(self) -> "_Figure":
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure  # no pyplot: no global state, and the Agg canvas needs no display
+
+        settings = {
+            "svg.fonttype": "none",
+            "svg.hashsalt": "megatron_polar",
+            "font.size": 9,
+            "axes.unicode_minus": True,
+        }
+        self._settings = rc_context({**settings, "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _RULE})
+        self._settings.__enter__()
+        self._figure = Figure(figsize=self._inches, layout="constrained")
+        self.axes = self._figure.add_subplot()
+        self.axes.spines[["top", "right"]].set_visible(False)
+        self.axes.tick_params(which="both", colors=_INK, length=3)
+        self.axes.grid(True, color=_RULE, linewidth=0.6)
+        self.axes.set_axisbelow(True)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if exception[0] is None:
+            buffer = io.StringIO()
+            self._figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+            self.html = (
+                f"<figure><h3>{html.escape(self._title)}</h3>{_inline_svg(buffer.getvalue(), label=self._title)}"
+                f"<figcaption>{html.escape(self._caption)}</figcaption></figure>\n"
+            )
+        self._settings.__exit__(*exception)
+
+
+def _inline_svg(document: str, *, label: str) -> str:
+    """Turn matplotlib's SVG document into an element of a page that follows the page's colours."""
+    svg = document[document.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\s(?:xmlns(?::\w+)?|width|height|version)="[^"]*"(?=[^<]*viewBox)|\sxmlns(?::\w+)?="[^"]*"', "", svg)
+    for variable, colour in _COLOURS.items():
+        svg = svg.replace(colour, f"var({variable})")
+    referenced = set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg))
+    svg = re.sub(r'\sid="([^"]*)"', lambda match: match.group(0) if match.group(1) in referenced else "", svg)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(label, quote=True)}"', 1)

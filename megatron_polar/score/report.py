@@ -1,0 +1,196 @@
+"""`report.html` of a training run and of an evaluation: curves, accuracies with intervals, and what was configured."""
+
+import html
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_polar.errors import UserError
+from megatron_polar.score.page import (
+    FIRST_COLOUR,
+    SECOND_COLOUR,
+    Line,
+    Section,
+    cards,
+    histogram_figure,
+    interval_figure,
+    line_figure,
+    share,
+    table,
+    write_report,
+)
+
+_CURVES = (  # heading, y axis, caption, metrics: the first is drawn in blue, the second in orange
+    (
+        "Loss",
+        "linear",
+        "-log sigmoid of the reward difference, mean over pairs; log 2 = 0.693 is chance.",
+        ("rm/loss",),
+    ),
+    (
+        "Accuracy",
+        "linear",
+        "Share of pairs in the right order; 0.5 is chance.",
+        ("rm/accuracy", "validation/rm/accuracy"),
+    ),
+    ("Margin", "linear", "Reward of the better answer minus that of the worse one.", ("rm/margin",)),
+    ("Gradient norm", "log", "Before clipping.", ("grad-norm",)),
+    ("Learning rate", "linear", "", ("learning-rate",)),
+    ("Throughput", "from zero", "Comparisons per second, all ranks together.", ("comparisons/s",)),
+    ("Tokens", "from zero", "Physical tokens per second, all ranks together.", ("tokens/physical_per_s",)),
+)
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Read `metrics.jsonl` in order of iteration; where a resumed run wrote one twice, the later line counts.
+
+    A last line that a killed run left unfinished is skipped. UserError with `file:line` for any other damage.
+    """
+    if not path.exists():
+        raise UserError(
+            f"{path}: no such file, so there is nothing to report; name a directory that `train` has written"
+        )
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    rows: dict[int, dict] = {}
+    for line_number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            rows[row["iteration"]] = row
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            if line_number < len(lines):
+                raise UserError(
+                    f"{path}:{line_number}: not a line of metrics ({type(error).__name__}: {error}); delete it"
+                ) from None
+    if not rows:
+        raise UserError(f"{path}: holds no finished iteration, so there is nothing to report; train for longer")
+    return [rows[iteration] for iteration in sorted(rows)]
+
+
+def _points(rows: Sequence[dict], metric: str) -> tuple[list[float], list[float]]:
+    present = [row for row in rows if isinstance(row.get(metric), int | float) and math.isfinite(row[metric])]
+    return [row["iteration"] for row in present], [row[metric] for row in present]
+
+
+def _smoothed(values: Sequence[float], window: int) -> list[float]:
+    smooth, total = [], 0.0
+    for index, value in enumerate(values):
+        total += value - (values[index - window] if index >= window else 0.0)
+        smooth.append(total / min(index + 1, window))
+    return smooth
+
+
+def _curves(rows: Sequence[dict]) -> str:
+    figures = []
+    for heading, y_axis, caption, metrics in _CURVES:
+        lines: list[Line] = []
+        for metric, colour in zip(metrics, (FIRST_COLOUR, SECOND_COLOUR), strict=False):
+            x, y = _points(rows, metric)
+            window = len(y) // 20
+            if not y:
+                continue
+            if len(y) == len(rows) and window >= 2 and metric.startswith("rm/"):
+                lines.append(Line(f"{metric}, each iteration", x, y, colour, is_faint=True))
+                lines.append(Line(f"{metric}, mean of {window}", x, _smoothed(y, window), colour))
+            else:
+                lines.append(Line(metric, x, y, colour, has_markers=len(y) < len(rows)))
+        if lines:
+            figures.append(line_figure(lines, title=heading, x_label="iteration", caption=caption, y_axis=y_axis))
+    return f'<div class="figures">{"".join(figures)}</div>\n'
+
+
+def _metrics_table(rows: Sequence[dict]) -> str:
+    names = sorted({name for row in rows for name in row} - {"iteration"})
+    lines = []
+    for name in names:
+        x, y = _points(rows, name)
+        if y:
+            lines.append((name, y[0], y[-1], int(x[-1]), min(y), max(y)))
+    headers = ("metric", "first", "last", "at iteration", "lowest", "highest")
+    return table(headers, lines, caption="Every number of metrics.jsonl, rounded to four significant digits.")
+
+
+def read_rewards(path: Path) -> dict[str, list[float]]:
+    """Read the `rewards.jsonl` of an evaluation as the rewards of the best and of the worst answers of every item."""
+    groups: dict[str, list[float]] = {"best answers": [], "worst answers": []}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        item = json.loads(line)
+        for reward, level in zip(item["rewards"], item["levels"], strict=True):
+            if level == min(item["levels"]):
+                groups["best answers"].append(reward)
+            elif level == max(item["levels"]):
+                groups["worst answers"].append(reward)
+    return groups
+
+
+def _evaluation_body(summary: dict, rewards: dict[str, list[float]] | None) -> str:
+    overall = [
+        ("all pairs (micro)", summary),
+        ("pairs of matched length", summary["length_matched"]),
+        ("pairs whose better answer is shorter", summary["better_is_shorter"]),
+    ]
+    categories = sorted(summary["categories"].items())
+    rows: list[tuple] = [_accuracy_row(name, entry) for name, entry in overall]
+    if len(categories) > 1:
+        macro = (summary["macro_accuracy"], summary["macro_low"], summary["macro_high"])
+        counts = (summary["num_pairs"], summary["num_ties"])
+        rows.insert(1, (f"mean of {len(categories)} categories (macro)", *macro, *counts))
+        rows += [_accuracy_row(name, entry) for name, entry in categories]
+    check = (
+        f"Label-swap check: {summary['swap_check']}; "
+        f"the accuracy with swapped labels is {share(summary['swapped_accuracy'])}. "
+        f"Preferring the longer answer would reach {share(summary['length_only_accuracy'])}; "
+        f"the tie rate is {share(summary['tie_rate'])}."
+    )
+    intervals = [(row[0], row[1], row[2], row[3]) for row in rows if row[1] is not None]
+    figures = interval_figure(intervals, title="Accuracy with 95 % intervals", caption="Dashed: chance, 0.5.")
+    if rewards and all(rewards.values()):
+        caption = "The further apart, the better; rewards have no absolute zero."
+        figures += histogram_figure(rewards, title="Rewards", x_label="reward", caption=caption)
+    headers = ("group of pairs", "accuracy", "95 % from", "to", "pairs", "ties")
+    caption = "Accuracy: share of pairs in the right order, a tie counts half."
+    accuracies = table(headers, rows, caption=caption, write_number=share)
+    return f'<p>{html.escape(check)}</p>\n{accuracies}<div class="figures">{figures}</div>\n'
+
+
+def _accuracy_row(name: str, entry: dict) -> tuple:
+    return (name, *(entry[key] for key in ("accuracy", "low", "high", "num_pairs", "num_ties")))
+
+
+def evaluation_report(summary: dict, *, rewards: Path | None, output: Path) -> Path:
+    """Write an evaluation as one HTML file: accuracy by category with intervals, and histograms of the rewards.
+
+    `summary` is what `score.evaluate.evaluate` returns, `rewards` the `rewards.jsonl` that it writes. Returns `output`.
+    """
+    groups = None if rewards is None else read_rewards(rewards)
+    sections = [Section("Accuracy", _evaluation_body(summary, groups))]
+    subtitle = f"{summary['num_items']:,} items, {summary['num_pairs']:,} pairs"
+    return write_report(output, title=f"Evaluation: {summary['suite']}", subtitle=subtitle, sections=sections)
+
+
+def training_report(run_directory: Path, *, evaluations: Mapping[str, Path] | None = None) -> Path:
+    """Write `report.html` into a run directory from its metrics, configuration and `summary.json`, where they are.
+
+    `evaluations` are output directories of `evaluate` by the heading to show. Returns the report's path.
+    """
+    rows = read_metrics(run_directory / "metrics.jsonl")
+    sections = []
+    summary_path, config_path = run_directory / "summary.json", run_directory / "config.yaml"
+    if summary_path.exists():
+        summary = json.loads(summary_path.read_text(encoding="utf-8"))
+        figures = {
+            name.replace("_", " "): value for name, value in summary.items() if isinstance(value, int | float | str)
+        }
+        sections.append(Section("Result", cards(figures)))
+    for name, directory in (evaluations or {}).items():
+        evaluation = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+        sections.append(Section(name, _evaluation_body(evaluation, read_rewards(directory / "rewards.jsonl"))))
+    sections.append(Section("Curves", _curves(rows)))
+    sections.append(Section("Figures", _metrics_table(rows)))
+    if config_path.exists():
+        config = html.escape(config_path.read_text(encoding="utf-8"))
+        folded = f"<details><summary>config.yaml</summary><pre>{config}</pre></details>\n"
+        sections.append(Section("Configuration", folded))
+    first, last = rows[0]["iteration"], rows[-1]["iteration"]
+    subtitle = f"{run_directory.name}: iterations {first:,} to {last:,}"
+    return write_report(run_directory / "report.html", title="POLAR training run", subtitle=subtitle, sections=sections)

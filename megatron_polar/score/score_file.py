@@ -1,0 +1,89 @@
+"""`score`: a JSONL file of prompts, references and outputs → the same lines with their rewards."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+
+from megatron_polar import log
+from megatron_polar.data.records import read_jsonl
+from megatron_polar.data.template import prompt_text
+from megatron_polar.errors import UserError
+from megatron_polar.score.requests import Scorer, ScoreRequest
+
+_LINES_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class _Line:
+    value: dict
+    request: ScoreRequest
+    is_single: bool
+
+
+def read_requests(path: Path, *, default_wrapper: str) -> int:
+    """Count the lines of a score file. Raises UserError with file:line for the first line that cannot be scored."""
+    return sum(1 for _ in _read_lines(path, default_wrapper=default_wrapper))
+
+
+def score_file(scorer: Scorer, path: Path, *, output: Path, default_wrapper: str) -> int:
+    """Copy each line of `path` to `output` with `reward` (for `output`) or `rewards` (for `outputs`) added.
+
+    The output file appears complete or not at all; every rank scores, the first one writes. Returns the number of
+    lines.
+    """
+    total = read_requests(path, default_wrapper=default_wrapper)
+    temporary = output.with_name(output.name + ".tmp")
+    sink = None
+    if log.is_first_rank():
+        output.parent.mkdir(parents=True, exist_ok=True)
+        sink = temporary.open("wb")
+    lines = _read_lines(path, default_wrapper=default_wrapper)
+    with log.Progress("scoring", total=total, unit="lines") as bar:
+        while chunk := [line for line, _ in zip(lines, range(_LINES_AT_ONCE), strict=False)]:
+            rewards = scorer.score([line.request for line in chunk])
+            for line, values in zip(chunk, rewards, strict=True):
+                added = {"reward": values[0]} if line.is_single else {"rewards": values}
+                if sink is not None:
+                    sink.write(orjson.dumps(line.value | added) + b"\n")
+            bar.advance(len(chunk))
+    if sink is not None:
+        sink.flush()
+        os.fsync(sink.fileno())
+        sink.close()
+        temporary.replace(output)
+    return total
+
+
+def _read_lines(path: Path, *, default_wrapper: str) -> Iterator[_Line]:
+    for number, raw in read_jsonl(path):
+        if raw.strip():
+            yield _parse(raw, where=f"{path}:{number}", default_wrapper=default_wrapper)
+
+
+def _parse(raw: bytes, *, where: str, default_wrapper: str) -> _Line:
+    try:
+        value = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON ({error}); every line must be one JSON object") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: {value!r} is not a JSON object with prompt, reference and output")
+    is_single = "output" in value
+    for key in ("prompt", "reference", "output" if is_single else "outputs"):
+        if key not in value:
+            raise UserError(
+                f"{where}: key {key!r} is missing; a line needs prompt, reference and output (or outputs: [...])"
+            )
+    outputs = [value["output"]] if is_single else value["outputs"]
+    if not isinstance(outputs, list) or not outputs:
+        raise UserError(f"{where}: outputs={outputs!r} must be a non-empty list")
+    try:
+        prompt, reference, *texts = (prompt_text(x) for x in (value["prompt"], value["reference"], *outputs))
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(f"{where}: {error}") from None
+    wrapper = value.get("wrapper", default_wrapper)
+    if wrapper not in ("sft", "pretrain"):
+        raise UserError(f"{where}: wrapper={wrapper!r} must be sft or pretrain")
+    return _Line(value, ScoreRequest(prompt, reference, tuple(texts), wrapper), is_single)

@@ -1,0 +1,130 @@
+"""Rewards for texts from a checkpoint: the model of training, the text path of training, prefixes shared between
+outputs."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_polar import log
+from megatron_polar.config.load import load_config
+from megatron_polar.config.schema import ParallelSection, RunConfig
+from megatron_polar.config.validate import check_layout
+from megatron_polar.data.loader import RowShape
+from megatron_polar.data.packing import build_micro_batch, plan_step
+from megatron_polar.data.template import ControlTokens, Half, TokenizedComparison, assemble_comparison, encode_half
+from megatron_polar.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_polar.model.build import BuiltModel, build_model
+from megatron_polar.parallel import topology as ranks
+from megatron_polar.parallel.device import Device, select_device
+from megatron_polar.parallel.topology import Topology
+from megatron_polar.score.requests import ScoreRequest
+from megatron_polar.train.checkpoint import find_checkpoint, load_weights
+from megatron_polar.train.step import compute_rewards
+
+MAX_RESPONSE_LENGTH = 4096  # of the published inference path (polar reward_func)
+
+
+class Scorer:
+    """A loaded reward model. Every rank of the job calls `score` with the same requests and gets all rewards.
+
+    With tensor or pipeline parallelism the ranks work on one model together; the others (data-parallel) share the
+    requests between them.
+    """
+
+    def __init__(
+        self, *, config: RunConfig, model: BuiltModel, tokenizer: Tokenizer, topology: Topology, device: Device
+    ):
+        self.config, self.model, self.tokenizer = config, model, tokenizer
+        self.topology, self.device = topology, device
+        self.max_response_length = min(MAX_RESPONSE_LENGTH, config.data.max_sequence_length)
+        self.control = ControlTokens(
+            bos_id=tokenizer.bos_id,
+            separator_id=tokenizer.separator_id,
+            reward_id=tokenizer.reward_id,
+            pad_id=tokenizer.pad_id,
+        )
+        self._shape = RowShape(
+            layout=config.data.layout,
+            max_tokens=config.data.max_tokens_per_micro_batch,
+            pad_to_multiple=config.data.pad_to_multiple * topology.tp_size * topology.cp_size,
+            num_ranks=topology.dp_size,
+            micro_batches_multiple_of=topology.pp_size if topology.vpp_size else 1,
+            architecture=model.architecture,
+        )
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
+        """Rewards of each request's outputs, in order; higher means closer to the reference's policy."""
+        if not requests:
+            return []
+        comparisons = [self._tokenize(request) for request in requests]
+        shape = self._shape
+        plan = plan_step(
+            comparisons,
+            num_ranks=shape.num_ranks,
+            max_tokens=shape.max_tokens,
+            layout=shape.layout,
+            architecture=shape.architecture,
+            multiple_of=shape.micro_batches_multiple_of,
+        )[self.topology.dp_rank]
+        batches = [
+            build_micro_batch(
+                [comparisons[i] for i in members],
+                layout=shape.layout,
+                pad_id=self.control.pad_id,
+                pad_to_multiple=shape.pad_to_multiple,
+            )
+            for members in plan
+        ]
+        rewards = compute_rewards(self.model, micro_batches=batches, topology=self.topology, device=self.device)
+        mine = {}
+        for members, batch, values in zip(plan, batches, rewards, strict=True):
+            pieces = values.split(batch.candidate_counts.tolist())
+            mine |= {index: piece.tolist() for index, piece in zip(members, pieces, strict=True)}
+        everyone = [mine]
+        if self.topology.dp_size > 1:
+            everyone = [None] * self.topology.dp_size
+            dist.all_gather_object(everyone, mine, group=self.topology.groups.dp)
+        found = {index: values for part in everyone for index, values in part.items()}
+        return [found[index] for index in range(len(requests))]
+
+    def _tokenize(self, request: ScoreRequest) -> TokenizedComparison:
+        def half(text: str) -> Half:
+            return encode_half(
+                self.tokenizer,
+                prompt=request.prompt,
+                trajectory=text,
+                wrapper=request.wrapper,
+                max_response_length=self.max_response_length,
+            )
+
+        return assemble_comparison(
+            half(request.reference),
+            [half(output) for output in request.outputs],
+            levels=(0,) * len(request.outputs),
+            control=self.control,
+            max_length=self.config.data.max_sequence_length,
+        )
+
+
+def load_scorer(
+    checkpoint: str | Path, *, parallel: ParallelSection | None = None, device_kind: str = "auto"
+) -> Scorer:
+    """Load a run directory's newest complete checkpoint, or one step of it; `parallel` defaults to one rank a model.
+
+    The tokenizer and the configuration are the checkpoint's own. Raises UserError when there is none that verifies.
+    """
+    directory = find_checkpoint(checkpoint)
+    parallel = parallel or ParallelSection()
+    config = load_config(directory / "config.yaml")
+    run = dataclasses.replace(config.run, device=device_kind)
+    config = dataclasses.replace(config, parallel=parallel, run=run)
+    device = select_device(device_kind, local_rank=ranks.local_rank())
+    topology = ranks.initialize(parallel, device=device)
+    tokenizer = load_tokenizer(directory / "tokenizer")
+    model = build_model(config, topology=topology, device=device, vocab_size=tokenizer.vocab_size, for_training=False)
+    check_layout(parallel, model.architecture)
+    load_weights(directory, model=model)
+    log.info(f"scoring with {directory} ({model.transformer_impl} layers, {model.attention}) on {device.name}")
+    return Scorer(config=config, model=model, tokenizer=tokenizer, topology=topology, device=device)

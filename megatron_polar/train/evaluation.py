@@ -1,0 +1,38 @@
+"""Held-out loss and accuracy inside the training loop, over the same comparisons every time."""
+
+import torch
+
+from megatron_polar.config.schema import RunConfig
+from megatron_polar.data.comparisons import ComparisonDataset
+from megatron_polar.data.loader import RowShape, build_step
+from megatron_polar.model.build import BuiltModel
+from megatron_polar.parallel.device import Device
+from megatron_polar.parallel.topology import Topology
+from megatron_polar.train.step import run_schedule
+
+_COMPARISONS_AT_ONCE = 256
+
+
+@torch.no_grad()
+def evaluate_held_out(
+    model: BuiltModel,
+    *,
+    comparisons: ComparisonDataset,
+    config: RunConfig,
+    shape: RowShape,
+    topology: Topology,
+    device: Device,
+) -> dict[str, float]:
+    """Sums of the objective (objective.SUMS) over the first `evaluation.num_comparisons` held-out comparisons."""
+    for chunk in model.chunks:
+        chunk.eval()
+    count = min(config.evaluation.num_comparisons, len(comparisons))
+    total: dict[str, float] = {}
+    for start in range(0, count, _COMPARISONS_AT_ONCE):
+        indices = range(start, min(start + _COMPARISONS_AT_ONCE, count))
+        step = build_step(comparisons, indices, number=0, rank=topology.dp_rank, shape=shape)
+        sums = run_schedule(
+            model, micro_batches=step.micro_batches, topology=topology, device=device, forward_only=True
+        )
+        total = {name: total.get(name, 0.0) + value for name, value in sums.items()}
+    return total

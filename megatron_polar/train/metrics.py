@@ -1,0 +1,184 @@
+"""Sums and counts → rates and means → console, TensorBoard and metrics.jsonl. The first rank writes, others only
+compute.
+
+Names follow Megatron-LM's log line and scalars, and `rm/...`, `tokens/...`, `data/...` for what a reward model adds.
+"""
+
+import math
+import statistics
+import time
+from collections import deque
+from pathlib import Path
+
+import orjson
+
+from megatron_polar import log
+from megatron_polar.config.presets import Architecture
+from megatron_polar.data.loader import Step
+from megatron_polar.train.step import StepResult
+
+_ETA_WINDOW = 50
+
+# Dense bf16 peak of one device in TFLOP/s (NVIDIA's data sheets, without sparsity), by what torch calls it.
+_PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "GH200": 989.0, "A100": 312.0, "B200": 2250.0}
+
+
+def peak_tflops(device_name: str, override: float | None) -> float | None:
+    """Peak of one device for MFU: the configured one, else by the device's name, else unknown."""
+    if override is not None:
+        return override
+    return next((peak for name, peak in _PEAK_TFLOPS.items() if name in device_name), None)
+
+
+def rates(sums: dict[str, float], *, prefix: str = "rm/") -> dict[str, float]:
+    """Means over pairs from objective.SUMS."""
+    pairs = max(sums["pairs"], 1.0)
+    mean = {name: sums[name] / pairs for name in ("loss", "margin", "reward_chosen", "reward_rejected")}
+    centre = (mean["reward_chosen"] + mean["reward_rejected"]) / 2
+    mean["reward_std"] = math.sqrt(max(sums["reward_squared"] / (2 * pairs) - centre**2, 0.0))
+    return {f"{prefix}accuracy": sums["correct"] / pairs} | {f"{prefix}{name}": value for name, value in mean.items()}
+
+
+class Metrics:
+    """Collects steps, and writes one row per logging interval. `rank_tokens` are this rank's; one node's view is scaled
+    up by the number of data-parallel ranks, which KK balancing keeps within a few percent of the truth."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        num_steps: int,
+        num_ranks: int,
+        world_size: int,
+        architecture: Architecture,
+        peak_tflops: float | None,
+        tensorboard: bool,
+        resumed_at: int,
+    ):
+        self.num_steps, self.num_ranks, self.world_size = num_steps, num_ranks, world_size
+        self.architecture, self.peak_tflops = architecture, peak_tflops
+        self._times: deque[float] = deque(maxlen=_ETA_WINDOW)
+        self._pending: list[tuple[Step, StepResult, float]] = []
+        self._writer = self._file = None
+        self.last_row: dict[str, float] = {}
+        if log.is_first_rank():
+            path = directory / "metrics.jsonl"
+            _cut_rows_beyond(path, resumed_at)
+            self._file = path.open("ab")
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._writer = SummaryWriter(
+                    directory / "tensorboard", purge_step=resumed_at + 1 if resumed_at else None
+                )
+
+    def add(self, step: Step, result: StepResult, *, seconds: float) -> None:
+        """Take note of one finished step."""
+        self._times.append(seconds)
+        self._pending.append((step, result, seconds))
+
+    def write(self, iteration: int, *, learning_rate: float, global_batch_size: int, memory_bytes: int) -> None:
+        """Write one row over the steps since the last one: console line, metrics.jsonl, TensorBoard."""
+        row = self._summarise(iteration, learning_rate=learning_rate, memory_bytes=memory_bytes)
+        row["batch-size"] = global_batch_size
+        row["consumed-samples"] = iteration * global_batch_size
+        self._emit(row)
+        log.info(self._line(row))
+
+    def write_validation(self, iteration: int, sums: dict[str, float], *, seconds: float) -> None:
+        """Write one row of held-out figures."""
+        row = {"iteration": iteration} | rates(sums, prefix="validation/rm/") | {"validation/seconds": seconds}
+        self._emit(row)
+        log.info(
+            f" validation at iteration {iteration} | rm loss: {row['validation/rm/loss']:.5f} | "
+            f"rm accuracy: {row['validation/rm/accuracy']:.4f} | margin: {row['validation/rm/margin']:.4f} | "
+            f"pairs: {int(sums['pairs'])} | {seconds:.1f} s"
+        )
+
+    def _summarise(self, iteration: int, *, learning_rate: float, memory_bytes: int) -> dict[str, float]:
+        steps, results, seconds = zip(*self._pending, strict=True)
+        self._pending = []
+        total_seconds = sum(seconds)
+        sums = {name: sum(result.sums[name] for result in results) for name in results[0].sums}
+        batches = [batch for step in steps for batch in step.micro_batches]
+        physical = sum(batch.tokens.size for batch in batches) * self.num_ranks
+        logical = sum(batch.num_logical_tokens for batch in batches) * self.num_ranks
+        attended = sum(batch.num_attended for batch in batches) * self.num_ranks
+        flops = 3 * self.architecture.forward_flops(tokens=physical, attended=attended)
+        tflops = flops / total_seconds / self.world_size / 1e12
+        row = {"iteration": iteration, "iteration-time": total_seconds / len(steps)} | rates(sums)
+        row |= {
+            "lm loss": row["rm/loss"],  # the name that Megatron-LM's dashboards look for
+            "learning-rate": learning_rate,
+            "grad-norm": results[-1].grad_norm,
+            "throughput": tflops,
+            "comparisons/s": sum(step.num_comparisons for step in steps) / total_seconds,
+            "tokens/physical_per_s": physical / total_seconds,
+            "tokens/logical_per_s": logical / total_seconds,
+            "data/flops_imbalance": statistics.fmean(step.imbalance for step in steps),
+            "data/micro_batches": statistics.fmean(len(step.micro_batches) for step in steps),
+            "data/prompt_tokens_cut": sum(step.prompt_tokens_cut for step in steps),
+        }
+        if self.peak_tflops is not None:
+            row["mfu"] = tflops / self.peak_tflops
+        if memory_bytes:
+            row["memory/max_allocated_gib"] = memory_bytes / 2**30
+        return row
+
+    def _emit(self, row: dict[str, float]) -> None:
+        self.last_row = self.last_row | row
+        if self._file is not None:
+            self._file.write(orjson.dumps(row) + b"\n")
+            self._file.flush()
+        if self._writer is not None:
+            for name, value in row.items():
+                if name != "iteration":
+                    self._writer.add_scalar(name, value, row["iteration"])
+
+    def _line(self, row: dict[str, float]) -> str:
+        eta = statistics.median(self._times) * (self.num_steps - row["iteration"])
+        mfu = f" | MFU: {row['mfu']:.1%}" if "mfu" in row else ""
+        return (
+            f" iteration {row['iteration']:8d}/{self.num_steps:8d} | consumed samples: {row['consumed-samples']:12d} | "
+            f"elapsed time per iteration (ms): {row['iteration-time'] * 1000:.1f} | "
+            f"throughput per GPU (TFLOP/s/GPU): {row['throughput']:.3f}{mfu} | "
+            f"learning rate: {row['learning-rate']:.6E} | "
+            f"global batch size: {row['batch-size']:5d} | rm loss: {row['rm/loss']:.6E} | "
+            f"rm accuracy: {row['rm/accuracy']:.4f} | grad norm: {row['grad-norm']:.3f} | "
+            f"comparisons/s: {row['comparisons/s']:.1f} | ETA: {log.format_seconds(eta)}"
+        )
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        for sink in (self._file, self._writer):
+            if sink is not None:
+                sink.close()
+
+
+def _cut_rows_beyond(path: Path, iteration: int) -> None:
+    """Drop the rows that a killed run wrote after its last checkpoint, so that curves do not double."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines():
+        try:
+            if orjson.loads(line)["iteration"] > iteration:
+                continue
+        except (orjson.JSONDecodeError, KeyError):
+            continue  # half a line, cut off by the kill
+        kept.append(line + b"\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(b"".join(kept))
+    temporary.replace(path)
+
+
+class StepTimer:
+    """Wall seconds since the last call."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def lap(self) -> float:
+        now = time.monotonic()
+        elapsed, self._last = now - self._last, now
+        return elapsed

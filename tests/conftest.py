@@ -1,0 +1,83 @@
+"""Shared by all tests: one thread, warm imports for forked ranks, tiny corpora made once a session."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: see ranks.py
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory) -> Path:
+    """A small sentencepiece tokenizer with POLAR's control tokens."""
+    from megatron_polar.data.tokenizer import train_tokenizer
+
+    generator = np.random.default_rng(5)
+    texts = [" ".join(_words(generator, 30)) for _ in range(400)]
+    return train_tokenizer(texts, vocab_size=420, output=tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+def _words(generator: np.random.Generator, count: int) -> list[str]:
+    syllables = ["ba", "ke", "li", "mo", "nu", "ra", "si", "to", "ve", "zo"]
+    return ["".join(generator.choice(syllables, generator.integers(1, 4))) for _ in range(count)]
+
+
+def write_trajectories(path: Path, *, num_prompts: int, seed: int, policies: int = 5) -> Path:
+    """Trajectory records: three policies per prompt, the first with two trajectories; each policy loves one word."""
+    generator = np.random.default_rng(seed)
+    with path.open("w") as file:
+        for _ in range(num_prompts):
+            chosen = generator.choice(policies, 3, replace=False)
+            trajectories = []
+            for policy in [chosen[0], *chosen]:
+                words = _words(generator, int(generator.integers(4, 14)))
+                words[::3] = [f"love{policy}"] * len(words[::3])
+                trajectories.append({"policy": f"policy{policy}", "text": " " + " ".join(words)})
+            prompt = " ".join(_words(generator, int(generator.integers(2, 8))))
+            file.write(json.dumps({"prompt": prompt, "trajectories": trajectories, "wrapper": "pretrain"}) + "\n")
+    return path
+
+
+def write_rankings(path: Path, *, num_prompts: int, seed: int, candidates: int = 4) -> Path:
+    """Rankings: the better a candidate, the more of the reference's words it repeats."""
+    generator = np.random.default_rng(seed)
+    with path.open("w") as file:
+        for _ in range(num_prompts):
+            reference = _words(generator, 10)
+            ranked = [" ".join(reference[: 8 - 2 * k] + _words(generator, 3)) for k in range(candidates)]
+            record = {"prompt": " ".join(_words(generator, 5)), "reference": " ".join(reference), "ranked": ranked}
+            file.write(json.dumps(record) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def trajectory_corpus(tmp_path_factory, tokenizer_path) -> Path:
+    """A preprocessed dataset of 80 trajectory groups."""
+    from megatron_polar.data.preprocess import preprocess
+
+    directory = tmp_path_factory.mktemp("trajectories")
+    source = write_trajectories(directory / "input.jsonl", num_prompts=80, seed=1)
+    preprocess([source], output=directory / "dataset", tokenizer_path=tokenizer_path)
+    return directory / "dataset"
+
+
+@pytest.fixture(scope="session")
+def ranking_corpus(tmp_path_factory, tokenizer_path) -> Path:
+    """A preprocessed dataset of 40 rankings of four candidates."""
+    from megatron_polar.data.preprocess import preprocess
+
+    directory = tmp_path_factory.mktemp("rankings")
+    source = write_rankings(directory / "input.jsonl", num_prompts=40, seed=2)
+    preprocess([source], output=directory / "dataset", tokenizer_path=tokenizer_path)
+    return directory / "dataset"

@@ -1,0 +1,78 @@
+"""Run a function on N real gloo ranks, forked from this warm process: seconds instead of torchrun's minutes.
+
+The test process itself must stay clean: it never joins a process group, never enters the CUDA substitution and never
+runs torch on several threads (an OpenMP pool does not survive a fork).
+"""
+
+import multiprocessing
+import os
+import pickle
+import socket
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+_CONTEXT = multiprocessing.get_context("fork")
+
+
+def run_ranks(function, world_size: int, *arguments, timeout: float = 240.0) -> list:
+    """Call `function(*arguments)` on every rank; returns the results by rank. Any failure fails with its traceback."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as directory:
+        processes = []
+        for rank in range(world_size):
+            process = _CONTEXT.Process(
+                target=_child, args=(function, arguments, rank, world_size, port, Path(directory)), daemon=False
+            )
+            process.start()
+            processes.append(process)
+        failed = _wait(processes, deadline=time.monotonic() + timeout)
+        results = [_read(Path(directory) / str(rank)) for rank in range(world_size)]
+    errors = [text for kind, text in results if kind == "error"]
+    if errors:
+        raise AssertionError("\n\n".join(errors))
+    if failed:
+        raise AssertionError(f"ranks {failed} did not finish within {timeout} s, or died without a word")
+    return [value for _, value in results]
+
+
+def _wait(processes, *, deadline: float) -> list[int]:
+    grace = None
+    while any(p.is_alive() for p in processes):
+        if any(p.exitcode not in (None, 0) for p in processes) and grace is None:
+            grace = (
+                time.monotonic() + 5
+            )  # the others wait for the dead one in a collective: let them report, then end them
+        if time.monotonic() > deadline or (grace and time.monotonic() > grace):
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+        time.sleep(0.01)
+    for process in processes:
+        process.join()
+    return [rank for rank, process in enumerate(processes) if process.exitcode != 0]
+
+
+def _child(function, arguments, rank: int, world_size: int, port: int, directory: Path) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    try:
+        outcome = ("value", function(*arguments))
+    except BaseException:
+        outcome = ("error", f"rank {rank}:\n{traceback.format_exc()}")
+    temporary = directory / f"{rank}.tmp"
+    temporary.write_bytes(pickle.dumps(outcome))
+    temporary.rename(directory / str(rank))
+    os._exit(0 if outcome[0] == "value" else 1)
+
+
+def _read(path: Path) -> tuple:
+    return pickle.loads(path.read_bytes()) if path.exists() else ("value", None)
