@@ -33,8 +33,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         container = OmegaConf.to_container(tree, resolve=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file") from None
-    except (YAMLError, OmegaConfBaseException) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as a configuration ({error.strerror or error})") from None
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except TypeError:  # OmegaConf merges no list with a mapping
+        raise UserError(
+            f"{path}: a list and a mapping do not merge; the file must be a mapping of sections (run, model, data, ...), "
+            f"and an override must replace a list whole, as in 'data.train=[{{path: DIRECTORY}}]'"
+        ) from None
     if not isinstance(container, dict):
         raise UserError(
             f"{path}: the top level must be a mapping of sections (run, model, data, train, optimizer, ...)"

@@ -77,6 +77,9 @@ def architecture_of(model: ModelSection) -> Architecture:
     for name in _REQUIRED:
         if name not in shape:
             raise UserError(f"model.{name} is missing; set it, or set model.preset to one of {', '.join(PRESETS)}")
+    for name in names:
+        if isinstance(shape.get(name), int) and not isinstance(shape[name], bool) and shape[name] < 1:
+            raise UserError(f"model.{name}={shape[name]} must be at least 1")
     if model.preset is None:
         shape.setdefault("num_query_groups", shape["num_attention_heads"])
     heads_changed = model.num_attention_heads is not None or model.hidden_size is not None

@@ -17,7 +17,7 @@ def validate(config: RunConfig) -> None:
         weights = [source.weight for source in getattr(config.data, name)]
         if any(w is None for w in weights) and any(w is not None for w in weights):
             raise UserError(f"data.{name}: some sources have a weight and some do not; give all a weight, or none")
-        if any(w is not None and w <= 0 for w in weights):
+        if any(w is not None and not w > 0 for w in weights):
             raise UserError(f"data.{name}: weights {weights} must be above 0; remove a source that shall not be used")
 
 
@@ -74,11 +74,16 @@ def _check_ranges(config: RunConfig) -> None:
         "parallel.tensor_model_parallel_size": config.parallel.tensor_model_parallel_size,
         "parallel.pipeline_model_parallel_size": config.parallel.pipeline_model_parallel_size,
         "parallel.context_parallel_size": config.parallel.context_parallel_size,
+        "parallel.distributed_timeout_minutes": config.parallel.distributed_timeout_minutes,
+        "model.make_vocab_size_divisible_by": config.model.make_vocab_size_divisible_by,
     }
     for key, value in at_least_one.items():
         if value < 1:
             raise UserError(f"{key}={value} must be at least 1")
     not_negative = {
+        "run.seed": config.run.seed,
+        "optimizer.adam_eps": config.optimizer.adam_eps,
+        "model.init_method_std": config.model.init_method_std or 0.0,
         "data.num_workers": config.data.num_workers,
         "checkpoint.keep": config.checkpoint.keep,
         "evaluation.interval": config.evaluation.interval,
@@ -87,20 +92,22 @@ def _check_ranges(config: RunConfig) -> None:
         "model.reward_head_init_std": config.model.reward_head_init_std,
     }
     for key, value in not_negative.items():
-        if value < 0:
+        if not value >= 0:  # nan is refused, too
             raise UserError(f"{key}={value} must not be negative")
     fractions = {
         "model.hidden_dropout": config.model.hidden_dropout,
         "model.attention_dropout": config.model.attention_dropout,
         "optimizer.warmup_fraction": config.optimizer.warmup_fraction,
         "optimizer.min_lr_fraction": config.optimizer.min_lr_fraction,
-        "optimizer.adam_beta1": config.optimizer.adam_beta1,
-        "optimizer.adam_beta2": config.optimizer.adam_beta2,
     }
     for key, value in fractions.items():
         if not 0 <= value <= 1:
             raise UserError(f"{key}={value} must lie between 0 and 1")
-    if config.optimizer.lr <= 0:
+    for key in ("adam_beta1", "adam_beta2"):
+        value = getattr(config.optimizer, key)
+        if not 0 <= value < 1:
+            raise UserError(f"optimizer.{key}={value} must be at least 0 and below 1")
+    if not 0 < config.optimizer.lr < float("inf"):
         raise UserError(f"optimizer.lr={config.optimizer.lr} must be above 0")
     if config.data.candidates_per_comparison < 2:
         raise UserError(

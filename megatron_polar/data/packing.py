@@ -142,9 +142,9 @@ def plan_step(
     def fits(parts: list[list[int]]) -> bool:
         return all(size(part) <= max_tokens or len(part) <= 1 for part in parts)
 
-    count = max(1, *(-(-sum(tokens[i] for i in members) // max_tokens) for members in ranks))
-    count = -(-count // multiple_of) * multiple_of
     most = max(1, *(len(members) for members in ranks))
+    count = max(1, *(-(-sum(tokens[i] for i in members) // max_tokens) for members in ranks))
+    count = -(-min(count, most) // multiple_of) * multiple_of
     while True:
         plan = [split(members, count) for members in ranks]
         if all(fits(parts) for parts in plan) or count >= most:

@@ -40,7 +40,7 @@ class RowLayout(PackedSeqParams):
 
     position_ids: torch.Tensor | None = None
     reward_positions: torch.Tensor | None = None
-    segments: tuple[tuple[int, int, int, int], ...] = ()
+    segments: tuple[tuple[int, int], ...] = ()
     kv_rows: torch.Tensor | None = None
     kv_copies: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
 
@@ -54,7 +54,6 @@ def make_row_layout(batch: MicroBatch, *, device: torch.device, cp_rank: int = 0
     q_lengths = torch.from_numpy(batch.segment_lengths)
     kv_lengths = q_lengths + torch.from_numpy(batch.prefix_lengths)
     cu_q, cu_kv = (F.pad(lengths.cumsum(0), (1, 0)) for lengths in (q_lengths, kv_lengths))
-    segments = zip(*(x.tolist() for x in (cu_q[:-1], q_lengths, cu_kv[:-1], kv_lengths)), strict=True)
     rows, copies = _gathered_rows(batch) if batch.prefix_lengths.any() else (None, ())
     return RowLayout(
         qkv_format="sbhd",
@@ -64,7 +63,7 @@ def make_row_layout(batch: MicroBatch, *, device: torch.device, cp_rank: int = 0
         max_seqlen_kv=int(kv_lengths.max()),
         position_ids=positions,
         reward_positions=rewards,
-        segments=tuple(segments),
+        segments=tuple(zip(q_lengths.tolist(), kv_lengths.tolist(), strict=True)),
         kv_rows=rows.to(device) if rows is not None else None,
         kv_copies=tuple((source.to(device), copy.to(device)) for source, copy in copies),
     )
@@ -199,10 +198,12 @@ class SdpaAttention(SharedPrefixAttention):
 
     def packed(self, query, key, value, layout):
         """See SharedPrefixAttention.packed."""
+        # Segments tile the rows. One split has one backward; a slice a segment would each write a whole row's gradient.
+        q_lengths, kv_lengths = zip(*layout.segments, strict=True)
         pieces = []
-        for start, length, kv_start, kv_length in layout.segments:
-            q = query[start : start + length].transpose(0, 1)[None]
-            k, v = (x[kv_start : kv_start + kv_length].transpose(0, 1)[None] for x in (key, value))
+        for segment in zip(query.split(q_lengths), key.split(kv_lengths), value.split(kv_lengths), strict=True):
+            q, k, v = (x.transpose(0, 1)[None] for x in segment)
+            length, kv_length = q.size(2), k.size(2)
             # SDPA's is_causal is aligned top-left: right only where queries and keys are equally many.
             mask = None if length == kv_length else _bottom_right_mask(length, kv_length, query.device)
             piece = F.scaled_dot_product_attention(
@@ -225,9 +226,11 @@ class DenseAttention(SharedPrefixAttention):
     def packed(self, query, key, value, layout):
         """See SharedPrefixAttention.packed."""
         mask = torch.zeros(query.size(0), key.size(0), dtype=torch.bool, device=query.device)
-        for start, length, kv_start, kv_length in layout.segments:
+        start = kv_start = 0
+        for length, kv_length in layout.segments:
             block = _bottom_right_mask(length, kv_length, query.device)
             mask[start : start + length, kv_start : kv_start + kv_length] = block
+            start, kv_start = start + length, kv_start + kv_length
         return self._attend(query, key, value, mask)
 
     def _attend(self, query, key, value, mask):

@@ -59,7 +59,7 @@ def build_model(
     if config.model.vocab_size is not None:
         if config.model.vocab_size < vocab_size:
             raise UserError(
-                f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's vocabulary of {vocab_size}; "
+                f"model.vocab_size={config.model.vocab_size} is below the tokenizer's vocabulary of {vocab_size}; "
                 f"leave it out, or set at least {vocab_size}"
             )
         vocab_size = config.model.vocab_size

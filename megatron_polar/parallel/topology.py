@@ -68,9 +68,9 @@ def initialize(parallel: ParallelSection, *, device: Device) -> Topology:
     )
     if world_size % (tp * pp * cp):
         raise UserError(
-            f"world size {world_size} is not a multiple of tensor x pipeline x context parallel size = {tp} x {pp} x "
-            f"{cp} = {tp * pp * cp}; start a multiple of {tp * pp * cp} ranks (torchrun --nproc-per-node), or change the "
-            f"parallel section"
+            f"world size {world_size} is not a multiple of tensor x pipeline x context parallel size "
+            f"({tp} x {pp} x {cp}); start a multiple of {tp * pp * cp} ranks (torchrun --nproc-per-node), or change "
+            f"the parallel section"
         )
     if not dist.is_initialized():
         timeout = timedelta(minutes=parallel.distributed_timeout_minutes)

@@ -1,5 +1,6 @@
 """train(config): build, resume, loop. Reads as the table of contents of a run."""
 
+import math
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ from megatron_polar.train.optimizer import (
     build_schedule,
     current_learning_rate,
 )
-from megatron_polar.train.step import train_step
+from megatron_polar.train.step import StepResult, train_step
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def train(config: RunConfig) -> dict[str, float]:
             )
             run.schedule.step(increment=1)
             run.device.synchronize()
+            _check_finite(result, run=run, step=step.number + 1)
             metrics.add(step, result, seconds=timer.lap())
             done = step.number + 1
             if done % config.logging.interval == 0 or done == run.num_steps:
@@ -145,6 +147,16 @@ def _open_metrics(run: Run, *, resumed_at: int) -> Metrics:
 
 def _due(step: int, interval: int, *, last: int) -> bool:
     return interval > 0 and (step % interval == 0 or step == last)
+
+
+def _check_finite(result: StepResult, *, run: Run, step: int) -> None:
+    """Stop before a checkpoint of broken weights is written."""
+    loss = result.sums["loss"]
+    if not (math.isfinite(loss) and math.isfinite(result.grad_norm)):
+        raise UserError(
+            f"iteration {step}: loss sum {loss}, gradient norm {result.grad_norm}: not finite, so the weights are lost; "
+            f"lower optimizer.lr={run.config.optimizer.lr}, then start again from the last checkpoint in {run.directory}"
+        )
 
 
 def _evaluate(run: Run, *, metrics: Metrics, step: int) -> None:

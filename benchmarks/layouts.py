@@ -1,0 +1,206 @@
+"""Comparisons per second of the padded, packed and shared-prefix layouts, in one run: forward and backward of the
+reward model on this machine, in process CPU time.
+
+The length mix is that of POLAR-like data: prompt uniform in 50..600 tokens, reference and candidates log-normal with
+mean 400 (sigma 0.8, at most 4096). All layouts get the same comparisons; every repeat interleaves them, so that a noisy
+machine hits all alike; the median over repeats is reported, and the ratios are medians of the repeats' ratios.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: CPU time of one thread is what repeats
+
+import megatron.core
+import numpy as np
+import torch
+
+from megatron_polar.config.schema import (
+    DataSection,
+    DatasetSource,
+    ModelSection,
+    OptimizerSection,
+    RunConfig,
+    RunSection,
+    TrainSection,
+)
+from megatron_polar.data.packing import build_micro_batch, plan_step
+from megatron_polar.data.template import TokenizedComparison
+from megatron_polar.model.build import BuiltModel, build_model
+from megatron_polar.parallel import topology as ranks
+from megatron_polar.parallel.device import Device, select_device
+from megatron_polar.parallel.topology import Topology
+from megatron_polar.train.objective import ranking_loss
+from megatron_polar.train.step import to_device
+
+LAYOUTS = ("padded", "packed", "shared_prefix")
+VOCAB_SIZE = 2048
+
+
+def main() -> None:
+    """Run the benchmark and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--candidates", type=int, nargs="+", default=[2, 4, 8], metavar="K")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sequences", type=int, default=8, help="candidates per repeat, shared out over comparisons")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    device = select_device("auto", local_rank=0)
+    config = make_config()
+    topology = ranks.initialize(config.parallel, device=device)
+    ranks.seed_ranks(topology, seed=0)
+    model = build_model(config, topology=topology, device=device, vocab_size=VOCAB_SIZE, for_training=False)
+    figures = {k: measure(k, options, model=model, topology=topology, device=device) for k in options.candidates}
+    result = summarise(figures, model=model, device=device, options=options)
+    print_table(result)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def make_config() -> RunConfig:
+    """The `tiny` preset (6 layers, hidden 512), fp32 on the CPU and bf16 on a GPU."""
+    return RunConfig(
+        run=RunSection(directory="unused"),
+        model=ModelSection(preset="tiny", reward_head_init_std=0.02),
+        data=DataSection(train=(DatasetSource("unused"),)),
+        train=TrainSection(global_batch_size=1, num_steps=1, precision="bf16" if torch.cuda.is_available() else "fp32"),
+        optimizer=OptimizerSection(lr=1.0),
+    )
+
+
+def draw(num_candidates: int, *, count: int, generator: np.random.Generator) -> list[TokenizedComparison]:
+    """Comparisons of the length mix; prefix = prompt + reference + separator + prompt."""
+
+    def answer() -> int:
+        return int(np.clip(generator.lognormal(np.log(400) - 0.32, 0.8), 8, 4096))
+
+    def tokens(length: int) -> np.ndarray:
+        return generator.integers(5, VOCAB_SIZE, length).astype(np.int32)
+
+    levels = (0,) + (1,) * (num_candidates - 1)
+    drawn = []
+    for _ in range(count):
+        prefix = tokens(2 * int(generator.integers(50, 601)) + answer() + 2)
+        drawn.append(TokenizedComparison(prefix, tuple(tokens(answer() + 1) for _ in levels), levels, 0))
+    return drawn
+
+
+def measure(
+    k: int, options: argparse.Namespace, *, model: BuiltModel, topology: Topology, device: Device
+) -> list[dict]:
+    """CPU (or device) seconds of forward and backward per layout, for each repeat."""
+    generator = np.random.default_rng([options.seed, k])
+    rows = []
+    for repeat in range(options.repeats):
+        comparisons = draw(k, count=max(1, options.sequences // k), generator=generator)
+        row = {"comparisons": len(comparisons)}
+        order = LAYOUTS[repeat % 3 :] + LAYOUTS[: repeat % 3]
+        for layout in order:
+            batches = lay_out(comparisons, layout=layout, model=model)
+            if repeat == 0:
+                run(batches, model=model, topology=topology, device=device)  # warm-up, not counted
+            start = clock(device)
+            loss = run(batches, model=model, topology=topology, device=device)
+            row[layout] = {
+                "seconds": clock(device) - start,
+                "tokens": sum(b.tokens.size for b in batches),
+                "loss": loss,
+            }
+        losses = [row[layout]["loss"] for layout in LAYOUTS]
+        assert np.allclose(losses, losses[0], rtol=1e-3), f"the layouts disagree: {losses}"
+        rows.append(row)
+    return rows
+
+
+def lay_out(comparisons, *, layout: str, model: BuiltModel):
+    """One rank's micro-batches; 16,384 tokens at most, as every trainer would cut them."""
+    plan = plan_step(comparisons, num_ranks=1, max_tokens=16384, layout=layout, architecture=model.architecture)
+    return [
+        build_micro_batch([comparisons[i] for i in part], layout=layout, pad_id=0, pad_to_multiple=16)
+        for part in plan[0]
+    ]
+
+
+def run(batches, *, model: BuiltModel, topology: Topology, device: Device) -> float:
+    """Forward and backward of all micro-batches; returns the loss sum."""
+    core, total = model.chunks[0], 0.0
+    core.zero_grad(set_to_none=True)
+    for batch in batches:
+        moved = to_device(batch, device=device, topology=topology)
+        rewards = core(moved.tokens, None, None, packed_seq_params=moved.layout)
+        loss = ranking_loss(rewards, winners=moved.winners, losers=moved.losers).loss_sum
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def clock(device: Device) -> float:
+    """Process CPU time on the CPU; wall time behind a synchronised GPU."""
+    device.synchronize()
+    return time.process_time() if device.kind == "cpu" else time.perf_counter()
+
+
+def summarise(figures: dict[int, list[dict]], *, model: BuiltModel, device: Device, options) -> dict:
+    """Medians over the repeats, the ratios that matter, and what they were measured on."""
+    table, ratios = {}, {"shared_over_packed": {}, "shared_over_padded": {}, "packed_over_padded": {}}
+    for k, rows in figures.items():
+        table[str(k)] = {
+            layout: {
+                "comparisons_per_s": statistics.median(r["comparisons"] / r[layout]["seconds"] for r in rows),
+                "physical_tokens_per_comparison": statistics.mean(r[layout]["tokens"] / r["comparisons"] for r in rows),
+            }
+            for layout in LAYOUTS
+        }
+        for name, fast, slow in (
+            ("shared_over_packed", "shared_prefix", "packed"),
+            ("shared_over_padded", "shared_prefix", "padded"),
+            ("packed_over_padded", "packed", "padded"),
+        ):
+            ratios[name][str(k)] = statistics.median(r[slow]["seconds"] / r[fast]["seconds"] for r in rows)
+    return ratios | {
+        "layouts": table,
+        "clock": "process CPU time" if device.kind == "cpu" else "wall time",
+        "repeats": options.repeats,
+        "sequences_per_repeat": options.sequences,
+        "seed": options.seed,
+        "parameters": model.architecture.num_parameters(model.vocab_size),
+        "precision": str(model.transformer_config.params_dtype).removeprefix("torch."),
+        "attention": model.attention,
+        "device": device.name if device.kind == "cuda" else f"{platform.machine()} CPU, 1 thread",
+        "torch": torch.__version__,
+        "megatron_core": megatron.core.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def print_table(result: dict) -> None:
+    """The table as Markdown, with its conditions below it."""
+    print("| K | layout | comparisons/s | tokens/comparison | over padded | over packed |")
+    print("|---|---|---:|---:|---:|---:|")
+    for k, layouts in result["layouts"].items():
+        over_padded = {"packed": result["packed_over_padded"][k], "shared_prefix": result["shared_over_padded"][k]}
+        for layout, row in layouts.items():
+            padded = f"{over_padded[layout]:.2f}x" if layout in over_padded else ""
+            packed = f"**{result['shared_over_packed'][k]:.2f}x**" if layout == "shared_prefix" else ""
+            print(
+                f"| {k} | {layout} | {row['comparisons_per_s']:.3f} | {row['physical_tokens_per_comparison']:.0f} "
+                f"| {padded} | {packed} |"
+            )
+    print(
+        f"\nForward + backward, {result['parameters'] / 1e6:.1f}M parameters, {result['precision']}, "
+        f"{result['attention']}, {result['device']}; {result['clock']}, medians of {result['repeats']} interleaved "
+        f"repeats of {result['sequences_per_repeat']} sequences; torch {result['torch']}, megatron-core "
+        f"{result['megatron_core']}, Python {result['python']}, seed {result['seed']}."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
