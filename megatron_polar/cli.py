@@ -1,6 +1,7 @@
 """The console command and its verbs. Each verb imports what it needs: a login node starts in under a second."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options) or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        rank = "" if log.is_first_rank() else f" [rank {os.environ.get('RANK', '?')}]"
+        print(f"error{rank}: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -71,6 +71,9 @@ def _child(function, arguments, rank: int, world_size: int, port: int, directory
     temporary = directory / f"{rank}.tmp"
     temporary.write_bytes(pickle.dumps(outcome))
     temporary.rename(directory / str(rank))
+    for helper in multiprocessing.active_children():  # saving a checkpoint starts one, and os._exit would orphan it
+        helper.kill()
+        helper.join()
     os._exit(0 if outcome[0] == "value" else 1)
 
 

@@ -130,6 +130,13 @@ def test_dp2_equals_the_single_process_with_either_optimizer(optimizer, trajecto
         np.testing.assert_allclose(figures, single_process, rtol=1e-6)
 
 
+def test_overlapped_communication_changes_nothing(trajectory_corpus, single_process):
+    config = make_config(str(trajectory_corpus), parallel={})
+    section = dataclasses.replace(config.optimizer, overlap_grad_reduce=True, overlap_param_gather=True)
+    for figures in run_ranks(train_three_steps, 2, dataclasses.replace(config, optimizer=section)):
+        np.testing.assert_allclose(figures, single_process, rtol=1e-6)
+
+
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_every_row_layout_trains_the_same(layout, trajectory_corpus, single_process):
     config = make_config(str(trajectory_corpus), parallel={}, layout=layout)

@@ -259,3 +259,9 @@ def test_parts_can_be_put_together_by_hand(tmp_path):
     assert [text for text, _ in page.rows[1]] == ["a<b", "1.5"]
     assert page.headings == ["A & B", "One"]
     assert not list((tmp_path / "new").glob("*.partial"))
+
+
+def test_training_and_validation_rows_of_one_iteration_are_both_kept(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 5, "rm/loss": 0.5}\n{"iteration": 5, "validation/rm/accuracy": 0.75}\n')
+    assert read_metrics(path) == [{"iteration": 5, "rm/loss": 0.5, "validation/rm/accuracy": 0.75}]

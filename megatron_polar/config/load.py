@@ -39,8 +39,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     except TypeError:  # OmegaConf merges no list with a mapping
         raise UserError(
-            f"{path}: a list and a mapping do not merge; the file must be a mapping of sections (run, model, data, ...), "
-            f"and an override must replace a list whole, as in 'data.train=[{{path: DIRECTORY}}]'"
+            f"{path}: a list and a mapping do not merge; the file must be a mapping of sections (run, model, data, "
+            f"...), and an override must replace a list whole, as in 'data.train=[{{path: DIRECTORY}}]'"
         ) from None
     if not isinstance(container, dict):
         raise UserError(

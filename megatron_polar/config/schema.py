@@ -49,7 +49,7 @@ class ModelSection:
     make_vocab_size_divisible_by: int = 128
     """The embedding is padded to a multiple of this, independent of the layout."""
     init_method_std: float | None = None
-    """Standard deviation of random initial weights; default 0.02."""
+    """Standard deviation of random initial weights; default: the preset's, else 0.02."""
     reward_head_init_std: float = 0.0
     """Standard deviation of the reward head's initial weights; 0 as in the released POLAR runs."""
     hidden_dropout: float = 0.0
@@ -128,7 +128,7 @@ class TrainSection:
     init_from: str | None = None
     """Checkpoint (run directory or one step of it) whose weights to start from; null: random weights."""
     gradient_accumulation_fusion: bool = False
-    """Accumulate weight gradients inside the GEMM (needs Apex or Transformer Engine)."""
+    """Accumulate weight gradients inside the GEMM (needs Apex's fused_weight_gradient_mlp_cuda on a GPU)."""
 
 
 @dataclass(frozen=True)

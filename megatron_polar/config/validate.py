@@ -134,6 +134,11 @@ def _check_training(config: RunConfig) -> None:
         raise UserError("optimizer.overlap_param_gather=true needs optimizer.overlap_grad_reduce=true")
     if config.optimizer.overlap_param_gather and not config.optimizer.use_distributed_optimizer:
         raise UserError("optimizer.overlap_param_gather=true needs optimizer.use_distributed_optimizer=true")
+    if config.train.precision == "bf16" and not config.optimizer.use_distributed_optimizer:
+        raise UserError(
+            "optimizer.use_distributed_optimizer=false with train.precision=bf16 cannot be saved: Megatron-Core's "
+            "other optimizer knows no fp32 weights (the reward head) beside bf16 ones; set it to true"
+        )
     if config.model.attention_dropout > 0 and config.data.layout != "padded":
         raise UserError(
             f"model.attention_dropout={config.model.attention_dropout} is not possible with data.layout="

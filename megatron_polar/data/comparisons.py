@@ -77,7 +77,7 @@ class ComparisonDataset:
     def locate(self, index: int) -> tuple[int, int]:
         """The corpus, and the running number of the draw from it, that comparison `index` means."""
         epoch, position = divmod(index, len(self))
-        place = permute(position, size=len(self), key=_mix64(self.seed) ^ _mix64(epoch))
+        place = permute(position, size=len(self), key=_mix64(_mix64(self.seed) + epoch))
         source = int(np.searchsorted(self._ends, place, side="right"))
         start = int(self._ends[source] - self._shares[source])
         return source, epoch * int(self._shares[source]) + place - start
@@ -87,7 +87,7 @@ class ComparisonDataset:
         source, draw = self.locate(index)
         corpus = self.corpora[source]
         cycle, position = divmod(draw, len(corpus))
-        key = _mix64(self.seed + 1) ^ _mix64((source << 40) + cycle)
+        key = _mix64(_mix64(_mix64(self.seed) + source) + cycle)
         document = permute(position, size=len(corpus), key=key)
         stored = corpus.document(document)
         generator = np.random.default_rng([self.seed, source, cycle, document])

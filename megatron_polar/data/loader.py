@@ -14,6 +14,7 @@ from megatron_polar.config.presets import Architecture
 from megatron_polar.config.schema import DataSection
 from megatron_polar.data.comparisons import ComparisonDataset
 from megatron_polar.data.packing import Layout, MicroBatch, build_micro_batch, comparison_flops, plan_step
+from megatron_polar.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,12 @@ def build_step(comparisons: ComparisonDataset, indices: range, *, number: int, r
 
 
 def load_steps(dataset: StepDataset, *, start: int, stop: int, data: DataSection) -> Iterator[Step]:
-    """Yield steps start..stop-1 in order, prepared ahead by `data.num_workers` processes."""
+    """Yield steps start..stop-1 in order, prepared ahead by `data.num_workers` processes.
+
+    Raises UserError (a document that is damaged or does not fit), on one line from whatever process it comes.
+    """
     loader = DataLoader(
-        dataset,
+        _Guarded(dataset),
         batch_size=None,
         sampler=range(start, stop),
         num_workers=data.num_workers,
@@ -100,8 +104,24 @@ def load_steps(dataset: StepDataset, *, start: int, stop: int, data: DataSection
         # A generator of its own: the default would draw from torch's global RNG and spoil bit-exact resume.
         generator=torch.Generator(),
     )
-    return iter(loader)
+    for item in loader:
+        if isinstance(item, UserError):
+            raise item
+        yield item
 
 
-def _as_it_is(step: Step) -> Step:
-    return step
+class _Guarded(Dataset):
+    """Hands a UserError over as a value: torch would wrap what a worker process raises into the text of a traceback."""
+
+    def __init__(self, steps: StepDataset):
+        self.steps = steps
+
+    def __getitem__(self, number: int) -> Step | UserError:
+        try:
+            return self.steps[number]
+        except UserError as error:
+            return error
+
+
+def _as_it_is(item: Step | UserError) -> Step | UserError:
+    return item

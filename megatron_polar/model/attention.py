@@ -296,6 +296,7 @@ def attention_class(name: str, *, device_kind: str, have_transformer_engine: boo
         name = "te" if device_kind == "cuda" and have_transformer_engine else "sdpa"
     if name == "te" and not have_transformer_engine:
         raise UserError(
-            "model.attention=te, but Transformer Engine is not usable here; install requirements-gpu.txt, or use auto"
+            "model.attention=te needs Transformer Engine's layers, and this run has megatron-core's local ones: on a "
+            "GPU machine install requirements-gpu.txt and set model.transformer_impl=auto, or set model.attention=auto"
         )
     return ATTENTION_CLASSES[name]

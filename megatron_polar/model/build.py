@@ -1,6 +1,7 @@
 """RunConfig + Topology → TransformerConfig → wrapped model chunks. The only constructor of TransformerConfig."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +75,11 @@ def build_model(
     attention = attention_class(
         config.model.attention, device_kind=device.kind, have_transformer_engine=impl == "transformer_engine"
     )
+    if config.train.gradient_accumulation_fusion and find_spec("fused_weight_gradient_mlp_cuda") is None:
+        raise UserError(
+            "train.gradient_accumulation_fusion=true needs Apex's fused_weight_gradient_mlp_cuda, which is not "
+            "installed here; build Apex with its CUDA extensions, or set it to false"
+        )
     transformer_config = make_transformer_config(
         config, architecture=architecture, topology=topology, device=device, dtype=dtype, transformer_impl=impl
     )

@@ -6,6 +6,7 @@ piece is needed, stands beside it.
 """
 
 import contextlib
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,6 +40,15 @@ class Device:
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         return peak
+
+
+def make_deterministic(device: Device) -> None:
+    """Ask torch, cuBLAS and Transformer Engine for kernels that repeat bit for bit (the CPU's always do); call before
+    any of them has run."""
+    if device.kind == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+        torch.use_deterministic_algorithms(True)
 
 
 def select_device(kind: Literal["auto", "cuda", "cpu"], *, local_rank: int) -> Device:

@@ -102,9 +102,10 @@ def initialize(parallel: ParallelSection, *, device: Device) -> Topology:
 
 
 def seed_ranks(topology: Topology, *, seed: int) -> None:
-    """Seed dropout: replicas that must agree share a stream, tensor-parallel regions and data-parallel ranks differ."""
-    torch.manual_seed(seed + 100 * topology.pp_rank + 10007 * topology.dp_rank)
-    model_parallel_cuda_manual_seed(seed + 100 * topology.pp_rank + 10007 * topology.dp_rank)
+    """Seed dropout: tensor-parallel replicas share a stream; ranks with other tokens or layers differ."""
+    own = seed + 100 * topology.pp_rank + 10007 * topology.dp_rank + 1000003 * topology.cp_rank
+    torch.manual_seed(own)
+    model_parallel_cuda_manual_seed(own)
 
 
 def shut_down() -> None:

@@ -43,9 +43,10 @@ _CURVES = (  # heading, y axis, caption, metrics: the first is drawn in blue, th
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Read `metrics.jsonl` in order of iteration; where a resumed run wrote one twice, the later line counts.
+    """Read `metrics.jsonl` in order of iteration: the training and held-out rows of one iteration become one.
 
-    A last line that a killed run left unfinished is skipped. UserError with `file:line` for any other damage.
+    Where a resumed run wrote a figure twice, the later line counts. A last line that a killed run left unfinished is
+    skipped. UserError with `file:line` for any other damage.
     """
     if not path.exists():
         raise UserError(
@@ -56,7 +57,7 @@ def read_metrics(path: Path) -> list[dict]:
     for line_number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            rows[row["iteration"]] = row
+            rows.setdefault(row["iteration"], {}).update(row)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             if line_number < len(lines):
                 raise UserError(

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import orjson
@@ -35,26 +36,32 @@ def score_file(scorer: Scorer, path: Path, *, output: Path, default_wrapper: str
     lines.
     """
     total = read_requests(path, default_wrapper=default_wrapper)
+    if not log.is_first_rank():
+        for _ in _scored_lines(scorer, path, total=total, default_wrapper=default_wrapper):
+            pass
+        return total
+    output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(output.name + ".tmp")
-    sink = None
-    if log.is_first_rank():
-        output.parent.mkdir(parents=True, exist_ok=True)
-        sink = temporary.open("wb")
+    try:
+        with temporary.open("wb") as sink:
+            for line in _scored_lines(scorer, path, total=total, default_wrapper=default_wrapper):
+                sink.write(orjson.dumps(line) + b"\n")
+            sink.flush()
+            os.fsync(sink.fileno())
+        temporary.replace(output)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return total
+
+
+def _scored_lines(scorer: Scorer, path: Path, *, total: int, default_wrapper: str) -> Iterator[dict]:
     lines = _read_lines(path, default_wrapper=default_wrapper)
     with log.Progress("scoring", total=total, unit="lines") as bar:
-        while chunk := [line for line, _ in zip(lines, range(_LINES_AT_ONCE), strict=False)]:
+        while chunk := list(islice(lines, _LINES_AT_ONCE)):
             rewards = scorer.score([line.request for line in chunk])
             for line, values in zip(chunk, rewards, strict=True):
-                added = {"reward": values[0]} if line.is_single else {"rewards": values}
-                if sink is not None:
-                    sink.write(orjson.dumps(line.value | added) + b"\n")
+                yield line.value | ({"reward": values[0]} if line.is_single else {"rewards": values})
             bar.advance(len(chunk))
-    if sink is not None:
-        sink.flush()
-        os.fsync(sink.fileno())
-        sink.close()
-        temporary.replace(output)
-    return total
 
 
 def _read_lines(path: Path, *, default_wrapper: str) -> Iterator[_Line]:
@@ -79,11 +86,18 @@ def _parse(raw: bytes, *, where: str, default_wrapper: str) -> _Line:
     outputs = [value["output"]] if is_single else value["outputs"]
     if not isinstance(outputs, list) or not outputs:
         raise UserError(f"{where}: outputs={outputs!r} must be a non-empty list")
-    try:
-        prompt, reference, *texts = (prompt_text(x) for x in (value["prompt"], value["reference"], *outputs))
-    except (TypeError, ValueError, KeyError) as error:
-        raise UserError(f"{where}: {error}") from None
+    prompt, reference = (_text(value[key], key=key, where=where) for key in ("prompt", "reference"))
+    texts = [
+        _text(output, key="output" if is_single else f"outputs[{i}]", where=where) for i, output in enumerate(outputs)
+    ]
     wrapper = value.get("wrapper", default_wrapper)
     if wrapper not in ("sft", "pretrain"):
         raise UserError(f"{where}: wrapper={wrapper!r} must be sft or pretrain")
     return _Line(value, ScoreRequest(prompt, reference, tuple(texts), wrapper), is_single)
+
+
+def _text(value: object, *, key: str, where: str) -> str:
+    try:
+        return prompt_text(value)
+    except TypeError as error:
+        raise UserError(f"{where}: {key}={value!r}: {error}") from None

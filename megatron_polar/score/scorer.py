@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from megatron_polar import log
 from megatron_polar.config.load import load_config
+from megatron_polar.config.presets import architecture_of
 from megatron_polar.config.schema import ParallelSection, RunConfig
 from megatron_polar.config.validate import check_layout
 from megatron_polar.data.loader import RowShape
@@ -20,10 +21,11 @@ from megatron_polar.parallel import topology as ranks
 from megatron_polar.parallel.device import Device, select_device
 from megatron_polar.parallel.topology import Topology
 from megatron_polar.score.requests import ScoreRequest
-from megatron_polar.train.checkpoint import find_checkpoint, load_weights
+from megatron_polar.train.checkpoint import agree_on_checkpoint, load_weights
 from megatron_polar.train.step import compute_rewards
 
 MAX_RESPONSE_LENGTH = 4096  # of the published inference path (polar reward_func)
+_RESERVED_TOKENS_OF_AN_ANSWER = 6
 
 
 class Scorer:
@@ -38,7 +40,9 @@ class Scorer:
     ):
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.topology, self.device = topology, device
-        self.max_response_length = min(MAX_RESPONSE_LENGTH, config.data.max_sequence_length)
+        # Two answers must fit beside the control tokens; joined to a prompt, an answer may gain a few tokens.
+        fitting = config.data.max_sequence_length // 2 - _RESERVED_TOKENS_OF_AN_ANSWER
+        self.max_response_length = max(1, min(MAX_RESPONSE_LENGTH, fitting))
         self.control = ControlTokens(
             bos_id=tokenizer.bos_id,
             separator_id=tokenizer.separator_id,
@@ -115,16 +119,16 @@ def load_scorer(
 
     The tokenizer and the configuration are the checkpoint's own. Raises UserError when there is none that verifies.
     """
-    directory = find_checkpoint(checkpoint)
     parallel = parallel or ParallelSection()
+    device = select_device(device_kind, local_rank=ranks.local_rank())
+    topology = ranks.initialize(parallel, device=device)
+    directory = agree_on_checkpoint(checkpoint, topology=topology)
     config = load_config(directory / "config.yaml")
     run = dataclasses.replace(config.run, device=device_kind)
     config = dataclasses.replace(config, parallel=parallel, run=run)
-    device = select_device(device_kind, local_rank=ranks.local_rank())
-    topology = ranks.initialize(parallel, device=device)
+    check_layout(parallel, architecture_of(config.model))
     tokenizer = load_tokenizer(directory / "tokenizer")
     model = build_model(config, topology=topology, device=device, vocab_size=tokenizer.vocab_size, for_training=False)
-    check_layout(parallel, model.architecture)
     load_weights(directory, model=model)
     log.info(f"scoring with {directory} ({model.transformer_impl} layers, {model.attention}) on {device.name}")
     return Scorer(config=config, model=model, tokenizer=tokenizer, topology=topology, device=device)

@@ -29,6 +29,8 @@ from megatron_polar.parallel.topology import Topology
 
 MANIFEST = "manifest.json"
 _STEP_PREFIX = "step_"
+_CONFIGURED = ("lr", "max_lr", "min_lr", "weight_decay", "wd_mult", "lr_mult", "betas", "eps")
+"""Entries of the optimizer's parameter groups that come from the `optimizer` section."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ def save_checkpoint(
             shutil.rmtree(target)
         target.mkdir(parents=True)
     dist.barrier()
+    _finish_param_gather(model)
     tensors = _sharded_state(model, optimizer=optimizer, topology=topology, is_loading=False)
     dist_checkpointing.save(tensors, str(target), content_metadata=_content_metadata())
     if topology.rank == 0:
@@ -91,6 +94,13 @@ def save_checkpoint(
         _prune(target.parent, keep=keep, newest=target)
     dist.barrier()
     return target
+
+
+def _finish_param_gather(model: BuiltModel) -> None:
+    """With `overlap_param_gather` other ranks' updated weights arrive only in the next forward pass: fetch them."""
+    for chunk in model.chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def _hash_own_files(directory: Path, *, topology: Topology) -> dict[str, dict]:
@@ -165,6 +175,20 @@ def verify_checkpoint(directory: Path) -> str | None:
     return None
 
 
+def agree_on_checkpoint(path: str | Path, *, topology: Topology) -> Path:
+    """`find_checkpoint` for all ranks: the first one reads and hashes, the others are told which it is, or why none."""
+    answer: list[Path | UserError | None] = [None]
+    if topology.rank == 0:
+        try:
+            answer = [find_checkpoint(path)]
+        except UserError as error:
+            answer = [error]
+    dist.broadcast_object_list(answer, src=0)
+    if isinstance(answer[0], UserError):
+        raise answer[0]
+    return answer[0]
+
+
 def find_checkpoint(path: str | Path) -> Path:
     """The newest complete step of a run directory, or the step itself; says which steps it skips and why.
 
@@ -191,8 +215,9 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def has_checkpoints(run_directory: Path) -> bool:
-    """Whether a run directory holds anything that looks like a checkpoint."""
-    return any((run_directory / "checkpoints").glob(f"{_STEP_PREFIX}*"))
+    """Whether a save was ever finished here; what a run killed in its first save has left behind does not count."""
+    checkpoints = run_directory / "checkpoints"
+    return (checkpoints / "latest").exists() or any(checkpoints.glob(f"{_STEP_PREFIX}*/{MANIFEST}"))
 
 
 # --- Loading ---------------------------------------------------------------------------------------------------------
@@ -225,7 +250,12 @@ def load_training(
         )
     loaded = dist_checkpointing.load(request, str(directory))
     _install_weights(model, loaded)
+    configured = [
+        {key: value for key, value in group.items() if key in _CONFIGURED} for group in optimizer.param_groups
+    ]
     optimizer.load_state_dict(loaded["optimizer"])
+    for group, values in zip(optimizer.param_groups, configured, strict=True):
+        group.update(values)  # the configuration decides, not what the checkpoint was trained with
     if same_layout:
         _restore_rng(loaded["rng"])
     return state

@@ -117,7 +117,7 @@ class Metrics:
             "tokens/logical_per_s": logical / total_seconds,
             "data/flops_imbalance": statistics.fmean(step.imbalance for step in steps),
             "data/micro_batches": statistics.fmean(len(step.micro_batches) for step in steps),
-            "data/prompt_tokens_cut": sum(step.prompt_tokens_cut for step in steps),
+            "data/prompt_tokens_cut": statistics.fmean(step.prompt_tokens_cut for step in steps),
         }
         if self.peak_tflops is not None:
             row["mfu"] = tflops / self.peak_tflops

@@ -20,11 +20,11 @@ from megatron_polar.data.tokenizer import load_tokenizer
 from megatron_polar.errors import UserError
 from megatron_polar.model.build import BuiltModel, build_model
 from megatron_polar.parallel import topology as ranks
-from megatron_polar.parallel.device import Device, select_device
+from megatron_polar.parallel.device import Device, make_deterministic, select_device
 from megatron_polar.parallel.topology import Topology
 from megatron_polar.train.checkpoint import (
     TrainingState,
-    find_checkpoint,
+    agree_on_checkpoint,
     has_checkpoints,
     layout_of,
     load_training,
@@ -122,6 +122,8 @@ def train(config: RunConfig) -> dict[str, float]:
 
 def _build(config: RunConfig) -> Run:
     device = select_device(config.run.device, local_rank=ranks.local_rank())
+    if config.run.deterministic:
+        make_deterministic(device)
     topology = ranks.initialize(config.parallel, device=device)
     ranks.seed_ranks(topology, seed=config.run.seed)
     data = open_data(config, topology=topology)
@@ -154,8 +156,9 @@ def _check_finite(result: StepResult, *, run: Run, step: int) -> None:
     loss = result.sums["loss"]
     if not (math.isfinite(loss) and math.isfinite(result.grad_norm)):
         raise UserError(
-            f"iteration {step}: loss sum {loss}, gradient norm {result.grad_norm}: not finite, so the weights are lost; "
-            f"lower optimizer.lr={run.config.optimizer.lr}, then start again from the last checkpoint in {run.directory}"
+            f"iteration {step}: loss sum {loss}, gradient norm {result.grad_norm}: not finite, so the weights are "
+            f"lost; lower optimizer.lr={run.config.optimizer.lr}, then start again from the last checkpoint in "
+            f"{run.directory}"
         )
 
 
@@ -199,13 +202,13 @@ def _start(run: Run) -> int:
             raise UserError(
                 f"{run.directory} has checkpoints and checkpoint.resume=false; choose another run.directory, or resume"
             )
-        checkpoint = find_checkpoint(run.directory)
+        checkpoint = agree_on_checkpoint(run.directory, topology=run.topology)
         _check_same_data(checkpoint, run=run)
         state = load_training(checkpoint, model=run.model, optimizer=run.optimizer, topology=run.topology)
         log.info(f"resumed from {checkpoint} at step {state.step}")
         return state.step
     if config.train.init_from is not None:
-        checkpoint = find_checkpoint(config.train.init_from)
+        checkpoint = agree_on_checkpoint(config.train.init_from, topology=run.topology)
         tokenizer = load_tokenizer(checkpoint / "tokenizer")
         for corpus in run.data.train.corpora:
             corpus.check_tokenizer(tokenizer)

@@ -1,0 +1,266 @@
+"""Micro-batches hold every comparison once, in rows whose segments say exactly which tokens see which."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from megatron_polar.config.presets import PRESETS
+from megatron_polar.data.packing import (
+    attended_pairs,
+    build_micro_batch,
+    comparison_flops,
+    karmarkar_karp,
+    physical_tokens,
+    plan_step,
+)
+from megatron_polar.data.template import TokenizedComparison
+
+LAYOUTS = ["shared_prefix", "packed", "padded"]
+REWARD, PAD = 7, 3  # no other token of the tests has these ids
+SHAPE = PRESETS["nano"]
+
+
+def comparison(generator, *, candidates: int, longest: int = 30, levels=None) -> TokenizedComparison:
+    def tokens(low: int) -> np.ndarray:
+        return generator.integers(10, 500, generator.integers(low, longest)).astype(np.int32)
+
+    tails = tuple(np.concatenate([tokens(0), np.array([REWARD], dtype=np.int32)]) for _ in range(candidates))
+    return TokenizedComparison(tokens(1), tails, levels or (0,) + (1,) * (candidates - 1), 0)
+
+
+def batch_of(seed: int = 0, *, count: int = 6) -> list[TokenizedComparison]:
+    generator = np.random.default_rng(seed)
+    return [comparison(generator, candidates=int(generator.integers(2, 6))) for _ in range(count)]
+
+
+def build(comparisons, layout, multiple=16):
+    return build_micro_batch(comparisons, layout=layout, pad_id=PAD, pad_to_multiple=multiple)
+
+
+def sequences_seen(batch, layout) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For every reward, (tokens, positions) that its last token attends to, in order: what the model really reads."""
+    seen = []
+    if layout == "padded":
+        rows = batch.tokens.shape[0]
+        for flat in batch.reward_positions:
+            position, row = divmod(int(flat), rows)
+            seen.append((batch.tokens[row, : position + 1], batch.position_ids[row, : position + 1]))
+        return seen
+    segments = list(
+        zip(batch.segment_starts, batch.segment_lengths, batch.prefix_starts, batch.prefix_lengths, strict=True)
+    )
+    for flat in batch.reward_positions:
+        start, _, prefix_start, prefix_length = next(s for s in segments if s[0] <= flat < s[0] + s[1])
+        rows = np.concatenate([np.arange(prefix_start, prefix_start + prefix_length), np.arange(start, flat + 1)])
+        seen.append((batch.tokens[0, rows], batch.position_ids[0, rows]))
+    return seen
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("seed", range(3))
+def test_every_reward_reads_exactly_its_own_sequence_in_every_layout(layout, seed):
+    comparisons = batch_of(seed)
+    wanted = [np.concatenate([c.prefix, candidate]) for c in comparisons for candidate in c.candidates]
+    seen = sequences_seen(build(comparisons, layout), layout)
+    assert len(seen) == len(wanted)
+    for (tokens, positions), sequence in zip(seen, wanted, strict=True):
+        np.testing.assert_array_equal(tokens, sequence)
+        np.testing.assert_array_equal(positions, np.arange(len(sequence)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_reward_positions_point_at_the_reward_tokens_and_only_there(layout):
+    batch = build(batch_of(), layout)
+    flat = batch.tokens.T.ravel()  # [s, b] flattened
+    assert set(batch.reward_positions) == set(np.flatnonzero(flat == REWARD))
+    assert len(batch.reward_positions) == batch.candidate_counts.sum()
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "packed"])
+@pytest.mark.parametrize("multiple", [1, 16, 64])
+def test_segments_tile_the_row_and_prefixes_are_rows_before_them(layout, multiple):
+    batch = build(batch_of(), layout, multiple)
+    ends = batch.segment_starts + batch.segment_lengths
+    np.testing.assert_array_equal(batch.segment_starts, np.concatenate([[0], ends[:-1]]))
+    assert ends[-1] == batch.tokens.shape[1]
+    assert (batch.segment_lengths > 0).all()
+    assert (batch.prefix_starts + batch.prefix_lengths <= batch.segment_starts).all()
+    assert (layout == "shared_prefix") == bool(batch.prefix_lengths.any())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("multiple", [1, 8, 48])
+def test_row_lengths_are_multiples_and_padding_is_less_than_one_multiple(layout, multiple):
+    comparisons = batch_of()
+    batch = build(comparisons, layout, multiple)
+    length = batch.tokens.shape[1]
+    assert length % multiple == 0
+    if layout != "padded":
+        assert length - sum(physical_tokens(c, layout=layout) for c in comparisons) < multiple
+    assert batch.tokens.shape == batch.position_ids.shape
+    assert batch.tokens.dtype == batch.position_ids.dtype == np.int64
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_empty_micro_batch_is_padding_without_rewards_or_pairs(layout):
+    batch = build([], layout)
+    assert batch.tokens.shape == (1, 16)
+    assert (batch.tokens == PAD).all()
+    assert len(batch.reward_positions) == len(batch.winners) == batch.num_comparisons == batch.num_attended == 0
+
+
+@pytest.mark.parametrize(
+    ("levels", "pairs"),
+    [
+        ((0, 1), {(0, 1)}),
+        ((1, 0), {(1, 0)}),
+        ((0, 0), set()),
+        ((0, 1, 1), {(0, 1), (0, 2)}),
+        ((0, 1, 2), {(0, 1), (0, 2), (1, 2)}),
+        ((2, 0, 0, 1), {(1, 0), (2, 0), (3, 0), (1, 3), (2, 3)}),
+    ],
+)
+def test_pairs_follow_the_levels_and_ties_give_none(levels, pairs):
+    generator = np.random.default_rng(1)
+    first = comparison(generator, candidates=3)
+    batch = build([first, comparison(generator, candidates=len(levels), levels=levels)], "shared_prefix")
+    own = {(w - 3, x - 3) for w, x in zip(batch.winners.tolist(), batch.losers.tolist(), strict=True) if w >= 3}
+    assert own == pairs
+    assert len(batch.winners) == 2 + len(pairs)  # the first comparison's two pairs stay within it
+
+
+def mask_of(batch) -> np.ndarray:
+    """The dense attention mask [s, s] that the segments describe, token by token."""
+    size = batch.tokens.shape[1]
+    mask = np.zeros((size, size), dtype=bool)
+    for start, length, prefix_start, prefix_length in zip(
+        batch.segment_starts, batch.segment_lengths, batch.prefix_starts, batch.prefix_lengths, strict=True
+    ):
+        for query in range(start, start + length):
+            mask[query, prefix_start : prefix_start + prefix_length] = True
+            mask[query, start : query + 1] = True
+    return mask
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "packed"])
+def test_attended_pairs_equal_the_masks_count(layout):
+    comparisons = batch_of(4)
+    batch = build(comparisons, layout)
+    used = sum(physical_tokens(c, layout=layout) for c in comparisons)
+    assert batch.num_attended == mask_of(batch)[:used].sum()
+    assert batch.num_attended == sum(attended_pairs(c, layout=layout) for c in comparisons)
+
+
+def test_attended_pairs_of_padded_rows_are_those_of_packed_ones():
+    for c in batch_of(5):
+        assert attended_pairs(c, layout="padded") == attended_pairs(c, layout="packed")
+        assert attended_pairs(c, layout="packed") > attended_pairs(c, layout="shared_prefix")
+
+
+def test_logical_tokens_are_those_without_sharing_in_every_layout():
+    comparisons = batch_of(6)
+    whole = sum(len(c.prefix) + len(k) for c in comparisons for k in c.candidates)
+    assert {build(comparisons, layout).num_logical_tokens for layout in LAYOUTS} == {whole}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_flops_of_comparisons_add_up_to_those_of_the_row(layout):
+    comparisons = batch_of(7)
+    batch = build(comparisons, layout, multiple=1)
+    tokens = sum(physical_tokens(c, layout=layout) for c in comparisons)
+    assert sum(comparison_flops(c, layout=layout, architecture=SHAPE) for c in comparisons) == SHAPE.forward_flops(
+        tokens=tokens, attended=batch.num_attended
+    )
+
+
+# --- planning --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("num_ranks", "multiple_of"), [(1, 1), (2, 1), (3, 2), (8, 4)])
+@pytest.mark.parametrize("max_tokens", [1, 150, 500, 10**6])
+def test_plans_lose_and_repeat_nothing_and_keep_to_the_limits(layout, num_ranks, multiple_of, max_tokens):
+    comparisons = batch_of(8, count=21)
+    plan = plan_step(
+        comparisons,
+        num_ranks=num_ranks,
+        max_tokens=max_tokens,
+        layout=layout,
+        architecture=SHAPE,
+        multiple_of=multiple_of,
+    )
+    assert len(plan) == num_ranks
+    assert sorted(i for parts in plan for part in parts for i in part) == list(range(21))
+    counts = {len(parts) for parts in plan}
+    assert len(counts) == 1
+    assert counts.pop() % multiple_of == 0
+    for part in itertools.chain(*plan):
+        if len(part) > 1:
+            size = build([comparisons[i] for i in part], layout, multiple=1).tokens.size
+            assert size <= max_tokens
+
+
+def test_no_more_micro_batches_than_comparisons_when_each_is_above_the_limit():
+    plan = plan_step(batch_of(9, count=4), num_ranks=1, max_tokens=2, layout="packed", architecture=SHAPE)
+    assert sorted(plan[0]) == [[0], [1], [2], [3]]
+
+
+def test_micro_batches_go_from_the_most_to_the_least_expensive():
+    comparisons = batch_of(10, count=30)
+    costs = [comparison_flops(c, layout="shared_prefix", architecture=SHAPE) for c in comparisons]
+    plan = plan_step(comparisons, num_ranks=2, max_tokens=300, layout="shared_prefix", architecture=SHAPE)
+    for parts in plan:
+        loads = [sum(costs[i] for i in part) for part in parts]
+        assert loads == sorted(loads, reverse=True)
+        assert len(loads) > 2
+
+
+def test_a_plan_is_a_function_of_its_input():
+    comparisons = batch_of(11, count=17)
+    keywords = {"num_ranks": 3, "max_tokens": 200, "layout": "shared_prefix", "architecture": SHAPE}
+    assert plan_step(comparisons, **keywords) == plan_step(list(comparisons), **keywords)
+
+
+# --- Karmarkar-Karp --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 7])
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 40])
+def test_karmarkar_karp_puts_every_item_into_one_part(num_parts, count):
+    costs = np.random.default_rng(count).integers(0, 1000, count).tolist()
+    parts = karmarkar_karp(costs, num_parts)
+    assert len(parts) == num_parts
+    assert sorted(i for part in parts for i in part) == list(range(count))
+
+
+@pytest.mark.parametrize("num_parts", [2, 3])
+def test_karmarkar_karp_stays_within_its_known_bound_of_the_optimum(num_parts):
+    generator = np.random.default_rng(3)
+    # Fischetti & Martello (1987) for 2 parts, Michiels et al. (2003) for more: LDM's largest part is at most
+    # 4/3 - 1/(3(m-1)) times the optimal one for m >= 3 parts, and at most 7/6 times for m = 2.
+    bound = 7 / 6 if num_parts == 2 else 4 / 3 - 1 / (3 * (num_parts - 1))
+    for _ in range(30):
+        costs = generator.integers(1, 60, 7).tolist()
+        best = min(
+            max(sum(c for c, part in zip(costs, choice, strict=True) if part == p) for p in range(num_parts))
+            for choice in itertools.product(range(num_parts), repeat=len(costs))
+        )
+        largest = max(sum(costs[i] for i in part) for part in karmarkar_karp(costs, num_parts))
+        assert best <= largest <= bound * best + 1e-9
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "packed"])
+@pytest.mark.parametrize("seed", range(3))
+def test_lognormal_mixes_are_balanced_to_two_percent_over_eight_ranks(layout, seed):
+    generator = np.random.default_rng(seed)
+    lengths = np.clip(generator.lognormal(6.0, 0.8, (1024, 3)), 8, 8000).astype(int)
+    comparisons = [
+        TokenizedComparison(np.zeros(p, np.int32), (np.zeros(a, np.int32), np.zeros(b, np.int32)), (0, 1), 0)
+        for p, a, b in lengths
+    ]
+    shape = PRESETS["polar_1_8b"]
+    plan = plan_step(comparisons, num_ranks=8, max_tokens=32768, layout=layout, architecture=shape)
+    costs = [comparison_flops(c, layout=layout, architecture=shape) for c in comparisons]
+    loads = [sum(costs[i] for part in parts for i in part) for parts in plan]
+    assert max(loads) * 8 / sum(loads) <= 1.02
