@@ -1,0 +1,52 @@
+"""The quickstart's own steps, end to end through the command line and torchrun, with fewer prompts and steps."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SMALLER = {"8000": "120", "700": "40", "1024": "512"}
+FEWER_STEPS = ["train.num_steps=4", "checkpoint.save_interval=2", "evaluation.interval=2", "logging.interval=1"]
+
+
+@pytest.fixture(scope="module")
+def quickstart():
+    spec = importlib.util.spec_from_file_location("quickstart", REPOSITORY / "examples/quickstart/run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_step(command, *, directory: Path) -> subprocess.CompletedProcess:
+    overrides = FEWER_STEPS if "train" in command else []
+    arguments = [sys.executable, *(SMALLER.get(word, word) for word in command[1:]), *overrides]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(
+        arguments, cwd=directory, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def test_the_quickstart_runs_end_to_end_and_a_second_run_resumes(quickstart, tmp_path, monkeypatch):
+    (tmp_path / "examples").symlink_to(REPOSITORY / "examples")
+    for title, *command in [*quickstart.steps(), ("Report", *quickstart.report_command())]:
+        finished = run_step(command, directory=tmp_path)
+        assert finished.returncode == 0, f"{title}: {finished.stderr[-3000:]}"
+    monkeypatch.chdir(tmp_path)
+    summary = quickstart.write_summary()
+    assert summary["heldout_comparisons"] == summary["unseen_policy_comparisons"] == 40
+    assert summary["heldout_accuracy"] + summary["swapped_accuracy"] == pytest.approx(1.0)
+    assert summary["train_seconds"] > 0
+    assert json.loads((tmp_path / "runs/quickstart/summary.json").read_text()) == summary
+    scored = [json.loads(line) for line in Path("runs/quickstart/example_scores.jsonl").read_text().splitlines()]
+    assert [sorted(line) for line in scored] == [["output", "prompt", "reference", "reward"]] * 2
+    assert "<svg" in Path("runs/quickstart/report.html").read_text()
+    train = next(command for title, *command in quickstart.steps() if "train" in command)
+    again = run_step(train, directory=tmp_path)
+    assert again.returncode == 0
+    assert "resumed from runs/quickstart/checkpoints/step_00000004 at step 4" in again.stderr
+    assert " iteration " not in again.stderr
