@@ -122,7 +122,7 @@ def _add_preprocess(verbs) -> None:
 def _preprocess(options: argparse.Namespace) -> None:
     from megatron_polar.data.preprocess import preprocess
 
-    report = preprocess(
+    preprocess(
         options.inputs,
         output=options.output,
         tokenizer_path=options.tokenizer,
@@ -133,12 +133,6 @@ def _preprocess(options: argparse.Namespace) -> None:
         separator_token=options.separator_token,
         reward_token=options.reward_token,
     )
-    if not report.already_complete:
-        log.info(
-            f"{report.output}: {report.documents} documents, {report.halves} trajectories, {report.tokens} tokens, "
-            f"{report.policies} policies; {report.bad_lines} lines quarantined, {report.responses_cut} responses cut, "
-            f"{report.duplicates_dropped} duplicates dropped"
-        )
 
 
 # --- train -----------------------------------------------------------------------------------------------------------

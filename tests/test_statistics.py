@@ -141,3 +141,16 @@ def test_rewards_that_cannot_be_measured_are_refused():
         compute_statistics([item((1, 2), levels=(1, 1))], [[1.0, 0.0]])
     with pytest.raises(ValueError, match="2 lists of rewards for 1 items"):
         compute_statistics([item((1, 2))], [[1.0, 0.0], [1.0, 0.0]])
+
+
+def test_items_of_one_prompt_count_as_less_than_independent_trials():
+    """Four prompts with five items each, all right or all wrong: four observations, not twenty."""
+    items = [
+        EvaluationItem(f"{p}-{i}", f"prompt {p}", "r", ("better", "worse"), (0, 1), "c", "sft")
+        for p in range(4)
+        for i in range(5)
+    ]
+    rewards = [[1.0, 0.0] if item.prompt != "prompt 3" else [0.0, 1.0] for item in items]
+    micro = compute_statistics(items, rewards).micro
+    assert (micro.accuracy, micro.num_pairs) == (0.75, 20)
+    assert (micro.low, micro.high) == pytest.approx(wilson_interval(0.75, 4))

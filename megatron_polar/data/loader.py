@@ -4,7 +4,7 @@ A step is a pure function of its number: every rank reads the step's comparisons
 own micro-batches. So the loader has no state to save: the number of the next step is the cursor.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,9 @@ from megatron_polar.config.presets import Architecture
 from megatron_polar.config.schema import DataSection
 from megatron_polar.data.comparisons import ComparisonDataset
 from megatron_polar.data.packing import Layout, MicroBatch, build_micro_batch, comparison_flops, plan_step
+from megatron_polar.data.template import TokenizedComparison
 from megatron_polar.errors import UserError
+from megatron_polar.parallel.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,18 @@ class RowShape:
     num_ranks: int
     micro_batches_multiple_of: int
     architecture: Architecture
+
+
+def row_shape(section: DataSection, *, topology: Topology, architecture: Architecture) -> RowShape:
+    """The shape of rows that the data section asks for, in this layout of ranks."""
+    return RowShape(
+        layout=section.layout,
+        max_tokens=section.max_tokens_per_micro_batch,
+        pad_to_multiple=section.pad_to_multiple * topology.tp_size * topology.cp_size,
+        num_ranks=topology.dp_size,
+        micro_batches_multiple_of=topology.pp_size if topology.vpp_size else 1,
+        architecture=architecture,
+    )
 
 
 @dataclass(frozen=True)
@@ -60,33 +74,48 @@ class StepDataset(Dataset):
 def build_step(comparisons: ComparisonDataset, indices: range, *, number: int, rank: int, shape: RowShape) -> Step:
     """Draw the comparisons `indices`, plan them over all ranks and build this rank's micro-batches."""
     drawn = [comparisons.comparison(index) for index in indices]
+    rows = lay_out(drawn, shape=shape, rank=rank, pad_id=comparisons.control.pad_id)
+    return Step(
+        number=number,
+        micro_batches=rows.micro_batches,
+        indices=[[indices[i] for i in part] for part in rows.members],
+        num_comparisons=len(drawn),
+        prompt_tokens_cut=sum(c.prompt_tokens_cut for c in drawn),
+        imbalance=rows.imbalance,
+    )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One rank's micro-batches of some comparisons; `members[m]` says which of them micro-batch m holds."""
+
+    micro_batches: list[MicroBatch]
+    members: list[list[int]]
+    imbalance: float
+
+
+def lay_out(comparisons: Sequence[TokenizedComparison], *, shape: RowShape, rank: int, pad_id: int) -> Rows:
+    """Plan comparisons over all data-parallel ranks and build the micro-batches of one."""
     plan = plan_step(
-        drawn,
+        comparisons,
         num_ranks=shape.num_ranks,
         max_tokens=shape.max_tokens,
         layout=shape.layout,
         architecture=shape.architecture,
         multiple_of=shape.micro_batches_multiple_of,
     )
-    costs = [comparison_flops(c, layout=shape.layout, architecture=shape.architecture) for c in drawn]
+    costs = [comparison_flops(c, layout=shape.layout, architecture=shape.architecture) for c in comparisons]
     loads = [sum(costs[i] for part in parts for i in part) for parts in plan]
     batches = [
         build_micro_batch(
-            [drawn[i] for i in part],
+            [comparisons[i] for i in part],
             layout=shape.layout,
-            pad_id=comparisons.control.pad_id,
+            pad_id=pad_id,
             pad_to_multiple=shape.pad_to_multiple,
         )
         for part in plan[rank]
     ]
-    return Step(
-        number=number,
-        micro_batches=batches,
-        indices=[[indices[i] for i in part] for part in plan[rank]],
-        num_comparisons=len(drawn),
-        prompt_tokens_cut=sum(c.prompt_tokens_cut for c in drawn),
-        imbalance=max(loads) * len(loads) / sum(loads),
-    )
+    return Rows(batches, plan[rank], imbalance=max(loads) * len(loads) / sum(loads))
 
 
 def load_steps(dataset: StepDataset, *, start: int, stop: int, data: DataSection) -> Iterator[Step]:

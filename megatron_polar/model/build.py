@@ -57,19 +57,7 @@ def build_model(
     `vocab_size` is the tokenizer's; `dtype` overrides `train.precision` (fp64 in tests).
     """
     architecture = architecture_of(config.model)
-    if config.model.vocab_size is not None:
-        if config.model.vocab_size < vocab_size:
-            raise UserError(
-                f"model.vocab_size={config.model.vocab_size} is below the tokenizer's vocabulary of {vocab_size}; "
-                f"leave it out, or set at least {vocab_size}"
-            )
-        vocab_size = config.model.vocab_size
-    rows = padded_vocab_size(vocab_size, multiple=config.model.make_vocab_size_divisible_by)
-    if rows % topology.tp_size:
-        raise UserError(
-            f"parallel.tensor_model_parallel_size={topology.tp_size} does not divide the padded vocabulary of {rows} "
-            f"rows; set model.make_vocab_size_divisible_by to a multiple of it"
-        )
+    rows = _embedding_rows(config, topology=topology, vocab_size=vocab_size)
     dtype = dtype or _DTYPES[config.train.precision]
     impl = resolve_transformer_impl(config.model.transformer_impl, device_kind=device.kind)
     attention = attention_class(
@@ -110,6 +98,23 @@ def build_model(
         )
         chunks.append(_wrap(model, config=config, transformer_config=transformer_config, for_training=for_training))
     return BuiltModel(chunks, transformer_config, architecture, rows, impl, attention.__name__)
+
+
+def _embedding_rows(config: RunConfig, *, topology: Topology, vocab_size: int) -> int:
+    if config.model.vocab_size is not None:
+        if config.model.vocab_size < vocab_size:
+            raise UserError(
+                f"model.vocab_size={config.model.vocab_size} is below the tokenizer's vocabulary of {vocab_size}; "
+                f"leave it out, or set at least {vocab_size}"
+            )
+        vocab_size = config.model.vocab_size
+    rows = padded_vocab_size(vocab_size, multiple=config.model.make_vocab_size_divisible_by)
+    if rows % topology.tp_size:
+        raise UserError(
+            f"parallel.tensor_model_parallel_size={topology.tp_size} does not divide the padded vocabulary of {rows} "
+            f"rows; set model.make_vocab_size_divisible_by to a multiple of it"
+        )
+    return rows
 
 
 def make_transformer_config(

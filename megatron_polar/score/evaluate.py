@@ -155,5 +155,7 @@ def _one_line(summary: dict[str, Any]) -> str:
     return (
         f"{summary['suite']}: accuracy {summary['accuracy']:.4f} (95 % {summary['low']:.4f} to {summary['high']:.4f}, "
         f"{summary['num_pairs']} pairs), macro {summary['macro_accuracy']:.4f} of {len(summary['categories'])}, "
-        f"ties {summary['tie_rate']:.4f}, swapped {summary['swapped_accuracy']:.4f} ({check})"
+        f"ties {summary['tie_rate']:.4f}, swapped {summary['swapped_accuracy']:.4f} ({check}); for comparison: the "
+        f"longer answer {summary['length_only_accuracy']:.4f}, word overlap with the reference "
+        f"{summary['word_overlap_accuracy']:.4f}"
     )

@@ -12,8 +12,7 @@ from megatron_polar.config.load import load_config
 from megatron_polar.config.presets import architecture_of
 from megatron_polar.config.schema import ParallelSection, RunConfig
 from megatron_polar.config.validate import check_layout
-from megatron_polar.data.loader import RowShape
-from megatron_polar.data.packing import build_micro_batch, plan_step
+from megatron_polar.data.loader import lay_out, row_shape
 from megatron_polar.data.template import ControlTokens, Half, TokenizedComparison, assemble_comparison, encode_half
 from megatron_polar.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_polar.model.build import BuiltModel, build_model
@@ -21,10 +20,9 @@ from megatron_polar.parallel import topology as ranks
 from megatron_polar.parallel.device import Device, select_device
 from megatron_polar.parallel.topology import Topology
 from megatron_polar.score.requests import ScoreRequest
-from megatron_polar.train.checkpoint import agree_on_checkpoint, load_weights
+from megatron_polar.train.checkpoint import agree_on_checkpoint, load_weights, read_state
 from megatron_polar.train.step import compute_rewards
 
-MAX_RESPONSE_LENGTH = 4096  # of the published inference path (polar reward_func)
 _RESERVED_TOKENS_OF_AN_ANSWER = 6
 
 
@@ -36,54 +34,39 @@ class Scorer:
     """
 
     def __init__(
-        self, *, config: RunConfig, model: BuiltModel, tokenizer: Tokenizer, topology: Topology, device: Device
+        self,
+        *,
+        config: RunConfig,
+        model: BuiltModel,
+        tokenizer: Tokenizer,
+        topology: Topology,
+        device: Device,
+        max_response_length: int,
     ):
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.topology, self.device = topology, device
         # Two answers must fit beside the control tokens; joined to a prompt, an answer may gain a few tokens.
         fitting = config.data.max_sequence_length // 2 - _RESERVED_TOKENS_OF_AN_ANSWER
-        self.max_response_length = max(1, min(MAX_RESPONSE_LENGTH, fitting))
+        self.max_response_length = max(1, min(max_response_length, fitting))
         self.control = ControlTokens(
             bos_id=tokenizer.bos_id,
             separator_id=tokenizer.separator_id,
             reward_id=tokenizer.reward_id,
             pad_id=tokenizer.pad_id,
         )
-        self._shape = RowShape(
-            layout=config.data.layout,
-            max_tokens=config.data.max_tokens_per_micro_batch,
-            pad_to_multiple=config.data.pad_to_multiple * topology.tp_size * topology.cp_size,
-            num_ranks=topology.dp_size,
-            micro_batches_multiple_of=topology.pp_size if topology.vpp_size else 1,
-            architecture=model.architecture,
-        )
+        self._shape = row_shape(config.data, topology=topology, architecture=model.architecture)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
         """Rewards of each request's outputs, in order; higher means closer to the reference's policy."""
         if not requests:
             return []
         comparisons = [self._tokenize(request) for request in requests]
-        shape = self._shape
-        plan = plan_step(
-            comparisons,
-            num_ranks=shape.num_ranks,
-            max_tokens=shape.max_tokens,
-            layout=shape.layout,
-            architecture=shape.architecture,
-            multiple_of=shape.micro_batches_multiple_of,
-        )[self.topology.dp_rank]
-        batches = [
-            build_micro_batch(
-                [comparisons[i] for i in members],
-                layout=shape.layout,
-                pad_id=self.control.pad_id,
-                pad_to_multiple=shape.pad_to_multiple,
-            )
-            for members in plan
-        ]
-        rewards = compute_rewards(self.model, micro_batches=batches, topology=self.topology, device=self.device)
+        rows = lay_out(comparisons, shape=self._shape, rank=self.topology.dp_rank, pad_id=self.control.pad_id)
+        rewards = compute_rewards(
+            self.model, micro_batches=rows.micro_batches, topology=self.topology, device=self.device
+        )
         mine = {}
-        for members, batch, values in zip(plan, batches, rewards, strict=True):
+        for members, batch, values in zip(rows.members, rows.micro_batches, rewards, strict=True):
             pieces = values.split(batch.candidate_counts.tolist())
             mine |= {index: piece.tolist() for index, piece in zip(members, pieces, strict=True)}
         everyone = [mine]
@@ -131,4 +114,11 @@ def load_scorer(
     model = build_model(config, topology=topology, device=device, vocab_size=tokenizer.vocab_size, for_training=False)
     load_weights(directory, model=model)
     log.info(f"scoring with {directory} ({model.transformer_impl} layers, {model.attention}) on {device.name}")
-    return Scorer(config=config, model=model, tokenizer=tokenizer, topology=topology, device=device)
+    return Scorer(
+        config=config,
+        model=model,
+        tokenizer=tokenizer,
+        topology=topology,
+        device=device,
+        max_response_length=read_state(directory).max_response_length,
+    )

@@ -56,6 +56,7 @@ class Pairs:
     """The ordered pairs of all items; every array is [p], one entry per pair."""
 
     item: np.ndarray  # index of the item
+    prompt: np.ndarray  # index of the item's prompt: items of one prompt are not independent
     margin: np.ndarray  # reward of the better candidate minus that of the worse
     better_length: np.ndarray  # characters
     worse_length: np.ndarray
@@ -125,7 +126,9 @@ def ordered_pairs(items: Sequence[EvaluationItem], rewards: Sequence[Sequence[fl
     if not rows:
         raise ValueError("no item has two candidates with different levels, so there is nothing to measure")
     item_index, margin, better_length, worse_length = zip(*rows, strict=True)
-    return Pairs(np.array(item_index), np.array(margin), np.array(better_length), np.array(worse_length))
+    prompts = {prompt: number for number, prompt in enumerate(dict.fromkeys(item.prompt for item in items))}
+    prompt_index = np.array([prompts[items[i].prompt] for i in item_index])
+    return Pairs(np.array(item_index), prompt_index, np.array(margin), np.array(better_length), np.array(worse_length))
 
 
 def word_overlap(item: EvaluationItem) -> list[float]:
@@ -138,12 +141,12 @@ def word_overlap(item: EvaluationItem) -> list[float]:
     return rates
 
 
-def wilson_interval(accuracy: float, count: int, *, z: float = Z_95) -> tuple[float, float]:
+def wilson_interval(accuracy: float, count: float, *, z: float = Z_95) -> tuple[float, float]:
     """Return Wilson's score interval of a share observed in `count` independent trials (E. B. Wilson, 1927).
 
     Unlike accuracy +- z * standard error it stays within 0..1 and does not collapse at 0 and 1.
     """
-    if count < 1:
+    if count <= 0:
         raise ValueError("an interval needs at least one trial")
     scale = 1 + z**2 / count
     centre = (accuracy + z**2 / (2 * count)) / scale
@@ -156,13 +159,26 @@ def _score(difference: np.ndarray) -> np.ndarray:
 
 
 def _accuracy(pairs: Pairs, chosen: np.ndarray) -> Accuracy:
-    """Measure the chosen pairs; the interval counts items, because the pairs of one item are not independent."""
+    """Measure the chosen pairs, with Wilson's interval for as many independent trials as they are worth."""
     num_pairs, num_items = int(chosen.sum()), len(np.unique(pairs.item[chosen]))
     if not num_pairs:
         return Accuracy(None, None, None, 0, 0, 0)
     accuracy = float(pairs.score[chosen].mean())
-    low, high = wilson_interval(accuracy, num_items)
+    low, high = wilson_interval(accuracy, _independent_trials(pairs, chosen, limit=num_items))
     return Accuracy(accuracy, low, high, num_pairs, num_items, int((pairs.margin[chosen] == 0).sum()))
+
+
+def _independent_trials(pairs: Pairs, chosen: np.ndarray, *, limit: int) -> float:
+    """How many independent trials would give the variance that the pairs have when whole prompts are resampled.
+
+    Pairs of one prompt tend to be right or wrong together. With one pair a prompt this is the number of pairs; it is
+    never more than the number of items.
+    """
+    score = pairs.score[chosen]
+    accuracy = score.mean()
+    residuals = np.bincount(pairs.prompt[chosen], weights=score - accuracy)
+    variance = np.square(residuals).sum() / len(score) ** 2
+    return min(float(accuracy * (1 - accuracy) / variance), limit) if variance > 0 else limit
 
 
 def _macro_interval(pairs: Pairs, category: np.ndarray, *, seed: int) -> tuple[float, float]:

@@ -40,6 +40,8 @@ class TrainingState:
     step: int
     consumed_comparisons: int
     data_fingerprint: str
+    max_response_length: int
+    """Tokens that were kept of an answer when the training data were made; scoring cuts at the same place."""
     layout: dict[str, int]
 
 

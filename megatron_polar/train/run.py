@@ -2,6 +2,7 @@
 
 import math
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +15,7 @@ from megatron_polar.config.load import dump_config
 from megatron_polar.config.presets import architecture_of
 from megatron_polar.config.schema import DataSection, RunConfig
 from megatron_polar.data.comparisons import ComparisonDataset
-from megatron_polar.data.corpus import Corpus
-from megatron_polar.data.loader import RowShape, StepDataset, load_steps
+from megatron_polar.data.loader import RowShape, StepDataset, load_steps, row_shape
 from megatron_polar.data.tokenizer import load_tokenizer
 from megatron_polar.errors import UserError
 from megatron_polar.model.build import BuiltModel, build_model
@@ -180,6 +180,7 @@ def _save(run: Run, *, step: int) -> None:
         step=step,
         consumed_comparisons=step * run.config.train.global_batch_size,
         data_fingerprint=run.data.train.fingerprint,
+        max_response_length=min(c.manifest["settings"]["max_response_length"] for c in run.data.train.corpora),
         layout=layout_of(run.topology),
     )
     save_checkpoint(
@@ -205,7 +206,8 @@ def _start(run: Run) -> int:
         checkpoint = agree_on_checkpoint(run.directory, topology=run.topology)
         _check_same_data(checkpoint, run=run)
         state = load_training(checkpoint, model=run.model, optimizer=run.optimizer, topology=run.topology)
-        log.info(f"resumed from {checkpoint} at step {state.step}")
+        rest = "" if state.step < run.num_steps else "; all steps are done, nothing is left to train"
+        log.info(f"resumed from {checkpoint} at step {state.step}{rest}")
         return state.step
     if config.train.init_from is not None:
         checkpoint = agree_on_checkpoint(config.train.init_from, topology=run.topology)
@@ -271,20 +273,15 @@ def open_data(config: RunConfig, *, topology: Topology) -> Data:
     for dataset in [train_data] + ([validation] if validation else []):
         for corpus in dataset.corpora:
             corpus.check_tokenizer(tokenizer)
-            _check_lengths(corpus, max_sequence_length=section.max_sequence_length)
-    shape = RowShape(
-        layout=section.layout,
-        max_tokens=section.max_tokens_per_micro_batch,
-        pad_to_multiple=section.pad_to_multiple * topology.tp_size * topology.cp_size,
-        num_ranks=topology.dp_size,
-        micro_batches_multiple_of=topology.pp_size if topology.vpp_size else 1,
-        architecture=architecture_of(config.model),
-    )
+    _check_lengths([train_data, *([validation] if validation else [])], section.max_sequence_length)
+    shape = row_shape(section, topology=topology, architecture=architecture_of(config.model))
     return Data(train_data, validation, shape, tokenizer_directory, tokenizer.vocab_size)
 
 
-def _check_lengths(corpus: Corpus, *, max_sequence_length: int) -> None:
+def _check_lengths(datasets: Sequence[ComparisonDataset], max_sequence_length: int) -> None:
     """Two answers and the control tokens must fit, or some comparison would fail in the middle of the run."""
+    corpora = [corpus for dataset in datasets for corpus in dataset.corpora]
+    corpus = max(corpora, key=lambda corpus: corpus.manifest["invariants"]["longest_response"])
     longest = corpus.manifest["invariants"]["longest_response"]
     if 2 * longest + 4 > max_sequence_length:
         raise UserError(
