@@ -13,7 +13,12 @@ from megatron_polar.errors import UserError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0 done, 1 a check failed, 2 the user can mend it (one line on stderr)."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and not ("overrides" in options and all("=" in word and not word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse gives up on positional arguments behind an option: train a.yaml --dry-run a.b=c
+        options.overrides += rest
     try:
         return options.run(options) or 0
     except UserError as error:

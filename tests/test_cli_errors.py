@@ -180,3 +180,18 @@ def test_a_dry_run_prints_the_resolved_configuration_and_starts_nothing(config_f
     assert cli.main(["train", str(config_file), "train.global_batch_size=16", "--dry-run"]) == 0
     assert "global_batch_size: 16" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+def test_overrides_may_stand_behind_an_option_and_other_leftovers_are_refused(tmp_path, capsys):
+    from megatron_polar import cli
+
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "run: {directory: r}\nmodel: {preset: nano}\ndata: {train: [{path: d}]}\n"
+        "train: {global_batch_size: 8, num_steps: 3}\noptimizer: {lr: 1e-3}\n"
+    )
+    assert cli.main(["train", str(config), "--dry-run", "train.num_steps=5"]) == 0
+    assert "num_steps: 5" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["train", str(config), "--dry-run", "--no-such-option"])
+    assert "unrecognized arguments: --no-such-option" in capsys.readouterr().err

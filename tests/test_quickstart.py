@@ -43,7 +43,8 @@ def test_the_quickstart_runs_end_to_end_and_a_second_run_resumes(quickstart, tmp
     assert summary["train_seconds"] > 0
     assert json.loads((tmp_path / "runs/quickstart/summary.json").read_text()) == summary
     scored = [json.loads(line) for line in Path("runs/quickstart/example_scores.jsonl").read_text().splitlines()]
-    assert [sorted(line) for line in scored] == [["output", "prompt", "reference", "reward"]] * 2
+    assert [sorted(line) for line in scored] == [["candidate", "output", "prompt", "reference", "reward"]] * 12
+    quickstart.print_example()
     assert "<svg" in Path("runs/quickstart/report.html").read_text()
     train = next(command for title, *command in quickstart.steps() if "train" in command)
     again = run_step(train, directory=tmp_path)

@@ -288,3 +288,17 @@ def test_what_is_no_tokenizer_is_refused(workspace):
     for path in ("junk.model", "junk", "nothing", "absent"):
         with pytest.raises(UserError, match=path):
             load_tokenizer(workspace / path)
+
+
+def test_a_text_too_small_for_the_vocabulary_says_how_many_pieces_it_has(tmp_path):
+    with pytest.raises(UserError, match=r"vocab_size=9000: this text has pieces for at most \d+; ask for that or less"):
+        train_tokenizer(["a few words only"] * 5, vocab_size=9000, output=tmp_path / "t.model")
+
+
+def test_a_data_error_is_not_blamed_on_the_vocabulary(tmp_path):
+    def texts():
+        yield "some text"
+        raise UserError("input.jsonl:2: malformed JSON")
+
+    with pytest.raises(UserError, match=r"^input\.jsonl:2: malformed JSON$"):
+        train_tokenizer(texts(), vocab_size=300, output=tmp_path / "t.model")

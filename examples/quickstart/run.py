@@ -34,8 +34,10 @@ def main() -> int:
             return status
     summary = write_summary()
     subprocess.run([sys.executable, *report_command()[1:]], check=True)
+    print_example()
     print(f"\n== Done in {time.monotonic() - start:.0f} s\n{json.dumps(summary, indent=2)}")
-    print(f"\nOpen {RUN / 'report.html'} in a browser; `tensorboard --logdir {RUN}` shows the same curves live.")
+    print(f"\nOpen {RUN / 'report.html'} in a browser. `source .venv/bin/activate` gives you the commands above, and")
+    print(f"`tensorboard --logdir {RUN}`.")
     return 0
 
 
@@ -72,9 +74,16 @@ def steps() -> list[tuple[str, ...]]:
         ("Evaluate on held-out prompts", *evaluate(polar, heldout_text, heldout_report)),
         ("Evaluate on unseen policies", *evaluate(polar, unseen_text, unseen_report)),
         (
-            "Score an example",
+            "Take six held-out prompts",
+            "python",
+            str(HERE / "make_example.py"),
+            heldout_text,
+            str(RUN / "example.jsonl"),
+        ),
+        (
+            "Score them",
             *(*polar, "score", "--checkpoint", str(RUN), "--wrapper", "pretrain"),
-            *("--input", str(HERE / "example.jsonl"), "--output", str(RUN / "example_scores.jsonl")),
+            *("--input", str(RUN / "example.jsonl"), "--output", str(RUN / "example_scores.jsonl")),
         ),
     ]
 
@@ -88,6 +97,15 @@ def report_command() -> tuple[str, ...]:
     """The report command: the run's curves with both evaluations."""
     evaluations = [f"--evaluation={title}={directory}" for title, directory in EVALUATIONS.items()]
     return ("python", "-m", "megatron_polar", "report", str(RUN), *evaluations)
+
+
+def print_example() -> None:
+    """Rewards of the example, side by side: the same policy's trajectory should mostly get the higher one."""
+    lines = [json.loads(line) for line in (RUN / "example_scores.jsonl").read_text().splitlines()]
+    print(f"\n{'prompt':42s} {'same policy':>12s} {'another':>12s}")
+    for same, other in zip(lines[::2], lines[1::2], strict=True):
+        verdict = "" if same["reward"] > other["reward"] else "  wrong"
+        print(f"{same['prompt'][:42]:42s} {same['reward']:12.3f} {other['reward']:12.3f}{verdict}")
 
 
 def write_summary() -> dict:

@@ -57,8 +57,8 @@ class ModelSection:
     attention_dropout: float = 0.0
     """Dropout on attention weights, a probability (the shared-prefix kernels require 0)."""
     attention: Literal["auto", "te", "sdpa", "dense"] = "auto"
-    """Core attention: Transformer Engine, torch SDPA, or the dense-mask oracle; `auto` takes `te` on CUDA, else
-    `sdpa`."""
+    """Core attention: Transformer Engine, torch SDPA, or the dense-mask oracle; `auto` takes `te` for bf16 on CUDA,
+    else `sdpa`."""
     transformer_impl: Literal["auto", "transformer_engine", "local"] = "auto"
     """Layer spec; `auto` takes Transformer Engine on CUDA, else Megatron-Core's local layers."""
 

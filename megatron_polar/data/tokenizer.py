@@ -8,6 +8,7 @@ text that spells one of them (or another special token) stays text: its ids neve
 import hashlib
 import io
 import json
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -148,10 +149,11 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, output: Path, max_
     least = 256 + 6 + 1
     if vocab_size < least:
         raise UserError(f"vocab_size={vocab_size} is too small: bytes and special tokens alone need {least}; raise it")
+    sentences = list(_sentences(texts, limit=max_sentences))  # a broken line is the data's fault, not the vocabulary's
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(texts, limit=max_sentences),
+            sentence_iterator=iter(sentences),
             model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",
@@ -171,6 +173,11 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, output: Path, max_
             minloglevel=2,
         )
     except RuntimeError as error:
+        if limit := re.search(r"set it to a value <= (\d+)", str(error)):
+            raise UserError(
+                f"vocab_size={vocab_size}: this text has pieces for at most {limit[1]}; ask for that or less, or give "
+                f"more text"
+            ) from None
         reason = " ".join(str(error).split())[-200:]
         raise UserError(
             f"vocab_size={vocab_size}: sentencepiece cannot use it ({reason}); choose another size"

@@ -13,12 +13,14 @@ Shapes: s tokens of a row on this rank, t tokens of the whole row, u gathered K/
 heads, d head dim (heads are those of this tensor-parallel rank).
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.mappings import all_to_all
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -191,9 +193,11 @@ class SdpaAttention(SharedPrefixAttention):
         """See SharedPrefixAttention.padded."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         dropout = self.dropout if self.training else 0.0
-        context = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, dropout_p=dropout, scale=self.scale, enable_gqa=True
-        )
+        # Tensor-parallel ranks hold different heads: these must not draw the same mask.
+        with get_cuda_rng_tracker().fork() if dropout else nullcontext():
+            context = F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, dropout_p=dropout, scale=self.scale, enable_gqa=True
+            )
         return context.permute(2, 0, 1, 3)
 
     def packed(self, query, key, value, layout):
@@ -257,6 +261,9 @@ class TeAttention(SharedPrefixAttention):
             kv_channels=config.kv_channels,
             num_gqa_groups=config.num_query_groups // ranks,
             attention_dropout=self.dropout,
+            # Told "self", TE's unfused kernel takes the query lengths for the K/V lengths as well, and masks wrongly.
+            attention_type="cross",
+            get_rng_state_tracker=get_cuda_rng_tracker,
             attn_mask_type="padding_causal_bottom_right",
             qkv_format="thd",
             softmax_scale=self.scale,
@@ -290,10 +297,13 @@ def _bottom_right_mask(num_queries: int, num_keys: int, device: torch.device) ->
 ATTENTION_CLASSES = {"sdpa": SdpaAttention, "dense": DenseAttention, "te": TeAttention}
 
 
-def attention_class(name: str, *, device_kind: str, have_transformer_engine: bool) -> type[SharedPrefixAttention]:
-    """Resolve `model.attention`. Raises UserError where the kernels asked for are missing."""
+def attention_class(name: str, *, dtype: torch.dtype, have_transformer_engine: bool) -> type[SharedPrefixAttention]:
+    """Resolve `model.attention`. Raises UserError where the kernels asked for are missing.
+
+    `auto` takes Transformer Engine for 16-bit types only: its fused kernels know no others.
+    """
     if name == "auto":
-        name = "te" if device_kind == "cuda" and have_transformer_engine else "sdpa"
+        name = "te" if have_transformer_engine and dtype.itemsize == 2 else "sdpa"
     if name == "te" and not have_transformer_engine:
         raise UserError(
             "model.attention=te needs Transformer Engine's layers, and this run has megatron-core's local ones: on a "

@@ -61,7 +61,7 @@ def build_model(
     dtype = dtype or _DTYPES[config.train.precision]
     impl = resolve_transformer_impl(config.model.transformer_impl, device_kind=device.kind)
     attention = attention_class(
-        config.model.attention, device_kind=device.kind, have_transformer_engine=impl == "transformer_engine"
+        config.model.attention, dtype=dtype, have_transformer_engine=impl == "transformer_engine"
     )
     if config.train.gradient_accumulation_fusion and find_spec("fused_weight_gradient_mlp_cuda") is None:
         raise UserError(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 from megatron.core.tensor_parallel import random as mcore_random
 from torch.overrides import TorchFunctionMode
 
@@ -59,7 +60,17 @@ def select_device(kind: Literal["auto", "cuda", "cpu"], *, local_rank: int) -> D
             "run.device=cuda, but torch sees no GPU here; set run.device=auto, or check the driver and the torch build"
         )
     if kind == "cuda" or (kind == "auto" and torch.cuda.is_available()):
+        count = torch.cuda.device_count()
+        if count == 1 and "SLURM_LOCALID" in os.environ:
+            local_rank = 0  # srun --gpus-per-task=1 shows every task its own GPU only
+        if local_rank >= count:
+            raise UserError(
+                f"local rank {local_rank} finds {count} GPU(s) on this node; start at most {count} ranks here "
+                f"(torchrun --nproc-per-node), or hide the GPUs (CUDA_VISIBLE_DEVICES='') to run on the CPU"
+            )
         torch.cuda.set_device(local_rank)
+        if not HAVE_APEX_OR_TE:
+            _mend_distributed_optimizer()
         return Device("cuda", torch.device("cuda", local_rank), "nccl", torch.cuda.get_device_name(local_rank))
     if torch.cuda.is_available():
         raise UserError(
@@ -109,6 +120,7 @@ class _CpuRngStates(mcore_random.CudaRNGStatesTracker):
 
 
 _active_mode: _CudaToCpu | None = None
+_optimizer_is_mended = False
 
 
 def substitute_cuda() -> None:
@@ -126,16 +138,21 @@ def substitute_cuda() -> None:
     # The default fp8=False is tested with `is not None`: recomputing a norm without FP8 would ask for Transformer
     # Engine.
     mcore_random.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
-    _mend_distributed_optimizer()
+    if not HAVE_APEX_OR_TE:
+        _mend_distributed_optimizer()
     _active_mode = _CudaToCpu()
     _active_mode.__enter__()
 
 
 def _mend_distributed_optimizer() -> None:
-    """Three places where DistributedOptimizer expects the fused Adam of a GPU and gets torch's AdamW, with its
-    `step` tensors."""
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    """Three places where DistributedOptimizer expects the fused Adam of Transformer Engine or Apex.
 
+    Without these it gets torch's AdamW, with its `step` tensors. A second call does nothing.
+    """
+    global _optimizer_is_mended
+    if _optimizer_is_mended:
+        return
+    _optimizer_is_mended = True
     sharded_state_dict, load_state_dict = DistributedOptimizer.sharded_state_dict, DistributedOptimizer.load_state_dict
 
     def sharded_state_dict_with_state(self, model_sharded_state_dict, is_loading=False, *arguments, **keywords):

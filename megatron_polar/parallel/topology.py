@@ -60,6 +60,12 @@ def initialize(parallel: ParallelSection, *, device: Device) -> Topology:
     The rendezvous is torch's env:// (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); without these variables this process
     is a world of one. Raises UserError when the world size does not fit the parallel sizes.
     """
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        raise UserError(
+            f"srun started {os.environ['SLURM_STEP_NUM_TASKS']} tasks, but RANK, WORLD_SIZE, MASTER_ADDR and "
+            f"MASTER_PORT are not set, so each would train alone; set them (RANK=$SLURM_PROCID, "
+            f"WORLD_SIZE=$SLURM_NTASKS, ...), or let one torchrun per node do it"
+        )
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     tp, pp, cp = (
         parallel.tensor_model_parallel_size,

@@ -43,6 +43,8 @@ class TrainingState:
     max_response_length: int
     """Tokens that were kept of an answer when the training data were made; scoring cuts at the same place."""
     layout: dict[str, int]
+    backend: str
+    """gloo or nccl: random-number states of one device mean nothing on another."""
 
 
 def step_directory(run_directory: Path, step: int) -> Path:
@@ -177,12 +179,15 @@ def verify_checkpoint(directory: Path) -> str | None:
     return None
 
 
-def agree_on_checkpoint(path: str | Path, *, topology: Topology) -> Path:
-    """`find_checkpoint` for all ranks: the first one reads and hashes, the others are told which it is, or why none."""
+def agree_on_checkpoint(path: str | Path, *, topology: Topology, required: bool = True) -> Path | None:
+    """`find_checkpoint` for all ranks: the first one reads and hashes, the others are told which it is, or why none.
+
+    Not `required`: None for a directory in which no save was ever finished.
+    """
     answer: list[Path | UserError | None] = [None]
     if topology.rank == 0:
         try:
-            answer = [find_checkpoint(path)]
+            answer = [find_checkpoint(path) if required or has_checkpoints(Path(path)) else None]
         except UserError as error:
             answer = [error]
     dist.broadcast_object_list(answer, src=0)
@@ -243,7 +248,7 @@ def load_training(
     """Load weights, optimizer and, in the layout they were saved in, the random-number states."""
     state = read_state(directory)
     _check_shapes(directory, model=model)
-    same_layout = state.layout == layout_of(topology)
+    same_layout = state.layout == layout_of(topology) and state.backend == dist.get_backend()
     request = _sharded_state(model, optimizer=optimizer, topology=topology, is_loading=True)
     if not same_layout:
         del request["rng"]
@@ -300,7 +305,11 @@ def _sharded_weights(model: BuiltModel) -> dict:
     groups = model.cores[0].pg_collection
     metadata = _content_metadata() | {"dp_cp_group": groups.dp_cp}
     names = ["model"] if len(model.cores) == 1 else [f"model{i}" for i in range(len(model.cores))]
-    return {name: core.sharded_state_dict(metadata=metadata) for name, core in zip(names, model.cores, strict=True)}
+    states = [core.sharded_state_dict(metadata=metadata) for core in model.cores]
+    # Transformer Engine adds an (empty) FP8 state to every layer, which the local layers do not have: weights alone
+    # travel.
+    weights = [{key: value for key, value in s.items() if not key.endswith("_extra_state")} for s in states]
+    return dict(zip(names, weights, strict=True))
 
 
 def _sharded_state(model: BuiltModel, *, optimizer: MegatronOptimizer, topology: Topology, is_loading: bool) -> dict:

@@ -19,15 +19,21 @@ from megatron_polar.train.step import StepResult
 
 _ETA_WINDOW = 50
 
-# Dense bf16 peak of one device in TFLOP/s (NVIDIA's data sheets, without sparsity), by what torch calls it.
-_PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "GH200": 989.0, "A100": 312.0, "B200": 2250.0}
+# Dense bf16 peak of one device in TFLOP/s (NVIDIA's data sheets, without sparsity), by the name that torch gives it.
+_PEAK_TFLOPS = {
+    "NVIDIA H100 80GB HBM3": 989.0,
+    "NVIDIA H100 PCIe": 756.0,
+    "NVIDIA H200": 989.0,
+    "NVIDIA GH200 480GB": 989.0,
+    "NVIDIA A100-SXM4-40GB": 312.0,
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "NVIDIA A100 80GB PCIe": 312.0,
+}
 
 
 def peak_tflops(device_name: str, override: float | None) -> float | None:
     """Peak of one device for MFU: the configured one, else by the device's name, else unknown."""
-    if override is not None:
-        return override
-    return next((peak for name, peak in _PEAK_TFLOPS.items() if name in device_name), None)
+    return override if override is not None else _PEAK_TFLOPS.get(device_name)
 
 
 def rates(sums: dict[str, float], *, prefix: str = "rm/") -> dict[str, float]:

@@ -25,7 +25,6 @@ from megatron_polar.parallel.topology import Topology
 from megatron_polar.train.checkpoint import (
     TrainingState,
     agree_on_checkpoint,
-    has_checkpoints,
     layout_of,
     load_training,
     load_weights,
@@ -182,6 +181,7 @@ def _save(run: Run, *, step: int) -> None:
         data_fingerprint=run.data.train.fingerprint,
         max_response_length=min(c.manifest["settings"]["max_response_length"] for c in run.data.train.corpora),
         layout=layout_of(run.topology),
+        backend=run.device.backend,
     )
     save_checkpoint(
         run.directory,
@@ -198,12 +198,12 @@ def _save(run: Run, *, step: int) -> None:
 def _start(run: Run) -> int:
     """Resume, start from a checkpoint's weights, or start afresh; returns the number of finished steps."""
     config = run.config
-    if has_checkpoints(run.directory):
+    checkpoint = agree_on_checkpoint(run.directory, topology=run.topology, required=False)
+    if checkpoint is not None:
         if not config.checkpoint.resume:
             raise UserError(
                 f"{run.directory} has checkpoints and checkpoint.resume=false; choose another run.directory, or resume"
             )
-        checkpoint = agree_on_checkpoint(run.directory, topology=run.topology)
         _check_same_data(checkpoint, run=run)
         state = load_training(checkpoint, model=run.model, optimizer=run.optimizer, topology=run.topology)
         rest = "" if state.step < run.num_steps else "; all steps are done, nothing is left to train"
