@@ -13,11 +13,12 @@ import platform
 import statistics
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: CPU time of one thread is what repeats
 
-import megatron.core
+
 import numpy as np
 import torch
 
@@ -200,7 +201,7 @@ def summarise(figures: dict[int, list[dict]], *, model: BuiltModel, device: Devi
         "attention": model.attention,
         "device": device.name if device.kind == "cuda" else f"{platform.machine()} CPU, 1 thread",
         "torch": torch.__version__,
-        "megatron_core": megatron.core.__version__,
+        "megatron_core": version("megatron-core"),
         "python": platform.python_version(),
     }
 
