@@ -71,7 +71,7 @@ def make_config(num_layers: int) -> RunConfig:
     """Layers of POLAR-1.8B's proportions at half its width (head dimension 128, ffn 4 x hidden).
 
     The width matters: attention's share of the work, where sharing saves less, falls with it. It is 4-7 % in a 1.8B or
-    7B model, about 15 % here, and 30 % at hidden 512. All layers cost the same, so a few stand for many. fp32 on the
+    7B model, and 30 % was measured at hidden 512. All layers cost the same, so a few stand for many. fp32 on the
     CPU, bf16 on a GPU.
     """
     shape = {"hidden_size": 1024, "ffn_hidden_size": 4096, "num_attention_heads": 8, "num_query_groups": 4}
