@@ -1,11 +1,16 @@
 import gzip
 import hashlib
 import json
+import os
+import tracemalloc
+from pathlib import Path
 
 import pytest
 import zstandard
 
 from megatron_polar.data.records import (
+    Distinct,
+    InputLine,
     Preference,
     RecordError,
     Trajectory,
@@ -14,6 +19,7 @@ from megatron_polar.data.records import (
     list_inputs,
     parse_record,
     read_jsonl,
+    read_lines,
 )
 from megatron_polar.errors import UserError
 
@@ -86,6 +92,26 @@ BAD = {
     "not UTF-8": (b'{"prompt": "caf\xe9"}', "not UTF-8 (byte 15: 0xe9)"),
     "lone surrogate": (b'{"prompt": "\\ud800"}', "malformed JSON"),
     "NaN": (b'{"prompt": NaN}', "malformed JSON"),
+    "NUL bytes": (b"\0" * 20, "malformed JSON"),
+    "NUL in a text": (changed(PREFERENCE, chosen="a\0"), "'chosen' contains a NUL character"),
+    "NUL in a message": (
+        changed(GROUP, prompt=[{"role": "user", "content": "\0"}]),
+        "'prompt' contains a NUL character",
+    ),
+    "NUL in a policy": (
+        changed(GROUP, trajectories=[{"policy": "\0", "text": "x"}]),
+        "trajectories[0].policy' contains",
+    ),
+    "deeper than the parser": (b'{"prompt": ' + b"[" * 100_000, "depth limit"),
+    "deeper than the writer": (b'{"prompt": ' + b"[" * 500 + b"]" * 500 + b"}", "nested deeper than 100 levels"),
+    "a huge number": (b'{"prompt": ' + b"9" * 5000 + b"}", "malformed JSON (number is infinity"),
+    "a large number": (changed(PREFERENCE, chosen=2**64), "'chosen' is a JSON number"),
+    "a key twice": (b'{"prompt": "a", "x": 1, "prompt": "b"}', 'the key a JSON string "prompt" is there twice'),
+    "a key twice, once escaped": (b'{"prompt": "a", "\\u0070rompt": "b"}', "is there twice"),
+    "a key of a trajectory twice": (b'{"trajectories": [{"text": "a", "text": "a"}]}', "is there twice"),
+    "a byte order mark within the file": (b'\xef\xbb\xbf{"prompt": "x"}', "byte order mark"),
+    "nested wrapper": (changed(GROUP, wrapper=[["x"]]), "use one of sft, pretrain"),
+    "many keys": ({f"key {number}": 1 for number in range(10_000)}, "..."),
 }
 
 
@@ -97,29 +123,43 @@ def test_a_bad_line_gives_one_line_with_file_line_and_reason(name):
     message = str(caught.value)
     assert message.startswith("in.jsonl:7: ")
     assert reason in message
-    assert "\n" not in message
+    assert message.isprintable()
+    assert len(message) < 500
 
 
-def test_a_policy_name_with_a_newline_does_not_break_the_message():
-    with pytest.raises(UserError) as caught:
-        parse(changed(GROUP, trajectories=[{"policy": "a\nb", "text": "1"}, {"policy": "c", "text": "1"}]))
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("mark", ["\n", "\u2028", "\x1b[2J", "\x9b", "long " * 1000])
+def test_text_of_the_data_does_not_break_the_message(mark):
+    group = changed(GROUP, trajectories=[{"policy": f"a{mark}b", "text": "1"}, {"policy": "c", "text": "1"}])
+    for record in (group, changed(GROUP, prompt=[mark]), {mark: 1}, changed(GROUP, wrapper=mark)):
+        with pytest.raises(UserError) as caught:
+            parse(record)
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 500
 
 
 def test_duplicates_are_dropped_and_counted():
     repeated = changed(GROUP, trajectories=[GROUP["trajectories"][0], *GROUP["trajectories"]])
-    group, dropped = drop_duplicates(parse(repeated), source="f", line_number=1)
-    assert (group, dropped) == (parse(GROUP), 1)
+    found = drop_duplicates(parse(repeated), source="f", line_number=1)
+    assert found == Distinct(parse(GROUP), duplicates=1, identical=0)
     ranking = parse({"prompt": "p", "reference": "r", "ranked": ["1", "2", "1", "3"]})
-    ranking, dropped = drop_duplicates(ranking, source="f", line_number=1)
-    assert (ranking.candidates, dropped) == (("1", "2", "3"), 1)
-    assert drop_duplicates(parse(GROUP), source="f", line_number=1) == (parse(GROUP), 0)
+    found = drop_duplicates(ranking, source="f", line_number=1)
+    assert (found.record.candidates, found.duplicates) == (("1", "2", "3"), 1)
+    assert drop_duplicates(parse(GROUP), source="f", line_number=1) == Distinct(parse(GROUP), duplicates=0, identical=0)
 
 
-def test_the_same_text_of_two_policies_is_no_duplicate():
+def test_a_text_of_an_earlier_policy_is_dropped_and_counted_apart():
+    pairs = [("a", "1"), ("a", "2"), ("b", "1"), ("b", "1"), ("c", "2"), ("c", "3"), ("a", "3")]
+    items = [{"policy": policy, "text": text} for policy, text in pairs]
+    found = drop_duplicates(parse(changed(GROUP, trajectories=items)), source="f", line_number=1)
+    kept = [(trajectory.policy, trajectory.text) for trajectory in found.record.trajectories]
+    assert kept == [("a", "1"), ("a", "2"), ("c", "3")]
+    assert (found.duplicates, found.identical) == (1, 3)
+
+
+def test_a_group_that_identical_texts_make_unusable_is_an_error_that_says_why():
     items = [{"policy": "a", "text": "1"}, {"policy": "a", "text": "2"}, {"policy": "b", "text": "1"}]
-    group = parse(changed(GROUP, trajectories=items))
-    assert drop_duplicates(group, source="f", line_number=1) == (group, 0)
+    with pytest.raises(RecordError, match=r"^f:1: all trajectories are of one policy once 1 text\(s\) identical to an"):
+        drop_duplicates(parse(changed(GROUP, trajectories=items)), source="f", line_number=1)
 
 
 @pytest.mark.parametrize(
@@ -177,12 +217,55 @@ def test_a_byte_order_mark_is_not_part_of_the_first_line(tmp_path):
     assert list(read_jsonl(path)) == [(1, LINES[0])]
 
 
-def test_a_file_without_newlines_does_not_fill_the_memory(tmp_path, monkeypatch):
+def test_a_line_that_is_too_long_stops_a_reader_with_its_place(tmp_path, monkeypatch):
     monkeypatch.setattr("megatron_polar.data.records.MAX_LINE_BYTES", 100)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"{}\n" + b"x" * 101)
-    with pytest.raises(UserError, match=r"a\.jsonl:2: line is longer"):
+    with pytest.raises(UserError, match=r"a\.jsonl:2: the line is longer than 100 bytes"):
         list(read_jsonl(path))
+
+
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("suffix", PACKED)
+def test_every_line_has_its_place_and_a_line_that_is_too_long_its_hash(tmp_path, monkeypatch, suffix, newline):
+    monkeypatch.setattr("megatron_polar.data.records.MAX_LINE_BYTES", 100)
+    monkeypatch.setattr("megatron_polar.data.records._READ_BYTES", 64)
+    path = tmp_path / f"a{suffix}"
+    lines = [
+        b"a",
+        b"",
+        b"x" * 100,
+        b"b" * 90,
+        b"y" * 99 + b"\r\r\ry",
+        *(b"z" * size for size in range(150, 300)),
+        b"end",
+    ]
+    content = b"\xef\xbb\xbf" + newline.join(lines)
+    path.write_bytes(PACKED[suffix](content))
+    found = list(read_lines(path))
+    expected, offset = [], 3
+    for number, line in enumerate(lines, start=1):
+        if len(line + newline) > 100:
+            expected.append(InputLine(number, offset, b"", hashlib.sha256(line).hexdigest()))
+        elif line:
+            expected.append(InputLine(number, offset, line))
+        offset += len(line + newline)
+    assert found == expected
+
+
+def test_lines_that_are_too_long_take_no_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_polar.data.records.MAX_LINE_BYTES", 1 << 20)
+    path = tmp_path / "a.jsonl"
+    with path.open("wb") as file:
+        file.truncate(100 << 20)  # a hole of NUL bytes
+        file.seek(0, 2)
+        file.write(b'\n{"n": 1}\n')
+    tracemalloc.start()
+    numbers = [line.number for line in read_lines(path)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert numbers == [1, 2]
+    assert peak < 5 << 20
 
 
 def test_directories_become_their_files_in_order(tmp_path):
@@ -197,6 +280,47 @@ def test_directories_become_their_files_in_order(tmp_path):
 def test_inputs_that_cannot_be_meant_are_refused(tmp_path):
     (tmp_path / "x.csv").write_text("")
     (tmp_path / "empty").mkdir()
-    for paths in ([tmp_path / "none.jsonl"], [tmp_path / "x.csv"], [tmp_path / "empty"], []):
+    for paths in ([tmp_path / "none.jsonl"], [tmp_path / "x.csv"], [tmp_path / "empty"], [], [Path("a\0.jsonl")]):
         with pytest.raises(UserError):
             list_inputs(paths)
+
+
+def _pipe(path):
+    os.mkfifo(path)
+
+
+NO_FILES = {
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "pipe": _pipe,
+    "link to a pipe": lambda path: (_pipe(path.with_name("pipe")), path.symlink_to("pipe")),
+    "link to nothing": lambda path: path.symlink_to("nothing"),
+    "link to itself": lambda path: path.symlink_to(path.name),
+}
+
+
+@pytest.mark.parametrize("name", NO_FILES)
+def test_an_input_that_is_no_regular_file_is_refused_and_not_left_out(tmp_path, name):
+    NO_FILES[name](tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").write_bytes(b"{}")
+    for path in (tmp_path, tmp_path / "a.jsonl"):
+        with pytest.raises(UserError, match=r"a\.jsonl: (not a regular file|no such file)"):
+            list_inputs([path])
+
+
+def test_a_link_to_a_file_and_a_directory_with_a_files_name_are_inputs(tmp_path):
+    (tmp_path / "inner.jsonl").mkdir()
+    (tmp_path / "inner.jsonl" / "a.jsonl").write_bytes(b"{}")
+    (tmp_path / "b.jsonl").symlink_to("inner.jsonl/a.jsonl")
+    assert list_inputs([tmp_path]) == [tmp_path / "b.jsonl", tmp_path / "inner.jsonl" / "a.jsonl"]
+
+
+@pytest.mark.parametrize("name", [b"a\n.jsonl", b"\x1b[31m.jsonl", b"caf\xe9.jsonl"])
+def test_a_name_that_no_message_and_no_manifest_can_hold_is_refused(tmp_path, name):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+    path.write_bytes(b"{}")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "a.jsonl").symlink_to(path)
+    for given in (path, tmp_path, tmp_path / "linked"):
+        with pytest.raises(UserError, match="rename it") as caught:
+            list_inputs([given])
+        assert str(caught.value).isprintable()

@@ -1,6 +1,9 @@
 """A preprocessed dataset, opened and checked; `preprocess` writes one. The format is in docs/data.md."""
 
 import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +16,17 @@ from megatron_polar.data.preprocess import PreprocessReport, preprocess
 from megatron_polar.data.storage import (
     FORMAT_VERSION,
     HEADER_FIELDS,
+    INDEX,
     KINDS,
-    check_index,
-    file_entry,
-    read_manifest,
+    TOKENS,
+    check_content,
+    check_dataset,
+    read_dataset_manifest,
 )
 from megatron_polar.data.template import WRAPPERS, ControlTokens, Half
 from megatron_polar.data.tokenizer import Tokenizer
 from megatron_polar.errors import UserError
+from megatron_polar.manifest import Damaged, check_hash
 
 __all__ = ["Corpus", "PreprocessReport", "StoredDocument", "preprocess"]
 
@@ -38,27 +44,32 @@ class StoredDocument:
     halves: tuple[Half, ...]
 
 
+@contextmanager
+def _refusing_damage(path: Path) -> Iterator[None]:
+    """Turn what is wrong with a dataset directory, or with the disk below it, into an error of one line."""
+    try:
+        yield
+    except Damaged as error:
+        raise UserError(f"{path}/{error}; restore the file or run preprocess again") from error
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: cannot be read ({error.strerror}); check the disk") from error
+
+
 class Corpus:
     """A dataset directory made by `preprocess`.
 
-    Opening checks the manifest's checksum, all file sizes and the whole index, not the hash of the tokens: that is
-    `verify_hashes`. Raises UserError for whatever does not fit. Can be pickled; each process opens the files itself.
+    Opening checks the manifest, the names and sizes of all files and the whole index, not the tokens: that is
+    `verify_tokens`, which several ranks can share, and `verify_hashes`. Raises UserError for whatever does not fit.
+    Can be pickled; each process opens the files itself.
     """
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
-        self.manifest = read_manifest(self.path)
+        with _refusing_damage(self.path):
+            self.manifest = read_dataset_manifest(self.path)
+            check_dataset(self.path, self.manifest)
         self.policies: tuple[str, ...] = tuple(self.manifest["policies"])
-        self._check_sizes()
-        invariants = self.manifest["invariants"]
-        self._length = invariants["documents"]
-        check_index(
-            self.path / "corpus.idx",
-            num_sequences=invariants["sequences"],
-            num_documents=self._length,
-            num_tokens_bytes=self.manifest["files"]["corpus.bin"]["size"],
-            xxh3_128=invariants["index_xxh3_128"],
-        )
+        self._length: int = self.manifest["invariants"]["documents"]
         self._dataset: Any = None
 
     def __len__(self) -> int:
@@ -70,7 +81,7 @@ class Corpus:
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of what training depends on: tokens, index, policies, tokenizer; not the inputs' names."""
-        files = [self.manifest["files"][name]["sha256"] for name in ("corpus.bin", "corpus.idx")]
+        files = [self.manifest["files"][name]["sha256"] for name in (TOKENS, INDEX)]
         parts = [FORMAT_VERSION, files, self.manifest["policies"], self.manifest["tokenizer"]["fingerprint"]]
         return hashlib.sha256(orjson.dumps(parts)).hexdigest()
 
@@ -88,16 +99,17 @@ class Corpus:
         first, last = (int(bound) for bound in dataset.document_indices[index : index + 2])
         # Copies: mcore unmaps the file when the dataset goes, and a view that outlives it crashes the process.
         header, *sequences = (sequence.copy() for sequence in dataset[first:last])
-        kind, wrapper, prompt_length = (int(value) for value in header[:HEADER_FIELDS])
-        policy_ids = header[HEADER_FIELDS:]
+        fields, policy_ids = header[:HEADER_FIELDS].tolist(), header[HEADER_FIELDS:]
+        kind, wrapper, prompt_length = fields if len(fields) == HEADER_FIELDS else (-1, -1, -1)
         if (
-            len(policy_ids) != len(sequences)
+            not 0 < len(sequences) == len(policy_ids)
             or not 0 <= kind < len(KINDS)
             or not 0 <= wrapper < len(WRAPPERS)
+            or prompt_length < 0
             or not -1 <= policy_ids.min() <= policy_ids.max() < len(self.policies)
             or not all(self._ids_fit(sequence) for sequence in sequences)
         ):
-            raise UserError(f"{self.path / 'corpus.bin'}: document {index} is damaged; run preprocess again")
+            raise UserError(f"{self.path / TOKENS}: document {index} is damaged; run preprocess again")
         halves = tuple(
             Half(ids=ids, prompt_length=min(prompt_length, len(ids)), response_tokens_cut=0) for ids in sequences
         )
@@ -123,28 +135,31 @@ class Corpus:
                 f"{self.path / 'tokenizer'} or run preprocess again with this tokenizer"
             )
 
-    def verify_hashes(self) -> None:
-        """Read every file and compare its SHA-256 with the manifest; raises UserError naming the first that differs."""
-        files = self.manifest["files"]
-        for name in log.progress(sorted(files), "verify", unit="files"):
-            found = file_entry(self.path / name)["sha256"]
-            if found != files[name]["sha256"]:
-                raise UserError(
-                    f"{self.path / name}: SHA-256 is {found[:12]}..., the manifest has {files[name]['sha256'][:12]}"
-                    "...; restore the file or run preprocess again"
-                )
+    def verify_tokens(self, part: int = 0, of: int = 1, *, after_each: Callable[[], None] = lambda: None) -> int:
+        """Compare every `of`-th block of the tokens with its hash, and all other files too where `part` is 0.
 
-    def _check_sizes(self) -> None:
-        for name, entry in self.manifest["files"].items():
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise UserError(f"{self.path / 'manifest.json'}: names {name!r}, outside the dataset; do not use it")
-            file = self.path / name
-            if not file.is_file():
-                raise UserError(f"{file}: missing; restore the file or run preprocess again")
-            size = file.stat().st_size
-            if size != entry["size"]:
-                word = "truncated" if size < entry["size"] else "too long"
+        `of` ranks that each call it with their number check all of the dataset once. Returns the bytes read. Raises
+        UserError with the file, the block and both hashes.
+        """
+        with _refusing_damage(self.path):
+            return check_content(self.path, self.manifest, part=part, of=of, after_each=after_each)
+
+    def verify_hashes(self) -> None:
+        """Compare the SHA-256 of every file with the manifest, then read every document and count what the manifest
+        counts; raises UserError naming the first that differs."""
+        files = self.manifest["files"]
+        with _refusing_damage(self.path):
+            for name in log.progress(sorted(files), "verify", unit="files"):
+                check_hash(self.path, name, files[name])
+        found: Counter = Counter()
+        for index in log.progress(range(len(self)), "verify", unit="documents"):
+            document = self.document(index)
+            found["trajectory_groups" if document.kind == KINDS[0] else "preferences"] += 1
+            found["halves"] += len(document.halves)
+            found["tokens"] += sum(len(half.ids) for half in document.halves)
+        for name, count in found.items():
+            if count != self.manifest["counts"][name]:
                 raise UserError(
-                    f"{file}: {word}, {size} bytes where the manifest has {entry['size']}; restore the file or run "
+                    f"{self.path / TOKENS}: has {count} {name}, the manifest {self.manifest['counts'][name]}; run "
                     "preprocess again"
                 )

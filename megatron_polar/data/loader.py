@@ -4,7 +4,7 @@ A step is a pure function of its number: every rank reads the step's comparisons
 own micro-batches. So the loader has no state to save: the number of the next step is the cursor.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,9 +29,13 @@ class RowShape:
     num_ranks: int
     micro_batches_multiple_of: int
     architecture: Architecture
+    in_turn: bool = False
+    """Plan for one rank and deal its micro-batches in turn (`train.canonical_reduction`), instead of balancing."""
 
 
-def row_shape(section: DataSection, *, topology: Topology, architecture: Architecture) -> RowShape:
+def row_shape(
+    section: DataSection, *, topology: Topology, architecture: Architecture, in_turn: bool = False
+) -> RowShape:
     """The shape of rows that the data section asks for, in this layout of ranks."""
     return RowShape(
         layout=section.layout,
@@ -40,6 +44,7 @@ def row_shape(section: DataSection, *, topology: Topology, architecture: Archite
         num_ranks=topology.dp_size,
         micro_batches_multiple_of=topology.pp_size if topology.vpp_size else 1,
         architecture=architecture,
+        in_turn=in_turn,
     )
 
 
@@ -47,7 +52,8 @@ def row_shape(section: DataSection, *, topology: Topology, architecture: Archite
 class Step:
     """One rank's share of one optimizer step, and what is known about the whole step.
 
-    `indices[m]` are the comparison indices of micro-batch m; `imbalance` is the heaviest rank's FLOPs over the mean.
+    `indices[m]` are the comparison indices of micro-batch m; `imbalance` is the heaviest rank's FLOPs over the mean;
+    `num_rounds` the most micro-batches that any rank has.
     """
 
     number: int
@@ -56,6 +62,7 @@ class Step:
     num_comparisons: int
     prompt_tokens_cut: int
     imbalance: float
+    num_rounds: int
 
 
 class StepDataset(Dataset):
@@ -82,6 +89,7 @@ def build_step(comparisons: ComparisonDataset, indices: range, *, number: int, r
         num_comparisons=len(drawn),
         prompt_tokens_cut=sum(c.prompt_tokens_cut for c in drawn),
         imbalance=rows.imbalance,
+        num_rounds=rows.num_rounds,
     )
 
 
@@ -92,18 +100,21 @@ class Rows:
     micro_batches: list[MicroBatch]
     members: list[list[int]]
     imbalance: float
+    num_rounds: int
 
 
 def lay_out(comparisons: Sequence[TokenizedComparison], *, shape: RowShape, rank: int, pad_id: int) -> Rows:
     """Plan comparisons over all data-parallel ranks and build the micro-batches of one."""
     plan = plan_step(
         comparisons,
-        num_ranks=shape.num_ranks,
+        num_ranks=1 if shape.in_turn else shape.num_ranks,
         max_tokens=shape.max_tokens,
         layout=shape.layout,
         architecture=shape.architecture,
         multiple_of=shape.micro_batches_multiple_of,
     )
+    if shape.in_turn:
+        plan = [plan[0][first :: shape.num_ranks] for first in range(shape.num_ranks)]
     costs = [comparison_flops(c, layout=shape.layout, architecture=shape.architecture) for c in comparisons]
     loads = [sum(costs[i] for part in parts for i in part) for parts in plan]
     batches = [
@@ -115,11 +126,20 @@ def lay_out(comparisons: Sequence[TokenizedComparison], *, shape: RowShape, rank
         )
         for part in plan[rank]
     ]
-    return Rows(batches, plan[rank], imbalance=max(loads) * len(loads) / sum(loads))
+    imbalance = max(loads) * len(loads) / sum(loads)
+    return Rows(batches, plan[rank], imbalance=imbalance, num_rounds=max(map(len, plan)))
 
 
-def load_steps(dataset: StepDataset, *, start: int, stop: int, data: DataSection) -> Iterator[Step]:
-    """Yield steps start..stop-1 in order, prepared ahead by `data.num_workers` processes.
+def load_steps(
+    dataset: StepDataset,
+    *,
+    start: int,
+    stop: int,
+    data: DataSection,
+    start_worker: Callable[[int], None] | None = None,
+) -> Iterator[Step]:
+    """Yield steps start..stop-1 in order, prepared ahead by `data.num_workers` processes, in each of which
+    `start_worker` is called first.
 
     Raises UserError (a document that is damaged or does not fit), on one line from whatever process it comes.
     """
@@ -130,6 +150,7 @@ def load_steps(dataset: StepDataset, *, start: int, stop: int, data: DataSection
         num_workers=data.num_workers,
         prefetch_factor=data.prefetch_factor if data.num_workers else None,
         collate_fn=_as_it_is,
+        worker_init_fn=start_worker,
         # A generator of its own: the default would draw from torch's global RNG and spoil bit-exact resume.
         generator=torch.Generator(),
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 import orjson
 import xxhash
 
-from megatron_polar import log
+from megatron_polar import faults, log
 from megatron_polar.data.records import RecordError, list_inputs
 from megatron_polar.data.shards import (
     COUNTS,
@@ -28,10 +28,32 @@ from megatron_polar.data.shards import (
     encode_units,
     shard_path,
 )
-from megatron_polar.data.storage import HashedFile, file_entry, hash_file, manifest_bytes, read_manifest, sync_directory
+from megatron_polar.data.storage import (
+    FORMAT,
+    FORMAT_VERSION,
+    INDEX,
+    QUARANTINE,
+    TOKENIZER,
+    TOKENS,
+    WORK,
+    check_content,
+    check_dataset,
+    read_dataset_manifest,
+)
 from megatron_polar.data.template import WRAPPERS
 from megatron_polar.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_polar.errors import UserError
+from megatron_polar.manifest import (
+    MANIFEST,
+    Damaged,
+    HashedFile,
+    check_nothing_else,
+    encode_manifest,
+    file_entry,
+    hash_file,
+    sync_directory,
+    sync_file,
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +74,7 @@ class PreprocessReport:
     responses_cut: int
     response_tokens_cut: int
     duplicates_dropped: int
+    identical_candidates: int
 
     @classmethod
     def of_manifest(
@@ -59,11 +82,12 @@ class PreprocessReport:
     ) -> "PreprocessReport":
         counts = manifest["counts"]
         copied = ("lines", "bad_lines", "documents", "trajectory_groups", "preferences", "halves", "tokens")
+        copied += ("responses_cut", "response_tokens_cut", "identical_candidates")
         return cls(
             output=output,
             already_complete=already_complete,
             units_resumed=units_resumed,
-            **{name: counts[name] for name in (*copied, "responses_cut", "response_tokens_cut")},
+            **{name: counts[name] for name in copied},
             policies=len(manifest["policies"]),
             duplicates_dropped=counts["duplicate_trajectories"] + counts["duplicate_candidates"],
         )
@@ -90,55 +114,92 @@ def preprocess(
     UserError.
     """
     _check_arguments(num_workers, wrapper, max_response_length, max_bad_fraction, unit_bytes)
-    output, files = Path(output), list_inputs([Path(path) for path in inputs])
-    tokenizer = load_tokenizer(tokenizer_path, separator_token=separator_token, reward_token=reward_token)
     settings = {
         "wrapper": wrapper,
         "max_response_length": max_response_length,
         "max_bad_fraction": float(max_bad_fraction),
     }
-    complete = _complete_output(output, files=files, tokenizer=tokenizer, settings=settings)
-    if complete is not None:
-        log.info(f"{output}: complete already, made from the same inputs and settings; nothing to do")
-        return PreprocessReport.of_manifest(complete, output=output, already_complete=True, units_resumed=0)
-    if not tokenizer.halves_are_independent:
-        log.warn(f"{tokenizer_path}: writes the first word of a text apart; serve with token ids, not with text")
-    context = UnitContext(
-        tokenizer_path=Path(tokenizer_path),
-        separator_token=tokenizer.separator_token,
-        reward_token=tokenizer.reward_token,
-        wrapper=wrapper,
-        max_response_length=max_response_length,
-        work=output / ".work",
-        files=tuple(_short_names(files)),
-        key=orjson.dumps([tokenizer.fingerprint, wrapper, max_response_length]),
-    )
-    with _locked(context.work):
-        source = UnitSource(files, context=context, unit_bytes=unit_bytes)
-        with ExitStack() as stack:
-            merger = stack.enter_context(Merger(context.work))
-            results = encode_units(source, context=context, tokenizer=tokenizer, num_workers=num_workers)
-            stack.callback(results.close)
-            for unit, done in results:
-                if done["bad"] and max_bad_fraction == 0:
-                    bad = done["bad"][0]
-                    raise RecordError(
-                        bad["reason"], file=str(files[context.files.index(bad["file"])]), line=bad["line"]
-                    )
-                merger.append(shard_path(context.work, unit), done)
-        _check_counts(merger, files=files, output=output, max_bad_fraction=max_bad_fraction)
-        manifest = {"inputs": source.entries, "settings": settings, "tokenizer": _describe_tokenizer(tokenizer)}
-        manifest = _publish(merger, manifest, tokenizer=tokenizer, output=output)
-    shutil.rmtree(context.work)
+    output = Path(output)
+    with _in_plain_words(output):
+        files = list_inputs([Path(path) for path in inputs])
+        tokenizer = load_tokenizer(tokenizer_path, separator_token=separator_token, reward_token=reward_token)
+        _check_output(output, files=files)
+        complete = _complete_output(output, files=files, tokenizer=tokenizer, settings=settings)
+        if complete is not None:
+            log.info(f"{output}: complete already, made from the same inputs and settings; nothing to do")
+            return PreprocessReport.of_manifest(complete, output=output, already_complete=True, units_resumed=0)
+        if not tokenizer.halves_are_independent:
+            log.warn(f"{tokenizer_path}: writes the first word of a text apart; serve with token ids, not with text")
+        context = UnitContext(
+            tokenizer_path=Path(tokenizer_path),
+            separator_token=tokenizer.separator_token,
+            reward_token=tokenizer.reward_token,
+            wrapper=wrapper,
+            max_response_length=max_response_length,
+            work=output / WORK,
+            files=tuple(_short_names(files)),
+            key=orjson.dumps([FORMAT_VERSION, tokenizer.fingerprint, wrapper, max_response_length]),
+        )
+        with _locked(context.work):
+            source = UnitSource(files, context=context, unit_bytes=unit_bytes)
+            merger = _merge(
+                source,
+                files=files,
+                context=context,
+                tokenizer=tokenizer,
+                num_workers=num_workers,
+                stop_at_bad_line=max_bad_fraction == 0,
+            )
+            _check_counts(merger, files=files, output=output, max_bad_fraction=max_bad_fraction)
+            manifest = {"inputs": source.entries, "settings": settings, "tokenizer": _describe_tokenizer(tokenizer)}
+            manifest = _publish(merger, manifest, tokenizer=tokenizer, output=output)
+            shutil.rmtree(context.work, ignore_errors=True)
     report = PreprocessReport.of_manifest(
         manifest, output=output, already_complete=False, units_resumed=source.units_resumed
     )
     log.info(
         f"{output}: {report.documents} documents, {report.halves} halves, {report.tokens} tokens, {report.policies} "
         f"policies; {report.responses_cut} answers cut by {report.response_tokens_cut} tokens, "
-        f"{report.duplicates_dropped} duplicates dropped, {report.bad_lines} of {report.lines} lines quarantined"
+        f"{report.duplicates_dropped} duplicates and {report.identical_candidates} texts of an earlier policy dropped, "
+        f"{report.bad_lines} of {report.lines} lines quarantined"
     )
     return report
+
+
+@contextmanager
+def _in_plain_words(output: Path) -> Iterator[None]:
+    """Make one line of a full or broken disk, and of a work file that is not as it was written."""
+    try:
+        yield
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        raise UserError(
+            f"{output}: {error.strerror or error}{place}; mend that and run the same command again, finished units are "
+            "kept"
+        ) from error
+    except Damaged as error:
+        raise UserError(f"{output / WORK}/{error}; run the same command again, it makes that unit anew") from error
+
+
+def _merge(
+    source: UnitSource,
+    *,
+    files: Sequence[Path],
+    context: UnitContext,
+    tokenizer: Tokenizer,
+    num_workers: int,
+    stop_at_bad_line: bool,
+) -> Merger:
+    """Encode all units and append them to the dataset's files below the work directory, which are closed then."""
+    with Merger(context.work) as merger, ExitStack() as stack:
+        results = encode_units(source, context=context, tokenizer=tokenizer, num_workers=num_workers)
+        stack.callback(results.close)
+        for unit, done in results:
+            if done["bad"] and stop_at_bad_line:
+                bad = done["bad"][0]
+                raise RecordError(bad["reason"], file=str(files[context.files.index(bad["file"])]), line=bad["line"])
+            merger.append(shard_path(context.work, unit), done)
+    return merger
 
 
 def _check_arguments(
@@ -154,6 +215,17 @@ def _check_arguments(
         raise UserError(f"max_bad_fraction={max_bad_fraction} is not a fraction of the lines; use 0 to 1")
     if unit_bytes < 1:
         raise UserError(f"unit_bytes={unit_bytes} is not a size; use 1 or more")
+
+
+def _check_output(output: Path, *, files: Sequence[Path]) -> None:
+    """Refuse an output that holds other people's files, or the inputs: both would become part of a dataset."""
+    ours = {TOKENS, INDEX, QUARANTINE, TOKENIZER, MANIFEST, WORK}
+    foreign = sorted(set(os.listdir(output)) - ours) if output.is_dir() else []
+    if foreign:
+        raise UserError(f"{output}: holds {foreign[0]!r}, which is no part of a dataset; choose an empty directory")
+    inside = [file for file in files if file.resolve().is_relative_to(output.resolve())]
+    if inside:
+        raise UserError(f"{inside[0]}: an input inside of the output {output}; choose another output directory")
 
 
 def _short_names(files: Sequence[Path]) -> list[str]:
@@ -172,11 +244,18 @@ def _describe_tokenizer(tokenizer: Tokenizer) -> dict:
 
 
 def _complete_output(output: Path, *, files: Sequence[Path], tokenizer: Tokenizer, settings: dict) -> dict | None:
-    """The manifest of an output that this very call made before, None for no complete output; any other is an error."""
-    if not (output / "manifest.json").exists():
+    """The manifest of an output that this very call made before; None where there is work to do; else an error.
+
+    An output of this call that was damaged since is work to do.
+    """
+    if not os.path.lexists(output / MANIFEST):
         return None
-    manifest = read_manifest(output)
     remedy = "choose another output directory or remove this one"
+    try:
+        manifest = read_dataset_manifest(output)
+        check_nothing_else(output, manifest["files"], allowed=[WORK])
+    except Damaged as error:
+        raise UserError(f"{output}/{error}; {remedy}") from error
     for key, value in settings.items():
         if manifest["settings"].get(key) != value:
             raise UserError(f"{output}: was made with {key}={manifest['settings'].get(key)}, not {value}; {remedy}")
@@ -191,21 +270,35 @@ def _complete_output(output: Path, *, files: Sequence[Path], tokenizer: Tokenize
     for file, entry in zip(files, manifest["inputs"], strict=True):
         if hash_file(file, xxhash.xxh3_128()) != entry["xxh3_128"]:
             raise UserError(f"{output}: was made from other content of {file}; {remedy}")
-    shutil.rmtree(output / ".work", ignore_errors=True)  # of a run that was killed just after its manifest
+    try:
+        check_dataset(output, manifest)
+        check_content(output, manifest)
+    except Damaged as error:
+        log.warn(f"{output}/{error}; making the dataset again")
+        (output / MANIFEST).unlink()
+        sync_directory(output)
+        return None
+    shutil.rmtree(output / WORK, ignore_errors=True)  # of a run that was killed just after its manifest
     return manifest
 
 
 @contextmanager
 def _locked(work: Path) -> Iterator[None]:
     """Keep a second run out of the same output directory; the lock goes with the process, however it ends."""
+    if work.is_symlink():
+        raise UserError(f"{work}: is a link, and could lead anywhere; remove it")
     work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
+    with os.fdopen(os.open(work / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644), "rb") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
                 f"{work.parent}: another preprocess writes here; wait for it or choose another output"
             ) from None
+        if os.path.lexists(work.parent / MANIFEST):
+            raise UserError(f"{work.parent}: another preprocess has just finished here; run the same command again")
+        for stale in work.glob("*.tmp"):  # half-written by a run that was killed, or found the disk full
+            stale.unlink(missing_ok=True)
         yield
 
 
@@ -214,7 +307,7 @@ def _check_counts(merger: Merger, *, files: Sequence[Path], output: Path, max_ba
     if not lines:
         raise UserError(f"{files[0]}:1: empty input, no line in {len(files)} file(s); check the path")
     if bad > max_bad_fraction * lines or not merger.counts["documents"]:
-        quarantine = output / "quarantine.jsonl"
+        quarantine = output / QUARANTINE
         merger.quarantine.path.replace(quarantine)
         raise UserError(
             f"{quarantine}: names {bad} bad lines of {lines} ({bad / lines:.2%}), more than "
@@ -223,28 +316,51 @@ def _check_counts(merger: Merger, *, files: Sequence[Path], output: Path, max_ba
 
 
 def _publish(merger: Merger, manifest: dict, *, tokenizer: Tokenizer, output: Path) -> dict:
-    """Put the files in their places, the manifest last: a directory with a manifest is complete."""
-    work = output / ".work"
+    """Put the files in their places, the manifest last: a directory with a manifest is complete.
+
+    All of it is on the disk before its name is. A link in the place of a file is replaced, never followed.
+    """
+    work = output / WORK
     written = merger.finish()
-    shutil.rmtree(work / "tokenizer", ignore_errors=True)
-    tokenizer.save(work / "tokenizer")
-    names = sorted(path.name for path in (work / "tokenizer").iterdir())
-    entries = {f"tokenizer/{name}": file_entry(work / "tokenizer" / name) for name in names}
-    shutil.rmtree(output / "tokenizer", ignore_errors=True)
-    (output / "quarantine.jsonl").unlink(missing_ok=True)
+    entries = {file.path.name: file.entry for file in written}
+    entries |= _save_tokenizer(tokenizer, directory=work / TOKENIZER)
+    faults.point("before_dataset_files")
+    _remove(output / QUARANTINE)
+    _remove(output / TOKENIZER)
     for file in written:
         file.path.replace(output / file.path.name)
-        entries[file.path.name] = {"size": file.size, "sha256": file.sha256}
-    (work / "tokenizer").replace(output / "tokenizer")
+    (work / TOKENIZER).replace(output / TOKENIZER)
     counts = {name: merger.counts[name] for name in COUNTS}
-    index = hash_file(output / "corpus.idx", xxhash.xxh3_128())
+    index = hash_file(output / INDEX, xxhash.xxh3_128())
     sequences = {"sequences": merger.num_sequences, "documents": counts["documents"], "index_xxh3_128": index}
     maxima = {name: merger.counts[name] for name in MAXIMA}
-    manifest = {**manifest, "counts": counts, "invariants": {**sequences, **maxima}}
-    manifest |= {"policies": list(merger.policies), "files": dict(sorted(entries.items()))}
-    with HashedFile(work / "manifest.json") as file:
-        file.write(manifest_bytes(manifest))
+    manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, **manifest}
+    manifest |= {"counts": counts, "invariants": {**sequences, **maxima}, "policies": list(merger.policies)}
+    manifest |= {"files": entries, "blocks": {TOKENS: written[0].blocks}}
+    with HashedFile(work / MANIFEST) as file:
+        file.write(encode_manifest(manifest))
     sync_directory(output)
-    file.path.replace(output / "manifest.json")
+    faults.point("before_dataset_manifest")
+    file.path.replace(output / MANIFEST)
     sync_directory(output)
-    return read_manifest(output)
+    faults.point("after_dataset_manifest")
+    return read_dataset_manifest(output)
+
+
+def _save_tokenizer(tokenizer: Tokenizer, *, directory: Path) -> dict[str, dict]:
+    """Write a copy of the tokenizer; returns the manifest entries of its files."""
+    _remove(directory)
+    tokenizer.save(directory)
+    files = sorted(directory.iterdir())
+    for file in files:
+        sync_file(file)
+    sync_directory(directory)
+    return {f"{TOKENIZER}/{file.name}": file_entry(file) for file in files}
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link (not what it points to) or a directory, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,13 +1,16 @@
 """One JSONL line -> TrajectoryGroup or Preference, or an error that says file, line, reason and remedy."""
 
 import gzip
+import hashlib
 import io
+import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import orjson
 import zstandard
@@ -19,7 +22,12 @@ INPUT_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 # A longer line is a broken file (no newlines), and reading it whole would break the promise of constant memory.
 MAX_LINE_BYTES = 64 * 1024 * 1024
+# Far below what the JSON parsers refuse themselves, which depends on how deep the stack already is.
+MAX_DEPTH = 100
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _READ_BYTES = 256 * 1024
+# Neither a message of one line nor a manifest can hold such a name; Python reads bytes that are no UTF-8 as surrogates.
+_UNWRITABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 # Small, because a zstd block of very repetitive text can expand more than a thousandfold.
 _ZSTD_READ_BYTES = 16 * 1024
 
@@ -74,6 +82,27 @@ class Preference:
     meta: dict
 
 
+@dataclass(frozen=True)
+class Distinct:
+    """A record without repeated texts, and what was dropped: answers given twice, and texts of an earlier policy."""
+
+    record: TrajectoryGroup | Preference
+    duplicates: int
+    identical: int
+
+
+class InputLine(NamedTuple):
+    """A line of an input: number from 1, offset in the decompressed file, bytes without the newline.
+
+    Of a line above MAX_LINE_BYTES nothing is kept but the hash: `data` is empty, `skipped` the SHA-256 of the line.
+    """
+
+    number: int
+    byte_offset: int
+    data: bytes
+    skipped: str = ""
+
+
 class Meter(Protocol):
     """Sees the raw bytes of a file as they are read: a hash object fits."""
 
@@ -86,14 +115,14 @@ class Meter(Protocol):
 def list_inputs(paths: Sequence[Path]) -> list[Path]:
     """Expand directories into their .jsonl, .jsonl.gz and .jsonl.zst files, sorted by path; files stay as given.
 
-    Raises UserError for a path that does not exist, another suffix, or a directory without such files.
+    Links are followed. Raises UserError for a path that does not exist, another suffix, a directory without such
+    files, and for what is no regular file: a device or a pipe has no end, and no second reading.
     """
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            found = sorted(
-                entry for entry in path.rglob("*") if entry.name.endswith(INPUT_SUFFIXES) and entry.is_file()
-            )
+            entries = sorted(entry for entry in path.rglob("*") if entry.name.endswith(INPUT_SUFFIXES))
+            found = [entry for entry in entries if not entry.is_dir()]
             if not found:
                 raise UserError(f"{path}: no {', '.join(INPUT_SUFFIXES)} file in this directory; check the path")
             files.extend(found)
@@ -105,6 +134,11 @@ def list_inputs(paths: Sequence[Path]) -> list[Path]:
             files.append(path)
     if not files:
         raise UserError("no input given; name at least one JSONL file or directory")
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: not a regular file, nor a link to one; write the lines to a file")
+        if _UNWRITABLE.search(f"{file} {file.resolve()}"):
+            raise UserError(f"{str(file)!r}: has control characters in its name, or is not UTF-8; rename it")
     return files
 
 
@@ -117,25 +151,54 @@ def read_jsonl(path: Path | str, *, meter: Meter | None = None) -> Iterator[tupl
     above 64 MiB.
     """
     path = Path(path)
-    if path.is_dir():
-        for file in list_inputs([path]):
-            yield from read_jsonl(file, meter=meter)
-        return
-    number = 0
+    for file in list_inputs([path]) if path.is_dir() else [path]:
+        for line in read_lines(file, meter=meter):
+            if line.skipped:
+                raise RecordError(too_long(), file=str(file), line=line.number)
+            yield line.number, line.data
+
+
+def read_lines(path: Path, *, meter: Meter | None = None) -> Iterator[InputLine]:
+    """`read_jsonl` of one file, with the places of lines, and with those that are too long in constant memory."""
+    number = offset = 0
     try:
         with _open_lines(path, meter=meter) as stream:
-            while line := stream.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                if len(line) > MAX_LINE_BYTES:
-                    raise UserError(f"{path}:{number}: line is longer than {MAX_LINE_BYTES >> 20} MiB; is this JSONL?")
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark, as some editors write it
-                if not line.isspace() and line:
-                    yield number, line.rstrip(b"\r\n")
+            while data := stream.readline(MAX_LINE_BYTES + 1):
+                number, start = number + 1, offset
+                if len(data) > MAX_LINE_BYTES:
+                    size, sha256 = _skip_line(stream, data)
+                    offset += size
+                    yield InputLine(number, start, b"", sha256)
+                    continue
+                offset += len(data)
+                if number == 1 and data.startswith(_BYTE_ORDER_MARK):  # as some editors write it
+                    data, start = data.removeprefix(_BYTE_ORDER_MARK), len(_BYTE_ORDER_MARK)
+                if data and not data.isspace():
+                    yield InputLine(number, start, _without_newline(data))
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
         raise UserError(f"{path}:{number + 1}: damaged or truncated archive ({error}); fetch the file again") from error
     except OSError as error:
         raise UserError(f"{path}:{number + 1}: cannot be read ({error.strerror or error}); check the file") from error
+
+
+def too_long() -> str:
+    """Why a skipped line is refused."""
+    return f"the line is longer than {MAX_LINE_BYTES} bytes; write one JSON object per line"
+
+
+def _without_newline(data: bytes) -> bytes:
+    return data.removesuffix(b"\n").removesuffix(b"\r")
+
+
+def _skip_line(stream: io.BufferedIOBase, data: bytes) -> tuple[int, str]:
+    """Read on to the end of a line that begins with `data`, keeping nothing; returns its bytes and its SHA-256."""
+    digest, size = hashlib.sha256(), len(data)
+    while not data.endswith(b"\n") and (more := stream.readline(_READ_BYTES)):
+        size += len(more)
+        digest.update(data[:-1])  # the last byte may belong to the newline
+        data = data[-1:] + more
+    digest.update(_without_newline(data))
+    return size, digest.hexdigest()
 
 
 def _open_lines(path: Path, *, meter: Meter | None) -> io.BufferedIOBase:
@@ -238,27 +301,33 @@ def parse_record(
         raise RecordError(str(reason), file=source, line=line_number) from None
 
 
-def drop_duplicates(
-    record: TrajectoryGroup | Preference, *, source: str, line_number: int
-) -> tuple[TrajectoryGroup | Preference, int]:
-    """Return the record without repeated trajectories (same policy, same text) or candidates, and how many were
-    dropped.
+def drop_duplicates(record: TrajectoryGroup | Preference, *, source: str, line_number: int) -> Distinct:
+    """Drop answers that would be compared with themselves; the first of equals stays.
 
-    The first of equals stays. Raises RecordError when the rest can no longer be compared.
+    In a preference these are repeated candidates. In a group they are trajectories given twice (same policy, same
+    text), and a text that an earlier policy wrote as well: nothing tells the two apart, so it is label noise. Raises
+    RecordError when the rest can no longer be compared.
     """
     try:
         if isinstance(record, Preference):
             candidates = tuple(dict.fromkeys(record.candidates))
-            dropped = len(record.candidates) - len(candidates)
             if len(candidates) < 2:
                 raise _Reason("all candidates have the same text, so there is no preference; drop the line")
-            return (replace(record, candidates=candidates) if dropped else record), dropped
-        trajectories = tuple(dict.fromkeys(record.trajectories))
-        dropped = len(record.trajectories) - len(trajectories)
-        if dropped:
-            note = f" once {dropped} duplicate(s) (same policy, same text) are dropped"
-            _check_policies(trajectories, note=note)
-        return (replace(record, trajectories=trajectories) if dropped else record), dropped
+            dropped = len(record.candidates) - len(candidates)
+            record = replace(record, candidates=candidates) if dropped else record
+            return Distinct(record, duplicates=dropped, identical=0)
+        unique = tuple(dict.fromkeys(record.trajectories))
+        first_of_text: dict[str, Trajectory] = {}
+        for trajectory in unique:
+            first_of_text.setdefault(trajectory.text, trajectory)
+        kept = tuple(first_of_text.values())
+        duplicates, identical = len(record.trajectories) - len(unique), len(unique) - len(kept)
+        if duplicates or identical:
+            counted = {f"{duplicates} duplicate(s) (same policy, same text)": duplicates}
+            counted[f"{identical} text(s) identical to another policy's"] = identical
+            _check_policies(kept, note=f" once {' and '.join(text for text in counted if counted[text])} are dropped")
+            record = replace(record, trajectories=kept)
+        return Distinct(record, duplicates=duplicates, identical=identical)
     except _Reason as reason:
         raise RecordError(str(reason), file=source, line=line_number) from None
 
@@ -276,7 +345,29 @@ def _load_object(line: bytes | str) -> dict:
         raise _Reason(f"malformed JSON ({_one_line(error)}); write one JSON object per line") from None
     if not isinstance(value, dict):
         raise _Reason(f"a JSON {_json_type(value)}, not an object; expected {_FORMS}")
+    text = line if isinstance(line, str) else line.decode("utf-8")
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        _check_depth(value, levels=MAX_DEPTH)
+    _ALL_KEYS.decode(text)
     return value
+
+
+def _check_depth(value: Any, *, levels: int) -> None:
+    if isinstance(value, dict | list):
+        if not levels:
+            raise _Reason(f"nested deeper than {MAX_DEPTH} levels; is this a record?")
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_depth(item, levels=levels - 1)
+
+
+def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> None:
+    if len(dict(pairs)) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise _Reason(f"the key {_describe(twice)} is there twice, so it is not clear what is meant; keep one of them")
+
+
+# orjson keeps the last of two equal keys without a word; the standard parser shows all of them.
+_ALL_KEYS = json.JSONDecoder(object_pairs_hook=_refuse_repeated_keys, parse_int=str, parse_float=str)
 
 
 def _parse(value: dict, *, default_wrapper: str) -> TrajectoryGroup | Preference:
@@ -287,16 +378,16 @@ def _parse(value: dict, *, default_wrapper: str) -> TrajectoryGroup | Preference
     elif "chosen" in value or "rejected" in value or "reference" in value:
         required = ("prompt", "reference", "chosen", "rejected")
     else:
-        raise _Reason(f"keys {sorted(value)} make no record; expected {_FORMS}")
+        raise _Reason(f"keys {_keys(value)} make no record; expected {_FORMS}")
     missing = [key for key in required if key not in value]
     if missing:
-        raise _Reason(f"missing key {', '.join(map(repr, missing))} (found {sorted(value)}); expected {_FORMS}")
+        raise _Reason(f"missing key {', '.join(map(repr, missing))} (found {_keys(value)}); expected {_FORMS}")
     prompt = _text(value["prompt"], key="prompt")
     if not prompt.strip():
         raise _Reason("'prompt' is empty; every record needs a prompt, drop the line")
     wrapper = value.get("wrapper", default_wrapper)
     if wrapper not in WRAPPERS:
-        raise _Reason(f"'wrapper' is {wrapper!r}; use one of {', '.join(WRAPPERS)}")
+        raise _Reason(f"'wrapper' is {_describe(wrapper)}; use one of {', '.join(WRAPPERS)}")
     meta = {key: item for key, item in value.items() if key not in (*required, "wrapper")}
     if "trajectories" in value:
         trajectories = _trajectories(value["trajectories"])
@@ -323,6 +414,7 @@ def _trajectories(items: Any) -> tuple[Trajectory, ...]:
         policy = item["policy"]
         if not isinstance(policy, str) or not policy:
             raise _Reason(f"'trajectories[{index}].policy' is {_describe(policy)}; give the policy's name")
+        _refuse_nul(policy, key=f"trajectories[{index}].policy")
         trajectories.append(Trajectory(policy, _text(item["text"], key=f"trajectories[{index}].text")))
     return tuple(trajectories)
 
@@ -330,26 +422,43 @@ def _trajectories(items: Any) -> tuple[Trajectory, ...]:
 def _check_policies(trajectories: Sequence[Trajectory], *, note: str = "") -> None:
     """A group can be compared when one policy has two trajectories (reference, positive) and another one (negative)."""
     counts = Counter(trajectory.policy for trajectory in trajectories)
-    listed = ", ".join(f"{' '.join(policy.split())} x{count}" for policy, count in counts.most_common(4))
-    listed += ", ..." if len(counts) > 4 else ""
     if not counts:
         raise _Reason("'trajectories' is empty; give at least two of one policy and one of another")
+    if len(counts) > 1 and max(counts.values()) > 1:
+        return
+    listed = ", ".join(f"{_printable(policy)} x{count}" for policy, count in counts.most_common(4))
+    listed += ", ..." if len(counts) > 4 else ""
     if max(counts.values()) < 2:
         raise _Reason(f"no policy has two trajectories{note} ({listed}); sample at least two from one policy")
-    if len(counts) < 2:
-        raise _Reason(f"all trajectories are of one policy{note} ({listed}); add at least one of another policy")
+    raise _Reason(f"all trajectories are of one policy{note} ({listed}); add at least one of another policy")
 
 
 def _text(value: Any, *, key: str) -> str:
     try:
-        return prompt_text(value)
+        text = prompt_text(value)
     except TypeError as error:
         raise _Reason(f"'{key}' is {_describe(value)}; {error}") from None
+    _refuse_nul(text, key=key)
+    return text
+
+
+def _refuse_nul(text: str, *, key: str) -> None:
+    if "\0" in text:
+        raise _Reason(f"'{key}' contains a NUL character, a sign of broken data; mend it or drop the line")
 
 
 def _describe(value: Any) -> str:
-    text = orjson.dumps(value).decode("utf-8")
-    return f"a JSON {_json_type(value)} {text[:60]}{'...' if len(text) > 60 else ''}"
+    return f"a JSON {_json_type(value)} {_printable(orjson.dumps(value).decode('utf-8'))}"
+
+
+def _keys(value: dict) -> str:
+    return f"[{_printable(', '.join(map(repr, sorted(value))), limit=120)}]"
+
+
+def _printable(text: str, *, limit: int = 60) -> str:
+    """The head of a text from the data, as it can stand in a message of one line on a terminal."""
+    head = "".join(mark if mark.isprintable() else f"\\u{ord(mark):04x}" for mark in text[:limit])
+    return head + ("..." if len(text) > limit else "")
 
 
 def _json_type(value: Any) -> str:

@@ -7,6 +7,7 @@ however large the input is.
 """
 
 import hashlib
+import io
 import multiprocessing
 import os
 import signal
@@ -23,19 +24,22 @@ import numpy as np
 import orjson
 import xxhash
 
-from megatron_polar import log
+from megatron_polar import faults, log
 from megatron_polar.data.records import (
+    InputLine,
     Preference,
     RecordError,
     TrajectoryGroup,
     drop_duplicates,
     parse_record,
-    read_jsonl,
+    read_lines,
+    too_long,
 )
-from megatron_polar.data.storage import HEADER_FIELDS, KINDS, HashedFile, write_index
+from megatron_polar.data.storage import HEADER_FIELDS, INDEX, KINDS, QUARANTINE, TOKENS, write_index
 from megatron_polar.data.template import WRAPPERS, encode_half
 from megatron_polar.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_polar.errors import UserError
+from megatron_polar.manifest import Damaged, HashedFile, encode_manifest, write_durably
 
 # Bytes of text in a work unit. It decides nothing about the output, only how much memory a worker takes and how much
 # work a kill can cost.
@@ -54,8 +58,9 @@ COUNTS = (
     "response_tokens_cut",
     "duplicate_trajectories",
     "duplicate_candidates",
-    "same_text_of_two_policies",
+    "identical_candidates",
 )
+QUARANTINE_FIELDS = ("file", "line", "byte_offset", "reason", "sha256")
 
 
 # ---------------------------------------------------------------- work units
@@ -77,10 +82,10 @@ class UnitContext:
 
 @dataclass(frozen=True)
 class _Unit:
-    """Consecutive input lines: (index of the file, line number, line)."""
+    """Consecutive input lines, each with the number of its file."""
 
     index: int
-    lines: list[tuple[int, int, bytes]]
+    lines: list[tuple[int, InputLine]]
     digest: str
 
 
@@ -99,13 +104,13 @@ class UnitSource:
         self._hash.update(data)
 
     def units(self) -> Iterator[_Unit]:
-        lines: list[tuple[int, int, bytes]] = []
+        lines: list[tuple[int, InputLine]] = []
         index = size = 0
         for number, file in enumerate(self._files):
             self._hash, before = xxhash.xxh3_128(), self.bytes_read
-            for line_number, line in read_jsonl(file, meter=self):
-                lines.append((number, line_number, line))
-                size += len(line)
+            for line in read_lines(file, meter=self):
+                lines.append((number, line))
+                size += len(line.data)
                 if size >= self._unit_bytes:
                     yield self._unit(index, lines)
                     lines, index, size = [], index + 1, 0
@@ -114,11 +119,12 @@ class UnitSource:
         if lines:
             yield self._unit(index, lines)
 
-    def _unit(self, index: int, lines: list[tuple[int, int, bytes]]) -> _Unit:
+    def _unit(self, index: int, lines: list[tuple[int, InputLine]]) -> _Unit:
         digest = xxhash.xxh3_128(self._context.key)
-        for number, line_number, line in lines:
-            digest.update(f"\n{self._context.files[number]}\n{line_number}\n{len(line)}\n".encode())
-            digest.update(line)
+        for number, line in lines:
+            place = f"{self._context.files[number]}\n{line.number}\n{line.byte_offset}"
+            digest.update(f"\n{place}\n{len(line.data)}\n{line.skipped}\n".encode())
+            digest.update(line.data)
         return _Unit(index=index, lines=lines, digest=digest.hexdigest())
 
 
@@ -175,11 +181,21 @@ def _read_done(unit: _Unit, *, work: Path) -> dict | None:
     """The done file of an earlier run, if it is of the same lines and settings and its shard is whole."""
     shard = shard_path(work, unit.index)
     try:
-        done = orjson.loads(shard.with_suffix(".done").read_bytes())
-        whole = done["unit"] == unit.digest and xxhash.xxh3_128(shard.read_bytes()).hexdigest() == done["shard"]
-    except (OSError, orjson.JSONDecodeError, KeyError, TypeError):
+        written = shard.with_suffix(".done").read_bytes()
+        done = orjson.loads(written)
+        whole = encode_manifest(done) == written and done["unit"] == unit.digest
+        _read_shard(shard, done)
+    except (OSError, orjson.JSONDecodeError, AttributeError, KeyError, TypeError, Damaged):
         return None
     return done if whole else None
+
+
+def _read_shard(shard: Path, done: dict) -> bytes:
+    data = shard.read_bytes()
+    found = xxhash.xxh3_128(data).hexdigest()
+    if found != done["shard"]:
+        raise Damaged(f"{shard.name} has XXH3 {found} instead of {done['shard']}")
+    return data
 
 
 # ---------------------------------------------------------------- in the workers
@@ -208,46 +224,66 @@ def _encode_unit_in_worker(unit: _Unit) -> dict:
 
 def _encode_unit(unit: _Unit, *, context: UnitContext, tokenizer: Tokenizer) -> dict:
     """Tokenise the unit's lines into a shard file; write and return its done file's content."""
+    faults.point("unit")
     counts = Counter(dict.fromkeys((*COUNTS, *MAXIMA), 0))
     policies: dict[str, int] = {}
     bad: list[dict] = []
     sequences: list[np.ndarray] = []
     documents: list[int] = []
-    for number, line_number, line in unit.lines:
+    for number, line in unit.lines:
         counts["lines"] += 1
-        where = {"source": context.files[number], "line_number": line_number}
         try:
-            record = parse_record(line, **where, default_wrapper=context.wrapper)
-            record, dropped = drop_duplicates(record, **where)
-            try:
-                document = _encode_document(
-                    record, context=context, tokenizer=tokenizer, policies=policies, counts=counts
-                )
-            except UserError as error:  # a text that this tokenizer cannot encode
-                raise RecordError(str(error), file=context.files[number], line=line_number) from error
+            document = _encode_line(
+                line,
+                source=context.files[number],
+                context=context,
+                tokenizer=tokenizer,
+                policies=policies,
+                counts=counts,
+            )
         except RecordError as error:
             counts["bad_lines"] += 1
-            entry = {"file": error.file, "line": error.line, "reason": error.reason}
-            bad.append({**entry, "sha256": hashlib.sha256(line).hexdigest()})
-            continue
-        preference = isinstance(record, Preference)
-        counts["documents"] += 1
-        counts["preferences" if preference else "trajectory_groups"] += 1
-        counts["duplicate_candidates" if preference else "duplicate_trajectories"] += dropped
-        sequences.extend(document)
-        documents.append(len(document))
-    shard = shard_path(context.work, unit.index)
-    temporary = shard.with_suffix(f".{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        tokens = np.concatenate(sequences) if sequences else np.zeros(0, np.int32)
-        for array in (tokens, np.array([len(ids) for ids in sequences], np.int32), np.array(documents, np.int32)):
-            np.save(file, array, allow_pickle=False)
-    digest = xxhash.xxh3_128(temporary.read_bytes()).hexdigest()
-    temporary.replace(shard)
+            sha256 = line.skipped or hashlib.sha256(line.data).hexdigest()
+            entry = (error.file, error.line, line.byte_offset, error.reason, sha256)
+            bad.append(dict(zip(QUARANTINE_FIELDS, entry, strict=True)))
+        else:
+            sequences.extend(document)
+            documents.append(len(document))
+    tokens = np.concatenate(sequences) if sequences else np.zeros(0, np.int32)
+    arrays = io.BytesIO()
+    for array in (tokens, np.array([len(ids) for ids in sequences], np.int32), np.array(documents, np.int32)):
+        np.save(arrays, array, allow_pickle=False)
+    shard, data = shard_path(context.work, unit.index), arrays.getvalue()
+    own = f".{os.getpid()}.tmp"  # a worker of a killed run may still be at this unit
+    write_durably(shard, data, suffix=own)
+    faults.point("after_unit_shard")
+    digest = xxhash.xxh3_128(data).hexdigest()
     done = {"unit": unit.digest, "shard": digest, "counts": counts, "policies": list(policies), "bad": bad}
-    temporary.write_bytes(orjson.dumps(done))
-    temporary.replace(shard.with_suffix(".done"))
+    write_durably(shard.with_suffix(".done"), encode_manifest(done), suffix=own)
+    faults.point("after_unit_done")
     return done
+
+
+def _encode_line(
+    line: InputLine, *, source: str, context: UnitContext, tokenizer: Tokenizer, policies: dict, counts: Counter
+) -> list[np.ndarray]:
+    """Header and halves of one line; raises RecordError, and counts nothing then."""
+    where = {"source": source, "line_number": line.number}
+    if line.skipped:
+        raise RecordError(too_long(), file=source, line=line.number)
+    distinct = drop_duplicates(parse_record(line.data, **where, default_wrapper=context.wrapper), **where)
+    try:
+        document = _encode_document(
+            distinct.record, context=context, tokenizer=tokenizer, policies=policies, counts=counts
+        )
+    except UserError as error:  # a text that this tokenizer cannot encode
+        raise RecordError(str(error), file=source, line=line.number) from error
+    preference = isinstance(distinct.record, Preference)
+    counts["documents"] += 1
+    counts["preferences" if preference else "trajectory_groups"] += 1
+    counts["duplicate_candidates" if preference else "duplicate_trajectories"] += distinct.duplicates
+    counts["identical_candidates"] += distinct.identical
+    return document
 
 
 def _encode_document(
@@ -279,12 +315,8 @@ def _encode_document(
         counts["longest_response"] = max(counts["longest_response"], len(half.ids) - half.prompt_length)
     counts["halves"] += len(halves)
     counts["longest_prompt"] = max(counts["longest_prompt"], prompt_length)
-    if names is None:
-        ids = [-1] * len(halves)
-    else:
-        counts["same_text_of_two_policies"] += len(texts) - len(set(texts))
-        ids = [policies.setdefault(name, len(policies)) for name in names]
-    kind = KINDS.index("trajectories" if names is not None else "preference")
+    ids = [-1] * len(halves) if names is None else [policies.setdefault(name, len(policies)) for name in names]
+    kind = KINDS.index("preference" if names is None else "trajectories")
     header = [kind, WRAPPERS.index(record.wrapper), prompt_length, *ids]
     return [np.array(header, np.int32), *(half.ids for half in halves)]
 
@@ -304,8 +336,8 @@ class Merger:
     def __enter__(self) -> "Merger":
         self._stack = ExitStack()
         open_file = self._stack.enter_context
-        self._tokens = open_file(HashedFile(self._work / "corpus.bin"))
-        self.quarantine = open_file(HashedFile(self._work / "quarantine.jsonl"))
+        self._tokens = open_file(HashedFile(self._work / TOKENS, blocks=True))
+        self.quarantine = open_file(HashedFile(self._work / QUARANTINE))
         self._lengths = open_file(HashedFile(self._work / "lengths"))
         self._documents = open_file(HashedFile(self._work / "documents"))
         return self
@@ -314,13 +346,15 @@ class Merger:
         self._stack.close()
 
     def append(self, shard: Path, done: dict) -> None:
-        with shard.open("rb") as file:
+        faults.point("merge")
+        with io.BytesIO(_read_shard(shard, done)) as file:
             tokens, lengths, documents = (np.load(file, allow_pickle=False) for _ in range(3))
         self._use_global_policies(tokens, lengths, documents, names=done["policies"])
         self._tokens.write(tokens.tobytes())
         self._lengths.write(lengths.tobytes())
         self._documents.write(documents.tobytes())
-        for entry in done["bad"]:
+        for bad in done["bad"]:
+            entry = {name: bad[name] for name in QUARANTINE_FIELDS}  # a done file that was read has them sorted
             self.quarantine.write(orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE))
         self.num_sequences += len(lengths)
         for name in COUNTS:
@@ -344,8 +378,8 @@ class Merger:
         tokens[places] = np.where(local < 0, local, ids[np.maximum(local, 0)])
 
     def finish(self) -> list[HashedFile]:
-        """Write the index; return the files of the dataset."""
-        with HashedFile(self._work / "corpus.idx") as index:
+        """Write the index; return the files of the dataset, tokens first."""
+        with HashedFile(self._work / INDEX) as index:
             write_index(index, lengths=self._lengths.path, documents=self._documents.path)
         quarantine = [self.quarantine] if self.quarantine.size else []
         return [self._tokens, index, *quarantine]

@@ -1,20 +1,30 @@
-"""The files of a dataset: Megatron's index, the manifest with its checksum, and hashing while writing."""
+"""The files of a dataset: their names, Megatron's index, and checks of all of them against the manifest."""
 
-import hashlib
-import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import orjson
 import xxhash
 
-from megatron_polar.errors import UserError
+from megatron_polar import log
+from megatron_polar.manifest import (
+    MANIFEST,
+    Damaged,
+    HashedFile,
+    block_sizes,
+    check_block,
+    check_hash,
+    check_nothing_else,
+    check_sizes,
+    hash_file,
+    read_manifest,
+)
 
 FORMAT = "megatron_polar.corpus"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+TOKENS, INDEX, QUARANTINE, TOKENIZER = "corpus.bin", "corpus.idx", "quarantine.jsonl", "tokenizer"
+WORK = ".work"  # what an unfinished run has done so far
 KINDS = ("trajectories", "preference")
 HEADER_FIELDS = 3  # kind, wrapper, prompt length; then one policy id per half
 
@@ -25,89 +35,60 @@ _INDEX_HEADER = struct.Struct("<9sQBQQ")
 _CHUNK = 1 << 18
 
 
-class HashedFile:
-    """A file being written, with its size in bytes and its SHA-256; flushed to the disk when closed."""
-
-    def __init__(self, path: Path):
-        self.path, self.size = path, 0
-        self._hash = hashlib.sha256()
-
-    def __enter__(self) -> "HashedFile":
-        self._file = self.path.open("wb")
-        return self
-
-    def write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._hash.update(data)
-        self.size += len(data)
-
-    def __exit__(self, *exception) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-    @property
-    def sha256(self) -> str:
-        return self._hash.hexdigest()
+def read_dataset_manifest(directory: Path) -> dict:
+    """Read a dataset's manifest and check that it has what the other functions here look for. Raises Damaged."""
+    manifest = read_manifest(directory, format_name=FORMAT, format_version=FORMAT_VERSION)
+    kinds = dict.fromkeys(("files", "blocks", "invariants", "counts", "tokenizer", "settings"), dict)
+    for key, kind in {**kinds, "policies": list, "inputs": list}.items():
+        if not isinstance(manifest.get(key), kind):
+            raise Damaged(f"{MANIFEST} has no {key!r}: preprocess did not write it")
+    for name in (TOKENS, INDEX):
+        if name not in manifest["files"]:
+            raise Damaged(f"{MANIFEST} does not name {name}: preprocess did not write it")
+    for name, entry in manifest["files"].items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("size"), int) or "sha256" not in entry:
+            raise Damaged(f"{MANIFEST} has no size and SHA-256 of {name}: preprocess did not write it")
+    num_blocks = len(block_sizes(manifest["files"][TOKENS]["size"]))
+    if len(manifest["blocks"].get(TOKENS, [])) != num_blocks:
+        raise Damaged(f"{MANIFEST} does not hash {TOKENS} in {num_blocks} blocks: preprocess did not write it")
+    return manifest
 
 
-def sync_directory(directory: Path) -> None:
-    """Make renames within `directory` survive a power failure."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def check_dataset(directory: Path, manifest: dict) -> None:
+    """Check that the files are those of the manifest by name, kind and size, and all of the index. Raises Damaged."""
+    files, invariants = manifest["files"], manifest["invariants"]
+    check_sizes(directory, files)
+    check_nothing_else(directory, files, allowed=[WORK])
+    check_index(
+        directory / INDEX,
+        num_sequences=invariants["sequences"],
+        num_documents=invariants["documents"],
+        num_tokens_bytes=files[TOKENS]["size"],
+        xxh3_128=invariants["index_xxh3_128"],
+    )
 
 
-def file_entry(path: Path) -> dict:
-    """Size in bytes and SHA-256 of a file, as the manifest has them."""
-    return {"size": path.stat().st_size, "sha256": hash_file(path, hashlib.sha256())}
+def check_content(
+    directory: Path, manifest: dict, *, part: int = 0, of: int = 1, after_each: Callable[[], None] = lambda: None
+) -> int:
+    """Compare content with hashes: every `of`-th block of the tokens, and all other files where `part` is 0.
 
-
-def hash_file(path: Path, digest: Any) -> str:
-    """Hash a file in constant memory with a fresh hash object; returns hex."""
-    with path.open("rb", buffering=0) as stream:
-        while data := stream.read(1 << 20):
-            digest.update(data)
-    return digest.hexdigest()
-
-
-# ---------------------------------------------------------------- manifest
-
-
-def manifest_bytes(content: dict) -> bytes:
-    """The manifest as a file: sorted keys, no time or place, a checksum over everything else."""
-    content = {"format": FORMAT, "format_version": FORMAT_VERSION, **content}
-    content["checksum"] = _checksum(content)
-    return orjson.dumps(content, option=orjson.OPT_SORT_KEYS | orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
-
-
-def _checksum(content: dict) -> str:
-    rest = {key: value for key, value in content.items() if key != "checksum"}
-    return hashlib.sha256(orjson.dumps(rest, option=orjson.OPT_SORT_KEYS)).hexdigest()
-
-
-def read_manifest(directory: Path) -> dict:
-    """Read and check a dataset's manifest. Raises UserError when it is missing, damaged, or of another format."""
-    path = directory / "manifest.json"
-    again = "run preprocess again"
-    if not path.is_file():
-        raise UserError(
-            f"{path}: missing, so this is no complete dataset; give a directory made by preprocess or {again}"
-        )
-    try:
-        content = orjson.loads(path.read_bytes())
-    except orjson.JSONDecodeError as error:
-        raise UserError(f"{path}: damaged ({' '.join(str(error).split())}); restore the file or {again}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path}: not the manifest of a {FORMAT}; give a directory made by preprocess")
-    if content.get("format_version") != FORMAT_VERSION:
-        version = content.get("format_version")
-        raise UserError(f"{path}: format_version={version}, this program reads {FORMAT_VERSION}; {again}")
-    if content.get("checksum") != _checksum(content):
-        raise UserError(f"{path}: its content does not fit its checksum, it was changed; restore the file or {again}")
-    return content
+    Returns the bytes read; `after_each` is called after every block and file. Raises Damaged with the file, the place
+    and both hashes.
+    """
+    files, blocks = manifest["files"], manifest["blocks"][TOKENS]
+    others = {name: entry for name, entry in files.items() if name != TOKENS} if part == 0 else {}
+    mine = range(part, len(blocks), of)
+    with log.Progress("verify", total=len(others) + len(mine), unit="files and blocks") as bar:
+        for name, entry in others.items():
+            check_hash(directory, name, entry)
+            bar.advance()
+            after_each()
+        for number in mine:
+            check_block(directory / TOKENS, number=number, expected=blocks[number])
+            bar.advance()
+            after_each()
+    return sum(block_sizes(files[TOKENS]["size"])[part::of]) + sum(entry["size"] for entry in others.values())
 
 
 # ---------------------------------------------------------------- index
@@ -143,7 +124,7 @@ def read_chunks(path: Path, *, dtype: type, count: int, offset: int = 0) -> Iter
         while count:
             chunk = np.fromfile(file, dtype=dtype, count=min(count, _CHUNK))
             if not len(chunk):
-                raise UserError(f"{path}: ends {count} numbers too early; run preprocess again")
+                raise Damaged(f"{path.name} ends {count} numbers too early")
             yield chunk
             count -= len(chunk)
 
@@ -151,16 +132,17 @@ def read_chunks(path: Path, *, dtype: type, count: int, offset: int = 0) -> Iter
 def check_index(path: Path, *, num_sequences: int, num_documents: int, num_tokens_bytes: int, xxh3_128: str) -> None:
     """Check the hash of an .idx and its lengths, pointers and bounds; mcore reads wrong ones without a word.
 
-    Raises UserError. Time grows with the index (one read at 2 GB/s or so), memory does not.
+    Raises Damaged. Time grows with the index (one read at 2 GB/s or so), memory does not.
     """
-    again = "restore the file or run preprocess again"
+    name, found_hash = path.name, hash_file(path, xxhash.xxh3_128())
+    if found_hash != xxh3_128:
+        raise Damaged(f"{name} has XXH3 {found_hash} instead of {xxh3_128}")
     with path.open("rb") as file:
         header = file.read(_INDEX_HEADER.size)
     expected = _INDEX_HEADER.pack(_MAGIC, 1, _INT32_CODE, num_sequences, num_documents + 1)
     size = _INDEX_HEADER.size + 12 * num_sequences + 8 * (num_documents + 1)
     if header != expected or path.stat().st_size != size:
-        found = f"{num_sequences} sequences in {num_documents} documents"
-        raise UserError(f"{path}: header or size do not fit {found}; {again}")
+        raise Damaged(f"{name}: header or size do not fit {num_sequences} sequences in {num_documents} documents")
     offset = _INDEX_HEADER.size
     pointer_offset = offset + 4 * num_sequences
     pointers = read_chunks(path, dtype=np.int64, count=num_sequences, offset=pointer_offset)
@@ -170,18 +152,16 @@ def check_index(path: Path, *, num_sequences: int, num_documents: int, num_token
     ):
         ends = np.cumsum(lengths, dtype=np.int64) * 4 + end
         if lengths.min() < 0 or not np.array_equal(found, ends - lengths.astype(np.int64) * 4):
-            raise UserError(f"{path}: a length and a pointer do not fit together; {again}")
+            raise Damaged(f"{name}: a length and a pointer do not fit together")
         end = int(ends[-1])
     if end != num_tokens_bytes:
-        raise UserError(f"{path}: its sequences make {end} bytes, the .bin has {num_tokens_bytes}; {again}")
+        raise Damaged(f"{name}: its sequences make {end} bytes, the .bin has {num_tokens_bytes}")
     last = -1
     bounds = read_chunks(path, dtype=np.int64, count=num_documents + 1, offset=pointer_offset + 8 * num_sequences)
     for chunk in bounds:
         steps = np.diff(chunk, prepend=last)
         if (last < 0 and chunk[0] != 0) or steps.min() < 1:
-            raise UserError(f"{path}: the bounds of documents do not rise; {again}")
+            raise Damaged(f"{name}: the bounds of documents do not rise")
         last = int(chunk[-1])
     if last != num_sequences:
-        raise UserError(f"{path}: documents end at sequence {last} of {num_sequences}; {again}")
-    if hash_file(path, xxhash.xxh3_128()) != xxh3_128:
-        raise UserError(f"{path}: its content does not fit the manifest's hash; {again}")
+        raise Damaged(f"{name}: documents end at sequence {last} of {num_sequences}")
