@@ -8,11 +8,11 @@ from pathlib import Path
 
 import megatron_polar
 from megatron_polar import log
-from megatron_polar.errors import UserError
+from megatron_polar.errors import USER_ERROR, RunStopped, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status: 0 done, 1 a check failed, 2 the user can mend it (one line on stderr)."""
+    """Run one verb; returns the exit status (errors.py): 0 done, 1 a check failed, 2 the user can mend it."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and not ("overrides" in options and all("=" in word and not word.startswith("-") for word in rest)):
@@ -21,10 +21,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides += rest
     try:
         return options.run(options) or 0
+    except RunStopped as stop:
+        log.info(str(stop))
+        return stop.status
     except UserError as error:
         rank = "" if log.is_first_rank() else f" [rank {os.environ.get('RANK', '?')}]"
         print(f"error{rank}: {error}", file=sys.stderr, flush=True)
-        return 2
+        return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130
@@ -148,16 +151,23 @@ def _add_train(verbs) -> None:
     verb.add_argument("config", type=Path, metavar="CONFIG.yaml")
     verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="on top of the YAML")
     verb.add_argument("--dry-run", action="store_true", help="check and print the resolved configuration, then stop")
+    verb.add_argument(
+        "--replay-step", type=int, metavar="N", help="repeat step N micro-batch by micro-batch, change nothing"
+    )
     verb.set_defaults(run=_train)
 
 
-def _train(options: argparse.Namespace) -> None:
+def _train(options: argparse.Namespace) -> int | None:
     from megatron_polar.config.load import dump_config, load_config
 
     config = load_config(options.config, options.overrides)
     if options.dry_run:
         print(dump_config(config), end="")
-        return
+        return None
+    if options.replay_step is not None:
+        from megatron_polar.train.replay import replay_step
+
+        return replay_step(config, step=options.replay_step)
     from megatron_polar.train.run import train
 
     train(config)
@@ -165,6 +175,7 @@ def _train(options: argparse.Namespace) -> None:
         from megatron_polar.score.report import training_report
 
         log.info(f"report: {training_report(Path(config.run.directory))}")
+    return None
 
 
 # --- evaluate and score ----------------------------------------------------------------------------------------------

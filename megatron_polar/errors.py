@@ -1,4 +1,14 @@
-"""The one exception that means "you, the user, can mend this"."""
+"""The exceptions that mean "you, the user, can mend this", and the exit statuses that a launcher can tell apart."""
+
+DONE, FAILED, USER_ERROR = 0, 1, 2
+BAD_STEPS = 17
+"""Steps kept failing (or a replica's weights differ): starting again unchanged will not help."""
+CANNOT_SAVE = 73
+"""Checkpoints could not be written several times in a row."""
+STALLED = 74
+"""A rank hung or died: start again."""
+STOPPED = 75
+"""Asked to stop by a signal, with a checkpoint written: start again to go on."""
 
 
 class UserError(ValueError):
@@ -7,3 +17,18 @@ class UserError(ValueError):
     The command line prints it without a traceback and exits with status 2. Anything else that escapes is our mistake
     and keeps its traceback.
     """
+
+
+class RunStopped(UserError):
+    """A run that ends before its last step, for a reason that is not a mistake in its input; `status` says which."""
+
+    def __init__(self, message: str, *, status: int):
+        super().__init__(message)
+        self.status = status
+
+    def __reduce__(self):
+        return _rebuild_run_stopped, (str(self), self.status)
+
+
+def _rebuild_run_stopped(message: str, status: int) -> RunStopped:
+    return RunStopped(message, status=status)

@@ -29,7 +29,7 @@ from megatron_polar.data.tokenizer import load_tokenizer
 from megatron_polar.errors import UserError
 from megatron_polar.parallel import topology as ranks
 from megatron_polar.parallel.device import select_device
-from megatron_polar.train.checkpoint import find_checkpoint, read_state, verify_checkpoint
+from megatron_polar.train.checkpoint_files import find_checkpoint, read_state, verify_checkpoint
 
 PP2 = {"pipeline_model_parallel_size": 2}
 TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
@@ -216,13 +216,13 @@ def test_missing_and_cut_files_are_noticed_and_named(finished, tmp_path):
     copy = Path(shutil.copytree(checkpoint_of(finished, STEPS), tmp_path / "step_00000006"))
     data = (copy / "common.pt").read_bytes()
     (copy / "common.pt").write_bytes(data[:-1])
-    assert f"common.pt has {len(data) - 1} bytes instead of {len(data)}" in verify_checkpoint(copy)
+    assert f"common.pt is truncated: {len(data) - 1} bytes instead of {len(data)}" in verify_checkpoint(copy)
     (copy / "common.pt").unlink()
     assert "common.pt is missing" in verify_checkpoint(copy)
     (copy / "manifest.json").write_text("{")
-    assert "manifest.json is not readable" in verify_checkpoint(copy)
+    assert "manifest.json is damaged" in verify_checkpoint(copy)
     (copy / "manifest.json").unlink()
-    assert "the save was not finished" in verify_checkpoint(copy)
+    assert "manifest.json is missing" in verify_checkpoint(copy)
 
 
 def test_a_damaged_newest_step_is_skipped_by_name_and_the_older_one_goes_on(finished, tmp_path, capfd):
@@ -242,8 +242,10 @@ def test_a_half_written_newest_step_is_skipped_and_written_again(finished, tmp_p
     (checkpoint_of(run, STEPS) / "manifest.json").unlink()
     next(checkpoint_of(run, STEPS).glob("*.distcp")).unlink()
     run_training(config_of(run))
-    assert "the save was not finished" in capfd.readouterr().err
+    assert "manifest.json is missing" in capfd.readouterr().err
     assert verify_checkpoint(checkpoint_of(run, STEPS)) is None
+    set_aside = list((run / "checkpoints").glob("damaged-step_00000006-*"))
+    assert len(set_aside) == 1  # kept for a person to look at
 
 
 def test_without_an_intact_checkpoint_the_run_stops_instead_of_starting_over(finished, tmp_path):
@@ -360,6 +362,8 @@ def test_overlapped_parameter_gathering_saves_the_updated_weights(tmp_path, traj
 def test_a_run_killed_in_its_first_save_starts_afresh(finished, tmp_path):
     run = killed_after(finished, tmp_path / "run", step=2)
     (checkpoint_of(run, 2) / "manifest.json").unlink()
+    checkpoint_of(run, 2).rename(run / "checkpoints" / ".saving-step_00000002-0123abcd")
     (run / "checkpoints" / "latest").unlink()
     run_training(config_of(run))
     assert find_checkpoint(run) == checkpoint_of(run, STEPS)
+    assert not list((run / "checkpoints").glob(".*"))  # the remains are gone, too

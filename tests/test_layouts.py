@@ -11,6 +11,7 @@ from ranks import run_ranks
 from megatron_polar.config.schema import (
     DataSection,
     DatasetSource,
+    FaultsSection,
     ModelSection,
     OptimizerSection,
     ParallelSection,
@@ -25,6 +26,8 @@ from megatron_polar.data.template import TokenizedComparison
 from megatron_polar.model.build import build_model
 from megatron_polar.parallel import topology as ranks
 from megatron_polar.parallel.device import select_device
+from megatron_polar.train.gradients import GradientReduction
+from megatron_polar.train.guard import StepGuard
 from megatron_polar.train.optimizer import build_optimizer, build_schedule
 from megatron_polar.train.step import compute_rewards, to_device, train_step
 
@@ -87,7 +90,9 @@ def train_three_steps(config: RunConfig) -> list[tuple[float, float]]:
     ranks.seed_ranks(topology, seed=config.run.seed)
     data = ComparisonDataset(config.data.train, seed=3, candidates_per_comparison=3, max_sequence_length=512)
     model = build_model(config, topology=topology, device=device, vocab_size=VOCAB_SIZE)
-    optimizer = build_optimizer(config.optimizer, model=model)
+    reduction = GradientReduction(model, device=device)
+    optimizer = build_optimizer(config.optimizer, model=model, reduction=reduction)
+    guard = StepGuard(FaultsSection())
     schedule = build_schedule(config.optimizer, optimizer=optimizer, num_steps=3)
     shape = RowShape(
         layout=config.data.layout,
@@ -102,7 +107,13 @@ def train_three_steps(config: RunConfig) -> list[tuple[float, float]]:
         step = build_step(data, range(12 * number, 12 * number + 12), number=number, rank=topology.dp_rank, shape=shape)
         assert len(step.micro_batches) >= 2, "gradient accumulation must take part in the comparison"
         result = train_step(
-            model, optimizer=optimizer, micro_batches=step.micro_batches, topology=topology, device=device
+            model,
+            optimizer=optimizer,
+            step=step,
+            reduction=reduction,
+            guard=guard,
+            topology=topology,
+            device=device,
         )
         schedule.step(increment=1)
         figures.append((result.sums["loss"] / result.sums["pairs"], result.grad_norm))

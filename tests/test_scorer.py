@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from ranks import run_ranks
-from tiny_runs import STEPS, checkpoint_of, run_training, save_from_a_warm_process, tiny_config
+from tiny_runs import STEPS, checkpoint_of, run_training, tiny_config
 
 from megatron_polar import cli
 from megatron_polar.config.schema import ParallelSection
@@ -17,9 +17,10 @@ from megatron_polar.parallel.device import select_device
 from megatron_polar.score.requests import ScoreRequest
 from megatron_polar.score.score_file import read_requests
 from megatron_polar.score.scorer import load_scorer
+from megatron_polar.train.build import open_data
 from megatron_polar.train.checkpoint import load_training
+from megatron_polar.train.gradients import GradientReduction
 from megatron_polar.train.optimizer import build_optimizer
-from megatron_polar.train.run import open_data
 from megatron_polar.train.step import compute_rewards
 
 
@@ -73,7 +74,7 @@ def _training_rewards(config, texts: list[list[str]]) -> list:
     topology = ranks.initialize(config.parallel, device=device)
     data = open_data(config, topology=topology)
     model = build_model(config, topology=topology, device=device, vocab_size=data.vocab_size)
-    optimizer = build_optimizer(config.optimizer, model=model)
+    optimizer = build_optimizer(config.optimizer, model=model, reduction=GradientReduction(model, device=device))
     newest = checkpoint_of(config.run.directory, STEPS)
     load_training(newest, model=model, optimizer=optimizer, topology=topology)
     corpus, control = data.train.corpora[0], data.train.control
@@ -174,7 +175,6 @@ def test_long_texts_are_scored_within_the_models_length(trained):
 
 
 def _command(arguments: list[str]) -> int:
-    save_from_a_warm_process()
     return cli.main(arguments)
 
 

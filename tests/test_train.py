@@ -9,7 +9,6 @@ from tiny_runs import (
     checkpoint_of,
     metric_rows,
     run_training,
-    save_from_a_warm_process,
     tiny_config,
     training_refusal,
     validation_rows,
@@ -18,11 +17,15 @@ from tiny_runs import (
 from megatron_polar.config.load import load_config
 from megatron_polar.config.schema import DatasetSource
 from megatron_polar.data.comparisons import ComparisonDataset
+from megatron_polar.data.loader import Step
 from megatron_polar.parallel import topology as ranks
 from megatron_polar.parallel.device import select_device
+from megatron_polar.train.build import count_steps, open_data
 from megatron_polar.train.evaluation import evaluate_held_out
+from megatron_polar.train.gradients import GradientReduction
+from megatron_polar.train.guard import StepGuard
 from megatron_polar.train.optimizer import build_optimizer, build_schedule, current_learning_rate
-from megatron_polar.train.run import count_steps, open_data, train
+from megatron_polar.train.run import train
 from megatron_polar.train.step import train_step
 
 
@@ -101,7 +104,8 @@ def _build(config):
     topology = ranks.initialize(config.parallel, device=device)
     data = open_data(config, topology=topology)
     model = build_model(config, topology=topology, device=device, vocab_size=data.vocab_size)
-    return device, topology, data, model, build_optimizer(config.optimizer, model=model)
+    reduction = GradientReduction(model, device=device)
+    return device, topology, data, model, build_optimizer(config.optimizer, model=model, reduction=reduction)
 
 
 def _learning_rates(config) -> list[float]:
@@ -202,7 +206,15 @@ def _step_without_pairs(config) -> tuple[float, float, float]:
     device, topology, _, model, optimizer = _build(config)
     before = [parameter.detach().clone() for parameter in model.cores[0].parameters()]
     empty = build_micro_batch([], layout="shared_prefix", pad_id=0, pad_to_multiple=16)
-    result = train_step(model, optimizer=optimizer, micro_batches=[empty], topology=topology, device=device)
+    result = train_step(
+        model,
+        optimizer=optimizer,
+        step=Step(0, [empty], [[]], num_comparisons=0, prompt_tokens_cut=0, imbalance=1.0, num_rounds=1),
+        reduction=model.transformer_config.finalize_model_grads_func,
+        guard=StepGuard(config.faults),
+        topology=topology,
+        device=device,
+    )
     moved = max(float((a - b).abs().max()) for a, b in zip(before, model.cores[0].parameters(), strict=True))
     return result.sums["pairs"], result.grad_norm, moved
 
@@ -236,7 +248,6 @@ def _train_twice(config) -> list[float]:
 
     for name in ("RANK", "WORLD_SIZE"):
         os.environ.pop(name)  # a process on its own needs no launcher
-    save_from_a_warm_process()
     losses = []
     for name in ("one", "two"):
         losses.append(train(change(config, run__directory=f"{config.run.directory}/{name}"))["rm/loss"])

@@ -1,12 +1,10 @@
 """Whole training runs of a model with 40 thousand parameters, on forked ranks."""
 
 import dataclasses
-import multiprocessing
 import shutil
 from pathlib import Path
 
 import orjson
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from ranks import run_ranks
 
 from megatron_polar.config.schema import (
@@ -68,7 +66,7 @@ def change(config: RunConfig, **changes) -> RunConfig:
 
 def run_training(config: RunConfig, world_size: int = 1) -> dict[str, float]:
     """Train on `world_size` ranks; returns the first rank's last row of metrics."""
-    return run_ranks(_train, world_size, config)[0]
+    return run_ranks(train, world_size, config)[0]
 
 
 def training_refusal(config: RunConfig, world_size: int = 1) -> str:
@@ -78,19 +76,9 @@ def training_refusal(config: RunConfig, world_size: int = 1) -> str:
     return messages[0]
 
 
-def save_from_a_warm_process() -> None:
-    """megatron-core collects writers' results in a process that it spawns: 5 seconds of imports. Fork it instead."""
-    filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
-
-
-def _train(config: RunConfig) -> dict[str, float]:
-    save_from_a_warm_process()
-    return train(config)
-
-
 def _refusal(config: RunConfig) -> str | None:
     try:
-        _train(config)
+        train(config)
     except UserError as error:
         return str(error)
     return None

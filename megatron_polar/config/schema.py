@@ -105,6 +105,9 @@ class DataSection:
     """Physical tokens in one micro-batch (a row of packed comparisons; padded: rows x length)."""
     pad_to_multiple: int = 16
     """Row lengths are padded to a multiple of this times the tensor- and context-parallel sizes."""
+    verify: Literal["full", "index"] = "full"
+    """What is checked of the datasets before the first step: `full` hashes every token, shared between the ranks;
+    `index` only sizes and the index."""
     num_workers: int = 2
     """Loader processes per rank that prepare batches ahead; 0 prepares them in the training process."""
     prefetch_factor: int = 4
@@ -127,6 +130,10 @@ class TrainSection:
     """With `recompute: full`: layers per recomputed block."""
     init_from: str | None = None
     """Checkpoint (run directory or one step of it) whose weights to start from; null: random weights."""
+    canonical_reduction: bool = False
+    """Add gradients up in one order, whatever the number of data-parallel ranks: runs are then bitwise equal over DP
+    sizes. A mode for tests and for hunting bugs: slow, and it needs fp32, no dropout and
+    `optimizer.use_distributed_optimizer: false`."""
     gradient_accumulation_fusion: bool = False
     """Accumulate weight gradients inside the GEMM (needs Apex's fused_weight_gradient_mlp_cuda on a GPU)."""
 
@@ -163,10 +170,33 @@ class OptimizerSection:
 class CheckpointSection:
     save_interval: int = 1000
     """Steps between checkpoints; one more is written at the end."""
+    async_save: bool = False
+    """Write in the background while training goes on; a checkpoint counts once all of it is on the disk."""
     keep: int = 3
     """Newest checkpoints to keep; 0 keeps all."""
+    keep_every: int = 0
+    """Checkpoints of every so many steps are never deleted; 0: none is spared."""
+    max_failed_saves: int = 3
+    """Saves in a row that may fail (a full disk, an I/O error) before the run stops; each failure is a warning."""
     resume: bool = True
     """Continue from the newest complete checkpoint of the run directory; false refuses a directory that has one."""
+
+
+@dataclass(frozen=True)
+class FaultsSection:
+    max_consecutive_bad_steps: int = 3
+    """Steps in a row that may be skipped (loss or gradient not finite, or a spike) before the run stops."""
+    spike_sigmas: float = 0.0
+    """Skip a step whose loss or gradient norm lies this many standard deviations above the mean of `spike_window`
+    steps; 0 turns it off."""
+    spike_window: int = 128
+    """Steps over which the mean and standard deviation are taken; nothing is skipped in the first half of them."""
+    replica_check_interval: int = 100
+    """Steps between comparisons of the weights of data-parallel replicas, also made before every save; 0: never."""
+    stall_timeout_seconds: float = 600.0
+    """A rank that is not heard of, or a job that makes no progress, for this long ends the job; 0: never."""
+    straggler_ratio: float = 1.5
+    """A rank that takes this many times as long as the others is reported; 0: never."""
 
 
 @dataclass(frozen=True)
@@ -196,5 +226,6 @@ class RunConfig:
     optimizer: OptimizerSection
     parallel: ParallelSection = field(default_factory=ParallelSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    faults: FaultsSection = field(default_factory=FaultsSection)
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     logging: LoggingSection = field(default_factory=LoggingSection)

@@ -70,6 +70,7 @@ def _check_ranges(config: RunConfig) -> None:
         "data.prefetch_factor": config.data.prefetch_factor,
         "checkpoint.save_interval": config.checkpoint.save_interval,
         "evaluation.num_comparisons": config.evaluation.num_comparisons,
+        "faults.spike_window": config.faults.spike_window,
         "logging.interval": config.logging.interval,
         "parallel.tensor_model_parallel_size": config.parallel.tensor_model_parallel_size,
         "parallel.pipeline_model_parallel_size": config.parallel.pipeline_model_parallel_size,
@@ -86,6 +87,13 @@ def _check_ranges(config: RunConfig) -> None:
         "model.init_method_std": config.model.init_method_std or 0.0,
         "data.num_workers": config.data.num_workers,
         "checkpoint.keep": config.checkpoint.keep,
+        "checkpoint.keep_every": config.checkpoint.keep_every,
+        "checkpoint.max_failed_saves": config.checkpoint.max_failed_saves,
+        "faults.max_consecutive_bad_steps": config.faults.max_consecutive_bad_steps,
+        "faults.spike_sigmas": config.faults.spike_sigmas,
+        "faults.replica_check_interval": config.faults.replica_check_interval,
+        "faults.stall_timeout_seconds": config.faults.stall_timeout_seconds,
+        "faults.straggler_ratio": config.faults.straggler_ratio,
         "evaluation.interval": config.evaluation.interval,
         "optimizer.weight_decay": config.optimizer.weight_decay,
         "optimizer.clip_grad": config.optimizer.clip_grad,
@@ -139,12 +147,35 @@ def _check_training(config: RunConfig) -> None:
             "optimizer.use_distributed_optimizer=false with train.precision=bf16 cannot be saved: Megatron-Core's "
             "other optimizer knows no fp32 weights (the reward head) beside bf16 ones; set it to true"
         )
+    _check_canonical_reduction(config)
     if config.model.attention_dropout > 0 and config.data.layout != "padded":
         raise UserError(
             f"model.attention_dropout={config.model.attention_dropout} is not possible with data.layout="
             f"{config.data.layout}: a shared prefix must see the same attention for all its candidates; "
             f"set it to 0, or use data.layout=padded"
         )
+
+
+def _check_canonical_reduction(config: RunConfig) -> None:
+    if not config.train.canonical_reduction:
+        return
+    needed = {
+        "train.precision": (config.train.precision, "fp32"),
+        "optimizer.use_distributed_optimizer": (config.optimizer.use_distributed_optimizer, False),
+        "optimizer.overlap_grad_reduce": (config.optimizer.overlap_grad_reduce, False),
+        "model.hidden_dropout": (config.model.hidden_dropout, 0.0),
+        "model.attention_dropout": (config.model.attention_dropout, 0.0),
+        "parallel.virtual_pipeline_model_parallel_size": (
+            config.parallel.virtual_pipeline_model_parallel_size,
+            None,
+        ),
+    }
+    for key, (value, wanted) in needed.items():
+        if value != wanted:
+            raise UserError(
+                f"train.canonical_reduction=true needs {key}={wanted}, not {value}: with it the result would depend on "
+                f"the number of data-parallel ranks"
+            )
 
 
 def _divisors(number: int) -> str:

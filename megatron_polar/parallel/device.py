@@ -7,6 +7,7 @@ piece is needed, stands beside it.
 
 import contextlib
 import os
+import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,6 +34,18 @@ class Device:
         """Wait until everything queued on the device is done."""
         if self.kind == "cuda":
             torch.cuda.synchronize()
+
+    def timestamp(self) -> "float | torch.cuda.Event":
+        """A moment in this device's work; compare two with `seconds_between`."""
+        if self.kind == "cpu":
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds_between(self, first: "float | torch.cuda.Event", second: "float | torch.cuda.Event") -> float:
+        """Seconds from one `timestamp` to a later one, both of which the device has passed."""
+        return second - first if self.kind == "cpu" else first.elapsed_time(second) / 1000
 
     def memory_allocated(self) -> int:
         """Peak bytes allocated on the device since the last call (0 on the CPU)."""

@@ -1,9 +1,11 @@
 """Which rank this is and with whom it talks. The only caller of initialize_model_parallel."""
 
 import os
+import random
 from dataclasses import dataclass
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -32,6 +34,8 @@ class Topology:
     cp_rank: int
     dp_rank: int
     groups: ProcessGroupCollection
+    store: dist.Store
+    """The key-value store through which the ranks found each other."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -78,12 +82,7 @@ def initialize(parallel: ParallelSection, *, device: Device) -> Topology:
             f"({tp} x {pp} x {cp}); start a multiple of {tp * pp * cp} ranks (torchrun --nproc-per-node), or change "
             f"the parallel section"
         )
-    if not dist.is_initialized():
-        timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
-        if "RANK" in os.environ:
-            dist.init_process_group(device.backend, timeout=timeout)
-        else:
-            dist.init_process_group(device.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    store = _join(device, timeout=timedelta(minutes=parallel.distributed_timeout_minutes))
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
@@ -104,12 +103,29 @@ def initialize(parallel: ParallelSection, *, device: Device) -> Topology:
         cp_rank=parallel_state.get_context_parallel_rank(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         groups=ProcessGroupCollection.use_mpu_process_groups(),
+        store=store,
     )
 
 
+def _join(device: Device, *, timeout: timedelta) -> dist.Store:
+    """Meet the other ranks; returns the store that they share."""
+    if dist.is_initialized():
+        return dist.distributed_c10d._get_default_store()
+    if "RANK" in os.environ:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    else:
+        store, rank, world_size = dist.HashStore(), 0, 1
+    store.set_timeout(timeout)
+    dist.init_process_group(device.backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    return store
+
+
 def seed_ranks(topology: Topology, *, seed: int) -> None:
-    """Seed dropout: tensor-parallel replicas share a stream; ranks with other tokens or layers differ."""
+    """Seed dropout: tensor-parallel replicas share a stream; ranks with other tokens or layers differ. Python's and
+    numpy's generators are seeded as well: nothing here draws from them, but checkpoints carry them."""
     own = seed + 100 * topology.pp_rank + 10007 * topology.dp_rank + 1000003 * topology.cp_rank
+    random.seed(own)
+    np.random.seed(own)
     torch.manual_seed(own)
     model_parallel_cuda_manual_seed(own)
 

@@ -1,16 +1,15 @@
-"""Checkpoints: megatron-core's torch_dist shards, complete when their manifest verifies, in any layout.
+"""Checkpoints: megatron-core's torch_dist shards, in any layout, saved in the foreground or the background.
 
-<run>/checkpoints/step_00000100/   shards, common.pt, .metadata, metadata.json   (megatron-core's)
-                                   config.yaml, tokenizer/, state.json           (what is needed to use it)
-                                   manifest.json                                 (SHA-256 of every file; written last)
-<run>/checkpoints/latest           name of the newest complete step
+Which files a checkpoint has and when it counts is in checkpoint_files.py, how shards are written and read in
+shard_files.py; here are the state dict, the steps of a save that all ranks take together, and loading.
 """
 
-import hashlib
-import os
+import io
 import random
 import shutil
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,38 +17,37 @@ import orjson
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, TemporalAsyncCaller
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch.distributed.checkpoint import CheckpointException
 
-from megatron_polar import log
-from megatron_polar.errors import UserError
+from megatron_polar import faults, log
+from megatron_polar.config.schema import CheckpointSection
+from megatron_polar.errors import CANNOT_SAVE, RunStopped, UserError
+from megatron_polar.manifest import HashedFile, file_entry, sync_file
 from megatron_polar.model.build import BuiltModel
 from megatron_polar.parallel.topology import Topology
+from megatron_polar.train.checkpoint_files import (
+    TrainingState,
+    candidates,
+    encode_state,
+    has_checkpoints,
+    none_verifies,
+    prune,
+    publish,
+    read_state,
+    saving_directory,
+    verify_checkpoint,
+)
+from megatron_polar.train.gradients import gather_updated_weights
+from megatron_polar.train.shard_files import HashedSave
 
-MANIFEST = "manifest.json"
-_STEP_PREFIX = "step_"
 _CONFIGURED = ("lr", "max_lr", "min_lr", "weight_decay", "wd_mult", "lr_mult", "betas", "eps")
 """Entries of the optimizer's parameter groups that come from the `optimizer` section."""
-
-
-@dataclass(frozen=True)
-class TrainingState:
-    """Where a run stands, independent of the layout; `state.json` of a checkpoint."""
-
-    step: int
-    consumed_comparisons: int
-    data_fingerprint: str
-    max_response_length: int
-    """Tokens that were kept of an answer when the training data were made; scoring cuts at the same place."""
-    layout: dict[str, int]
-    backend: str
-    """gloo or nccl: random-number states of one device mean nothing on another."""
-
-
-def step_directory(run_directory: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lives."""
-    return run_directory / "checkpoints" / f"{_STEP_PREFIX}{step:08d}"
 
 
 def layout_of(topology: Topology) -> dict[str, int]:
@@ -62,177 +60,244 @@ def layout_of(topology: Topology) -> dict[str, int]:
 # --- Saving ----------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(
-    run_directory: Path,
-    *,
-    state: TrainingState,
-    model: BuiltModel,
-    optimizer: MegatronOptimizer,
-    topology: Topology,
-    config_yaml: str,
-    tokenizer_directory: Path,
-    keep: int,
-) -> Path:
-    """Write the checkpoint of `state.step` and make it the latest; every rank takes part. Returns its directory."""
-    target = step_directory(run_directory, state.step)
-    if topology.rank == 0:
-        if target.exists():  # left by a killed save: only complete ones are ever resumed from
-            shutil.rmtree(target)
-        target.mkdir(parents=True)
-    dist.barrier()
-    _finish_param_gather(model)
-    tensors = _sharded_state(model, optimizer=optimizer, topology=topology, is_loading=False)
-    dist_checkpointing.save(tensors, str(target), content_metadata=_content_metadata())
-    if topology.rank == 0:
-        (target / "config.yaml").write_text(config_yaml)
-        (target / "state.json").write_bytes(orjson.dumps(asdict(state), option=orjson.OPT_INDENT_2))
-        shutil.copytree(tokenizer_directory, target / "tokenizer")
-    dist.barrier()
-    hashes = _hash_own_files(target, topology=topology)
-    gathered: list[dict[str, dict]] = [{} for _ in range(topology.world_size)]
-    dist.all_gather_object(gathered, hashes)
-    if topology.rank == 0:
-        files = {name: entry for part in gathered for name, entry in part.items()}
-        _write_durably(target / MANIFEST, {"format": 1, "step": state.step, "files": dict(sorted(files.items()))})
-        _point_latest(target)
-        _prune(target.parent, keep=keep, newest=target)
-    dist.barrier()
-    return target
+@dataclass(frozen=True)
+class SaveReport:
+    """A save that has ended: `problem` is None when the checkpoint counts. Seconds from its start to its end, and of
+    those the seconds in which training stood still."""
+
+    step: int
+    problem: str | None
+    seconds: float
+    stalled_seconds: float
 
 
-def _finish_param_gather(model: BuiltModel) -> None:
-    """With `overlap_param_gather` other ranks' updated weights arrive only in the next forward pass: fetch them."""
-    for chunk in model.chunks:
-        if chunk.ddp_config.overlap_param_gather:
-            chunk.start_param_sync(force_sync=True)
+@dataclass
+class _Pending:
+    """A save under way."""
+
+    state: TrainingState
+    directory: Path
+    strategy: HashedSave
+    request: AsyncRequest
+    entries: dict[str, dict]
+    error: OSError | None
+    started: float
+    stalled: float = 0.0
 
 
-def _hash_own_files(directory: Path, *, topology: Topology) -> dict[str, dict]:
-    """Each rank hashes the shards that it wrote (`__<rank>_<n>.distcp`), the first rank everything else."""
-    entries = {}
-    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
-        name = path.relative_to(directory).as_posix()
-        writer = int(name.split("_")[2]) if name.startswith("__") else 0
-        if writer == topology.rank:
-            entries[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
-    return entries
+class Checkpointer:
+    """Saves checkpoints of one run. Every method is collective: all ranks call it at the same place.
+
+    A save that fails (a full disk, an I/O error) is a warning, and training goes on; more than
+    `checkpoint.max_failed_saves` in a row raise RunStopped. `on_end` is told of every save that has ended.
+    """
+
+    def __init__(
+        self,
+        run_directory: Path,
+        *,
+        section: CheckpointSection,
+        model: BuiltModel,
+        optimizer: MegatronOptimizer,
+        topology: Topology,
+        config_yaml: str,
+        tokenizer_directory: Path,
+        on_end: Callable[[SaveReport], None] = lambda report: None,
+    ):
+        self.run_directory, self.section, self.topology = run_directory, section, topology
+        self.model, self.optimizer = model, optimizer
+        self.config_yaml, self.tokenizer_directory = config_yaml, tokenizer_directory
+        self.failed_in_a_row = 0
+        self._on_end = on_end
+        self._pending: _Pending | None = None
+        self._writer = TemporalAsyncCaller()
+
+    def save(self, state: TrainingState, *, blocking: bool = False) -> None:
+        """Save the checkpoint of `state.step`: at once, or with `checkpoint.async_save` and not `blocking` in the
+        background, in which case `poll` finishes it."""
+        self.finish()
+        faults.point("before_save")
+        started = time.monotonic()
+        pending = self._start(state, started=started)
+        if pending is None:
+            return
+        if self.section.async_save and not blocking:
+            # Forked: the writer sees the weights as they are now, and the run may go on to change its own copy.
+            self._writer.schedule_async_call(pending.request)
+            pending.stalled = time.monotonic() - started
+            self._pending = pending
+        else:
+            _write_now(pending.request)
+            pending.stalled = time.monotonic() - started
+            self._complete(pending)
+
+    def poll(self) -> None:
+        """Publish the save in the background if all ranks have written their part."""
+        if self._pending is not None:
+            started = time.monotonic()
+            done = self._writer.is_current_async_call_done(blocking=False)
+            self._pending.stalled += time.monotonic() - started
+            if done:
+                self._complete(self._pending)
+
+    def finish(self) -> None:
+        """Wait for the save in the background, if there is one."""
+        if self._pending is not None:
+            started = time.monotonic()
+            self._writer.is_current_async_call_done(blocking=True)
+            self._pending.stalled += time.monotonic() - started
+            self._complete(self._pending)
+
+    def _start(self, state: TrainingState, *, started: float) -> _Pending | None:
+        """Plan the save and write the first rank's small files."""
+        place: list[Path | str | None] = [None]
+        if self.topology.rank == 0:
+            try:
+                place = [saving_directory(self.run_directory, state.step)]
+            except OSError as error:
+                place = [_describe(error)]
+        dist.broadcast_object_list(place, src=0)
+        directory = place[0]
+        if isinstance(directory, str):
+            self._end(state.step, problem=directory, started=started, stalled=time.monotonic() - started)
+            return None
+        gather_updated_weights(self.model)
+        tensors = _sharded_state(self.model, optimizer=self.optimizer, topology=self.topology, is_loading=False)
+        tensors["content_metadata"] = _content_metadata()
+        sharded, common = save_preprocess(tensors, True, None)
+        strategy = HashedSave()
+        request = strategy.async_save(sharded, directory)
+        entries, error = {}, None
+        if self.topology.rank == 0:
+            try:
+                entries = self._write_small_files(directory, state=state, common=common, strategy=strategy)
+            except OSError as problem:
+                error = problem
+        return _Pending(state, directory, strategy, request, entries, error, started)
+
+    def _write_small_files(self, directory: Path, *, state: TrainingState, common: dict, strategy: HashedSave) -> dict:
+        buffer = io.BytesIO()
+        torch.save(common, buffer)
+        formats = CheckpointingConfig(strategy.backend, strategy.version)
+        contents = {
+            "common.pt": buffer.getbuffer(),
+            "metadata.json": orjson.dumps(formats),
+            "config.yaml": self.config_yaml.encode(),
+            "state.json": encode_state(state),
+        }
+        (directory / "tokenizer").mkdir()
+        for path in sorted(self.tokenizer_directory.iterdir()):
+            contents[f"tokenizer/{path.name}"] = path.read_bytes()
+        entries = {}
+        for name, content in contents.items():
+            with HashedFile(directory / name) as file:
+                file.write(content)
+            entries[name] = file.entry
+        return entries
+
+    def _complete(self, pending: _Pending) -> None:
+        """All ranks have written, or failed to: agree, write the manifest, publish, forget old checkpoints."""
+        self._pending = None
+        started = time.monotonic()
+        writer = pending.strategy.writer
+        try:
+            for finalize in pending.request.finalize_fns:
+                finalize()
+        except CheckpointException:
+            pass  # some rank could not write: which, and why, is gathered below
+        error = pending.error or writer.error
+        mine = _describe(error) if error else pending.entries | writer.entries
+        gathered: list = [None] * self.topology.world_size
+        dist.all_gather_object(gathered, mine)
+        problems = [f"rank {rank}: {part}" for rank, part in enumerate(gathered) if isinstance(part, str)]
+        outcome: list[str | None] = [problems[0] if problems else None]
+        if self.topology.rank == 0:
+            if not problems:
+                outcome = [self._publish(pending, entries={k: v for part in gathered for k, v in part.items()})]
+            if outcome[0] is not None:
+                shutil.rmtree(pending.directory, ignore_errors=True)
+        dist.broadcast_object_list(outcome, src=0)
+        stalled = pending.stalled + time.monotonic() - started
+        self._end(pending.state.step, problem=outcome[0], started=pending.started, stalled=stalled)
+
+    def _publish(self, pending: _Pending, *, entries: dict) -> str | None:
+        try:
+            sync_file(pending.directory / ".metadata")
+            entries[".metadata"] = file_entry(pending.directory / ".metadata")
+            publish(pending.directory, step=pending.state.step, entries=entries)
+        except OSError as error:
+            return f"rank 0: {_describe(error)}"
+        try:
+            prune(self.run_directory, keep=self.section.keep, keep_every=self.section.keep_every)
+        except OSError as error:
+            log.warn(f"old checkpoints of {self.run_directory} could not be deleted: {_describe(error)}")
+        faults.point("after_save")
+        return None
+
+    def _end(self, step: int, *, problem: str | None, started: float, stalled: float) -> None:
+        self._on_end(SaveReport(step, problem, time.monotonic() - started, stalled))
+        if problem is None:
+            self.failed_in_a_row = 0
+            return
+        self.failed_in_a_row += 1
+        limit = self.section.max_failed_saves
+        message = f"the checkpoint of step {step} could not be written: {problem}"
+        if self.failed_in_a_row > limit:
+            raise RunStopped(
+                f"{message}; {self.failed_in_a_row} saves in a row failed, more than checkpoint.max_failed_saves="
+                f"{limit}; make room or choose another run.directory, then start again",
+                status=CANNOT_SAVE,
+            )
+        if self.topology.rank == 0:
+            log.warn(
+                f"{message}; training goes on without it ({self.failed_in_a_row} of {limit} failures in a row allowed)"
+            )
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_slow(file)
-        )
+def _write_now(request: AsyncRequest) -> None:
+    if request.async_fn is not None:
+        process, _, report = request.async_fn_args
+        request.async_fn(process, request.preload_fn(), report)
 
 
-def _sha256_slow(file) -> str:  # Python 3.10 has no hashlib.file_digest
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
+def _describe(error: OSError) -> str:
+    name = error.filename or "a file"
+    kind = f"[Errno {error.errno}] " if error.errno else ""
+    return f"{kind}{error.strerror or error}: {name}"
 
 
-def _write_durably(path: Path, content: dict) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        file.write(orjson.dumps(content, option=orjson.OPT_INDENT_2))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _point_latest(target: Path) -> None:
-    pointer = target.parent / "latest"
-    temporary = pointer.with_suffix(".tmp")
-    temporary.write_text(target.name + "\n")
-    temporary.replace(pointer)
-
-
-def _prune(checkpoints: Path, *, keep: int, newest: Path) -> None:
-    complete = sorted(p for p in checkpoints.glob(f"{_STEP_PREFIX}*") if (p / MANIFEST).exists())
-    for old in complete[:-keep] if keep else []:
-        if old != newest:
-            (old / MANIFEST).unlink()  # from now on it counts as incomplete, whatever happens to the rest
-            shutil.rmtree(old)
-
-
-# --- Finding and verifying -------------------------------------------------------------------------------------------
-
-
-def verify_checkpoint(directory: Path) -> str | None:
-    """Why the checkpoint cannot be trusted, in one line; None when every file has its size and SHA-256."""
-    manifest = directory / MANIFEST
-    if not manifest.is_file():
-        return f"{MANIFEST} is missing: the save was not finished"
-    try:
-        files = orjson.loads(manifest.read_bytes())["files"]
-    except (orjson.JSONDecodeError, KeyError, TypeError):
-        return f"{MANIFEST} is not readable"
-    for name, entry in files.items():
-        path = directory / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != entry["size"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {entry['size']}"
-        if (found := _sha256(path)) != entry["sha256"]:
-            return f"{name} has SHA-256 {found[:12]}... instead of {entry['sha256'][:12]}..."
-    return None
+# --- Finding ---------------------------------------------------------------------------------------------------------
 
 
 def agree_on_checkpoint(path: str | Path, *, topology: Topology, required: bool = True) -> Path | None:
-    """`find_checkpoint` for all ranks: the first one reads and hashes, the others are told which it is, or why none.
+    """The newest checkpoint of `path` that verifies, the same on every rank; the ranks share the hashing.
 
-    Not `required`: None for a directory in which no save was ever finished.
+    Says which it skips and why. Not `required`: None for a directory in which no save was ever finished. Raises
+    UserError when there is none, or none that verifies.
     """
-    answer: list[Path | UserError | None] = [None]
+    found: list = [None]
     if topology.rank == 0:
         try:
-            answer = [find_checkpoint(path) if required or has_checkpoints(Path(path)) else None]
+            found = [candidates(path) if required or has_checkpoints(Path(path)) else None]
         except UserError as error:
-            answer = [error]
-    dist.broadcast_object_list(answer, src=0)
-    if isinstance(answer[0], UserError):
-        raise answer[0]
-    return answer[0]
-
-
-def find_checkpoint(path: str | Path) -> Path:
-    """The newest complete step of a run directory, or the step itself; says which steps it skips and why.
-
-    Raises UserError when there is no checkpoint, or none that verifies: a run never starts over silently.
-    """
-    path = Path(path)
-    if (path / "checkpoints").is_dir():
-        candidates = sorted((path / "checkpoints").glob(f"{_STEP_PREFIX}*"), reverse=True)
-    elif path.name.startswith(_STEP_PREFIX) and path.is_dir():
-        candidates = [path]
-    else:
-        raise UserError(
-            f"{path}: no checkpoint here; give a run directory or one of its checkpoints/step_... directories"
-        )
-    for candidate in candidates:
-        problem = verify_checkpoint(candidate)
+            found = [error]
+    dist.broadcast_object_list(found, src=0)
+    if isinstance(found[0], UserError):
+        raise found[0]
+    if found[0] is None:
+        return None
+    for candidate in found[0]:
+        problems: list[str | None] = [None] * topology.world_size
+        dist.all_gather_object(problems, verify_checkpoint(candidate, part=topology.rank, of=topology.world_size))
+        problem = next(filter(None, problems), None)
         if problem is None:
             return candidate
-        log.warn(f"{candidate}: skipped: {problem}")
-    raise UserError(
-        f"{path}: none of its {len(candidates)} checkpoints is complete and intact; restore one, or remove the "
-        f"directory to start again"
-    )
-
-
-def has_checkpoints(run_directory: Path) -> bool:
-    """Whether a save was ever finished here; what a run killed in its first save has left behind does not count."""
-    checkpoints = run_directory / "checkpoints"
-    return (checkpoints / "latest").exists() or any(checkpoints.glob(f"{_STEP_PREFIX}*/{MANIFEST}"))
+        if topology.rank == 0:
+            log.warn(f"{candidate}: skipped: {problem}")
+    raise none_verifies(path, len(found[0]))
 
 
 # --- Loading ---------------------------------------------------------------------------------------------------------
-
-
-def read_state(directory: Path) -> TrainingState:
-    """Read `state.json` of a checkpoint."""
-    return TrainingState(**orjson.loads((directory / "state.json").read_bytes()))
 
 
 def load_weights(directory: Path, *, model: BuiltModel) -> None:
@@ -327,7 +392,10 @@ def _install_weights(model: BuiltModel, loaded: dict) -> None:
 
 
 def _rng_state() -> dict:
-    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    """All generators of this rank, in types that load without running code (hence no numpy array)."""
+    numpy_state = np.random.get_state(legacy=False)
+    numpy_state["state"] = {**numpy_state["state"], "key": numpy_state["state"]["key"].tolist()}
+    state = {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state | {"tensor_parallel": get_cuda_rng_tracker().get_states()}

@@ -15,6 +15,9 @@ import orjson
 from megatron_polar import log
 from megatron_polar.config.presets import Architecture
 from megatron_polar.data.loader import Step
+from megatron_polar.manifest import write_durably
+from megatron_polar.train.journal import productive_seconds, read_rows
+from megatron_polar.train.objective import SUMS
 from megatron_polar.train.step import StepResult
 
 _ETA_WINDOW = 50
@@ -38,10 +41,12 @@ def peak_tflops(device_name: str, override: float | None) -> float | None:
 
 def rates(sums: dict[str, float], *, prefix: str = "rm/") -> dict[str, float]:
     """Means over pairs from objective.SUMS."""
-    pairs = max(sums["pairs"], 1.0)
+    pairs = sums["pairs"] or 1.0
     mean = {name: sums[name] / pairs for name in ("loss", "margin", "reward_chosen", "reward_rejected")}
     centre = (mean["reward_chosen"] + mean["reward_rejected"]) / 2
-    mean["reward_std"] = math.sqrt(max(sums["reward_squared"] / (2 * pairs) - centre**2, 0.0))
+    mean["reward_std"] = (
+        math.sqrt(max(sums["reward_squared"] / (2 * pairs) - centre**2, 0.0)) if math.isfinite(pairs) else math.nan
+    )
     return {f"{prefix}accuracy": sums["correct"] / pairs} | {f"{prefix}{name}": value for name, value in mean.items()}
 
 
@@ -59,17 +64,23 @@ class Metrics:
         architecture: Architecture,
         peak_tflops: float | None,
         tensorboard: bool,
+        global_batch_size: int,
         resumed_at: int,
+        started_at: float,
     ):
         self.num_steps, self.num_ranks, self.world_size = num_steps, num_ranks, world_size
         self.architecture, self.peak_tflops = architecture, peak_tflops
+        self.global_batch_size = global_batch_size
+        self._started_at, self._productive_seconds = started_at, 0.0
         self._times: deque[float] = deque(maxlen=_ETA_WINDOW)
         self._pending: list[tuple[Step, StepResult, float]] = []
+        self._learning_rate = 0.0
         self._writer = self._file = None
         self.last_row: dict[str, float] = {}
         if log.is_first_rank():
             path = directory / "metrics.jsonl"
-            _cut_rows_beyond(path, resumed_at)
+            cut_rows_beyond(path, resumed_at)
+            self._productive_seconds = productive_seconds(read_rows(directory))
             self._file = path.open("ab")
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
@@ -78,16 +89,24 @@ class Metrics:
                     directory / "tensorboard", purge_step=resumed_at + 1 if resumed_at else None
                 )
 
-    def add(self, step: Step, result: StepResult, *, seconds: float) -> None:
+    def add(self, step: Step, result: StepResult, *, seconds: float, learning_rate: float) -> None:
         """Take note of one finished step."""
+        self._learning_rate = learning_rate
         self._times.append(seconds)
         self._pending.append((step, result, seconds))
 
-    def write(self, iteration: int, *, learning_rate: float, global_batch_size: int, memory_bytes: int) -> None:
-        """Write one row over the steps since the last one: console line, metrics.jsonl, TensorBoard."""
-        row = self._summarise(iteration, learning_rate=learning_rate, memory_bytes=memory_bytes)
-        row["batch-size"] = global_batch_size
-        row["consumed-samples"] = iteration * global_batch_size
+    def write(self, iteration: int, *, memory_bytes: int, reliability: dict[str, float]) -> None:
+        """Write one row over the steps since the last one, if there are any: console line, metrics.jsonl, TensorBoard.
+
+        `reliability` holds counts over the whole run.
+        """
+        if not self._pending:
+            return
+        row = self._summarise(iteration, memory_bytes=memory_bytes)
+        row |= {f"reliability/{name}": value for name, value in reliability.items()}
+        row["reliability/ettr"] = min(1.0, self._productive_seconds / max(time.time() - self._started_at, 1e-9))
+        row["batch-size"] = self.global_batch_size
+        row["consumed-samples"] = iteration * self.global_batch_size
         self._emit(row)
         log.info(self._line(row))
 
@@ -101,11 +120,13 @@ class Metrics:
             f"pairs: {int(sums['pairs'])} | {seconds:.1f} s"
         )
 
-    def _summarise(self, iteration: int, *, learning_rate: float, memory_bytes: int) -> dict[str, float]:
+    def _summarise(self, iteration: int, *, memory_bytes: int) -> dict[str, float]:
         steps, results, seconds = zip(*self._pending, strict=True)
         self._pending = []
         total_seconds = sum(seconds)
-        sums = {name: sum(result.sums[name] for result in results) for name in results[0].sums}
+        self._productive_seconds += total_seconds
+        taken = [result for result in results if result.skipped is None]  # a NaN would spoil the means of the others
+        sums = {name: sum(result.sums[name] for result in taken) if taken else math.nan for name in SUMS}
         batches = [batch for step in steps for batch in step.micro_batches]
         physical = sum(batch.tokens.size for batch in batches) * self.num_ranks
         logical = sum(batch.num_logical_tokens for batch in batches) * self.num_ranks
@@ -115,7 +136,7 @@ class Metrics:
         row = {"iteration": iteration, "iteration-time": total_seconds / len(steps)} | rates(sums)
         row |= {
             "lm loss": row["rm/loss"],  # the name that Megatron-LM's dashboards look for
-            "learning-rate": learning_rate,
+            "learning-rate": self._learning_rate,
             "grad-norm": results[-1].grad_norm,
             "throughput": tflops,
             "comparisons/s": sum(step.num_comparisons for step in steps) / total_seconds,
@@ -151,7 +172,9 @@ class Metrics:
             f"learning rate: {row['learning-rate']:.6E} | "
             f"global batch size: {row['batch-size']:5d} | rm loss: {row['rm/loss']:.6E} | "
             f"rm accuracy: {row['rm/accuracy']:.4f} | grad norm: {row['grad-norm']:.3f} | "
-            f"comparisons/s: {row['comparisons/s']:.1f} | ETA: {log.format_seconds(eta)}"
+            f"comparisons/s: {row['comparisons/s']:.1f} | "
+            f"number of skipped iterations: {row['reliability/skipped_steps']:3d} | "
+            f"number of nan iterations: {row['reliability/nan_steps']:3d} | ETA: {log.format_seconds(eta)}"
         )
 
     def close(self) -> None:
@@ -161,7 +184,7 @@ class Metrics:
                 sink.close()
 
 
-def _cut_rows_beyond(path: Path, iteration: int) -> None:
+def cut_rows_beyond(path: Path, iteration: int) -> None:
     """Drop the rows that a killed run wrote after its last checkpoint, so that curves do not double."""
     if not path.exists():
         return
@@ -173,9 +196,7 @@ def _cut_rows_beyond(path: Path, iteration: int) -> None:
         except (orjson.JSONDecodeError, KeyError):
             continue  # half a line, cut off by the kill
         kept.append(line + b"\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(b"".join(kept))
-    temporary.replace(path)
+    write_durably(path, b"".join(kept))
 
 
 class StepTimer:

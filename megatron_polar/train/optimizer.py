@@ -1,15 +1,15 @@
 """megatron-core's AdamW (with its distributed optimizer) and learning-rate schedule, from the `optimizer` section."""
 
-from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, ParamKey, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_polar.config.schema import OptimizerSection
 from megatron_polar.model.build import BuiltModel
+from megatron_polar.train.gradients import GradientReduction
 
 
-def build_optimizer(section: OptimizerSection, *, model: BuiltModel) -> MegatronOptimizer:
+def build_optimizer(section: OptimizerSection, *, model: BuiltModel, reduction: GradientReduction) -> MegatronOptimizer:
     """Build AdamW over the chunks and connect both to megatron-core's schedules.
 
     Weight decay spares norms, biases and the reward head.
@@ -37,15 +37,17 @@ def build_optimizer(section: OptimizerSection, *, model: BuiltModel) -> Megatron
         model.chunks,
         config_overrides={ParamKey(with_name_predicate=spared): {"wd_mult": 0.0}},
     )
-    _connect(model, optimizer=optimizer, section=section)
+    _connect(model, optimizer=optimizer, reduction=reduction, section=section)
     return optimizer
 
 
-def _connect(model: BuiltModel, *, optimizer: MegatronOptimizer, section: OptimizerSection) -> None:
+def _connect(
+    model: BuiltModel, *, optimizer: MegatronOptimizer, reduction: GradientReduction, section: OptimizerSection
+) -> None:
     """Tell the schedules how to scale, synchronise and finalise gradients."""
     transformer_config, chunks = model.transformer_config, model.chunks
     transformer_config.grad_scale_func = optimizer.scale_loss
-    transformer_config.finalize_model_grads_func = finalize_model_grads
+    transformer_config.finalize_model_grads_func = reduction
     single = len(chunks) == 1
     if section.overlap_grad_reduce:
         no_sync, start = [c.no_sync for c in chunks], [c.start_grad_sync for c in chunks]

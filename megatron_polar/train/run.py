@@ -1,202 +1,221 @@
 """train(config): build, resume, loop. Reads as the table of contents of a run."""
 
-import math
-import platform
-from collections.abc import Sequence
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
 import torch
 
-import megatron_polar
-from megatron_polar import log
+from megatron_polar import faults, log
 from megatron_polar.config.load import dump_config
-from megatron_polar.config.presets import architecture_of
-from megatron_polar.config.schema import DataSection, RunConfig
-from megatron_polar.data.comparisons import ComparisonDataset
-from megatron_polar.data.loader import RowShape, StepDataset, load_steps, row_shape
+from megatron_polar.config.schema import RunConfig
+from megatron_polar.data.loader import Step, StepDataset, load_steps
 from megatron_polar.data.tokenizer import load_tokenizer
-from megatron_polar.errors import UserError
-from megatron_polar.model.build import BuiltModel, build_model
-from megatron_polar.parallel import topology as ranks
-from megatron_polar.parallel.device import Device, make_deterministic, select_device
-from megatron_polar.parallel.topology import Topology
+from megatron_polar.errors import STALLED, STOPPED, RunStopped, UserError
+from megatron_polar.manifest import write_durably
+from megatron_polar.train.build import Run, build_run, describe_run
 from megatron_polar.train.checkpoint import (
-    TrainingState,
+    Checkpointer,
+    SaveReport,
     agree_on_checkpoint,
     layout_of,
     load_training,
     load_weights,
-    read_state,
-    save_checkpoint,
 )
+from megatron_polar.train.checkpoint_files import TrainingState, read_state, set_aside_newer
 from megatron_polar.train.evaluation import evaluate_held_out
+from megatron_polar.train.guard import check_replicas, flip_a_bit
+from megatron_polar.train.journal import Journal, last_sign_of_life
 from megatron_polar.train.metrics import Metrics, StepTimer, peak_tflops
-from megatron_polar.train.optimizer import (
-    MegatronOptimizer,
-    OptimizerParamScheduler,
-    build_optimizer,
-    build_schedule,
-    current_learning_rate,
-)
+from megatron_polar.train.optimizer import current_learning_rate
+from megatron_polar.train.signals import StopSignals, leave_signals_to_the_rank
 from megatron_polar.train.step import StepResult, train_step
+from megatron_polar.train.watchdog import Stragglers, Watchdog
 
 
-@dataclass(frozen=True)
-class Data:
-    """Training and held-out comparisons, the shape of their rows, and the tokenizer that travels with checkpoints."""
+@dataclass
+class Training:
+    """A run under way: what it is made of, who watches and writes, and how far it is."""
 
-    train: ComparisonDataset
-    validation: ComparisonDataset | None
-    shape: RowShape
-    tokenizer_directory: Path
-    vocab_size: int
-
-
-@dataclass(frozen=True)
-class Run:
-    """Everything that a run is made of."""
-
-    config: RunConfig
-    device: Device
-    topology: Topology
-    data: Data
-    model: BuiltModel
-    optimizer: MegatronOptimizer
-    schedule: OptimizerParamScheduler
-    num_steps: int
-
-    @property
-    def directory(self) -> Path:
-        return Path(self.config.run.directory)
+    run: Run
+    signals: StopSignals
+    metrics: Metrics
+    journal: Journal
+    checkpointer: Checkpointer
+    watchdog: Watchdog
+    stragglers: Stragglers
+    done: int
+    """Finished steps, skipped ones included."""
+    saved: int
+    """Finished steps of the newest checkpoint."""
 
 
 def train(config: RunConfig) -> dict[str, float]:
-    """Train to the last step of `config`, resuming where the run directory stands. Returns the last row of metrics."""
-    run = _build(config)
-    start = _start(run)
-    run.schedule.step(increment=start)
-    _announce(run)
-    metrics = _open_metrics(run, resumed_at=start)
+    """Train to the last step of `config`, resuming where the run directory stands. Returns the last row of metrics.
+
+    Raises RunStopped when the run ends before that: asked to by a signal, or because it cannot go on.
+    """
+    with StopSignals() as signals:
+        run = build_run(config)
+        with _watchdog(run) as watchdog:
+            try:
+                return _train(run, signals=signals, watchdog=watchdog)
+            except RuntimeError as error:  # a collective that a peer has left
+                culprit = watchdog.explain(error)
+                if culprit is None:
+                    raise
+                raise RunStopped(f"{culprit} ({' '.join(str(error).split())[:200]})", status=STALLED) from error
+
+
+def _train(run: Run, *, signals: StopSignals, watchdog: Watchdog) -> dict[str, float]:
+    faults.point("start")
+    training = _open(run, signals=signals, watchdog=watchdog)
     dataset = StepDataset(
         run.data.train,
-        global_batch_size=config.train.global_batch_size,
+        global_batch_size=run.config.train.global_batch_size,
         rank=run.topology.dp_rank,
         shape=run.data.shape,
     )
-    with log.Progress("training", total=run.num_steps, unit="steps", quiet=not log.on_terminal()) as bar:
-        bar.advance(start)
-        timer = StepTimer()
-        for step in load_steps(dataset, start=start, stop=run.num_steps, data=config.data):
-            learning_rate = current_learning_rate(run.optimizer)
-            result = train_step(
-                run.model,
-                optimizer=run.optimizer,
-                micro_batches=step.micro_batches,
-                topology=run.topology,
-                device=run.device,
-            )
-            run.schedule.step(increment=1)
-            run.device.synchronize()
-            _check_finite(result, run=run, step=step.number + 1)
-            metrics.add(step, result, seconds=timer.lap())
-            done = step.number + 1
-            if done % config.logging.interval == 0 or done == run.num_steps:
-                metrics.write(
-                    done,
-                    learning_rate=learning_rate,
-                    global_batch_size=config.train.global_batch_size,
-                    memory_bytes=run.device.memory_allocated(),
-                )
-            if run.data.validation is not None and _due(done, config.evaluation.interval, last=run.num_steps):
-                _evaluate(run, metrics=metrics, step=done)
-            if _due(done, config.checkpoint.save_interval, last=run.num_steps):
-                _save(run, step=done)
-            bar.advance()
-            timer.lap()
-    metrics.close()
-    return metrics.last_row
+    try:
+        with log.Progress("training", total=run.num_steps, unit="steps", quiet=not log.on_terminal()) as bar:
+            bar.advance(training.done)
+            _stop_if_asked(training)
+            timer = StepTimer()
+            watchdog.enter("data", training.done + 1)
+            for step in load_steps(
+                dataset,
+                start=training.done,
+                stop=run.num_steps,
+                data=run.config.data,
+                start_worker=leave_signals_to_the_rank,
+            ):
+                _one_step(training, step, timer=timer)
+                _after_step(training)
+                _stop_if_asked(training)
+                bar.advance()
+                timer.lap()
+                watchdog.enter("data", training.done + 1)
+                faults.point("data")
+        watchdog.enter("save", training.done)
+        training.checkpointer.finish()
+    except RunStopped as stop:
+        training.journal.write("stop", step=training.done, reason=str(stop))
+        training.journal.status("stopped", step=training.done, exit_status=stop.status, reason=str(stop))
+        raise
+    training.journal.write("done", step=training.done)
+    training.journal.status("done", step=training.done, exit_status=0)
+    training.metrics.close()
+    return training.metrics.last_row
 
 
-def _build(config: RunConfig) -> Run:
-    device = select_device(config.run.device, local_rank=ranks.local_rank())
-    if config.run.deterministic:
-        make_deterministic(device)
-    topology = ranks.initialize(config.parallel, device=device)
-    ranks.seed_ranks(topology, seed=config.run.seed)
-    data = open_data(config, topology=topology)
-    num_steps = count_steps(config, data=data)
-    model = build_model(config, topology=topology, device=device, vocab_size=data.vocab_size)
-    optimizer = build_optimizer(config.optimizer, model=model)
-    schedule = build_schedule(config.optimizer, optimizer=optimizer, num_steps=num_steps)
-    return Run(config, device, topology, data, model, optimizer, schedule, num_steps)
-
-
-def _open_metrics(run: Run, *, resumed_at: int) -> Metrics:
-    return Metrics(
-        run.directory,
-        num_steps=run.num_steps,
-        num_ranks=run.topology.dp_size,
-        world_size=run.topology.world_size,
-        architecture=run.model.architecture,
-        peak_tflops=peak_tflops(run.device.name, run.config.logging.hardware_peak_tflops),
-        tensorboard=run.config.logging.tensorboard,
-        resumed_at=resumed_at,
+def _one_step(training: Training, step: Step, *, timer: StepTimer) -> None:
+    """Forward, backward and update, or a step that is skipped and written down."""
+    run = training.run
+    training.watchdog.enter("step", step.number + 1)
+    learning_rate = current_learning_rate(run.optimizer)
+    result = train_step(
+        run.model,
+        optimizer=run.optimizer,
+        step=step,
+        reduction=run.reduction,
+        guard=run.guard,
+        topology=run.topology,
+        device=run.device,
+        in_order=run.config.train.canonical_reduction,
     )
+    run.schedule.step(increment=1)
+    training.done = step.number + 1
+    training.metrics.add(step, result, seconds=timer.lap(), learning_rate=learning_rate)
+    training.stragglers.add(result.busy_seconds)
+    if result.skipped is not None:
+        _write_down_bad_step(training, result)
+
+
+def _after_step(training: Training) -> None:
+    """What is due between two steps: publish, log, evaluate, compare replicas, save."""
+    run, config, done = training.run, training.run.config, training.done
+    flip_a_bit(run.model)
+    training.checkpointer.poll()
+    save_is_due = _due(done, config.checkpoint.save_interval, last=run.num_steps)
+    if _due(done, config.logging.interval, last=run.num_steps) or save_is_due:
+        # Before every save: a resumed run cuts the rows behind its checkpoint, and must find those before it.
+        _write_metrics(training)
+        _report_stragglers(training)
+    if run.data.validation is not None and _due(done, config.evaluation.interval, last=run.num_steps):
+        _evaluate(training)
+    interval = config.faults.replica_check_interval
+    if interval and (done % interval == 0 or save_is_due):
+        check_replicas(run.model, topology=run.topology, step=done)
+    if save_is_due:
+        _save(training)
+    _stop_if_steps_keep_failing(training)
 
 
 def _due(step: int, interval: int, *, last: int) -> bool:
     return interval > 0 and (step % interval == 0 or step == last)
 
 
-def _check_finite(result: StepResult, *, run: Run, step: int) -> None:
-    """Stop before a checkpoint of broken weights is written."""
-    loss = result.sums["loss"]
-    if not (math.isfinite(loss) and math.isfinite(result.grad_norm)):
-        raise UserError(
-            f"iteration {step}: loss sum {loss}, gradient norm {result.grad_norm}: not finite, so the weights are "
-            f"lost; lower optimizer.lr={run.config.optimizer.lr}, then start again from the last checkpoint in "
-            f"{run.directory}"
-        )
+# --- Starting --------------------------------------------------------------------------------------------------------
 
 
-def _evaluate(run: Run, *, metrics: Metrics, step: int) -> None:
-    timer = StepTimer()
-    sums = evaluate_held_out(
-        run.model,
-        comparisons=run.data.validation,
-        config=run.config,
-        shape=run.data.shape,
-        topology=run.topology,
-        device=run.device,
+def _watchdog(run: Run) -> Watchdog:
+    return Watchdog(
+        run.topology.store if run.topology.world_size > 1 else None,
+        rank=run.topology.rank,
+        world_size=run.topology.world_size,
+        timeout_seconds=run.config.faults.stall_timeout_seconds,
+        directory=run.directory,
     )
-    metrics.write_validation(step, sums, seconds=timer.lap())
 
 
-def _save(run: Run, *, step: int) -> None:
-    state = TrainingState(
-        step=step,
-        consumed_comparisons=step * run.config.train.global_batch_size,
-        data_fingerprint=run.data.train.fingerprint,
-        max_response_length=min(c.manifest["settings"]["max_response_length"] for c in run.data.train.corpora),
-        layout=layout_of(run.topology),
-        backend=run.device.backend,
-    )
-    save_checkpoint(
+def _open(run: Run, *, signals: StopSignals, watchdog: Watchdog) -> Training:
+    """Resume or start; open what a run writes."""
+    config, is_first = run.config, run.topology.rank == 0
+    watchdog.enter("load", 0)
+    run.data.verify(run.topology, how=config.data.verify, after_each=watchdog.progress)
+    start, origin = _start(run)
+    run.schedule.step(increment=start)
+    _announce(run)
+    journal = Journal(run.directory, writes=is_first)
+    lost = last_sign_of_life(run.directory, resumed_at=start) if is_first else {}
+    journal.write("start", step=start, origin=origin, world_size=run.topology.world_size, **lost)
+    journal.status("running", step=start)
+    metrics = Metrics(
         run.directory,
-        state=state,
+        num_steps=run.num_steps,
+        num_ranks=run.topology.dp_size,
+        world_size=run.topology.world_size,
+        architecture=run.model.architecture,
+        peak_tflops=peak_tflops(run.device.name, config.logging.hardware_peak_tflops),
+        tensorboard=config.logging.tensorboard,
+        global_batch_size=config.train.global_batch_size,
+        resumed_at=start,
+        started_at=journal.first_start,
+    )
+
+    def note_save(report: SaveReport) -> None:
+        journal.write("save", **vars(report))
+        if report.problem is None:
+            training.saved = report.step
+
+    checkpointer = Checkpointer(
+        run.directory,
+        section=config.checkpoint,
         model=run.model,
         optimizer=run.optimizer,
         topology=run.topology,
-        config_yaml=dump_config(run.config),
+        config_yaml=dump_config(config),
         tokenizer_directory=run.data.tokenizer_directory,
-        keep=run.config.checkpoint.keep,
+        on_end=note_save,
     )
+    stragglers = Stragglers(ratio=config.faults.straggler_ratio)
+    training = Training(run, signals, metrics, journal, checkpointer, watchdog, stragglers, done=start, saved=start)
+    return training
 
 
-def _start(run: Run) -> int:
-    """Resume, start from a checkpoint's weights, or start afresh; returns the number of finished steps."""
+def _start(run: Run) -> tuple[int, str]:
+    """Resume, start from a checkpoint's weights, or start afresh; returns the finished steps, and from where."""
     config = run.config
     checkpoint = agree_on_checkpoint(run.directory, topology=run.topology, required=False)
     if checkpoint is not None:
@@ -206,9 +225,12 @@ def _start(run: Run) -> int:
             )
         _check_same_data(checkpoint, run=run)
         state = load_training(checkpoint, model=run.model, optimizer=run.optimizer, topology=run.topology)
+        run.guard.restore(state.guard)
+        if run.topology.rank == 0:
+            set_aside_newer(run.directory, than=checkpoint)
         rest = "" if state.step < run.num_steps else "; all steps are done, nothing is left to train"
         log.info(f"resumed from {checkpoint} at step {state.step}{rest}")
-        return state.step
+        return state.step, checkpoint.name
     if config.train.init_from is not None:
         checkpoint = agree_on_checkpoint(config.train.init_from, topology=run.topology)
         tokenizer = load_tokenizer(checkpoint / "tokenizer")
@@ -216,8 +238,10 @@ def _start(run: Run) -> int:
             corpus.check_tokenizer(tokenizer)
         load_weights(checkpoint, model=run.model)
         run.optimizer.reload_model_params()
-        log.info(f"starting from the weights of {checkpoint}")
-    return 0
+        log.info(f"starting at step 0 from the weights of {checkpoint}")
+        return 0, "init_from"
+    log.info(f"no checkpoint in {run.directory}: starting at step 0 from random weights")
+    return 0, "random weights"
 
 
 def _check_same_data(checkpoint: Path, *, run: Run) -> None:
@@ -234,79 +258,127 @@ def _check_same_data(checkpoint: Path, *, run: Run) -> None:
 
 def _announce(run: Run) -> None:
     """Say once what runs, and write the resolved configuration: the file that rebuilds the run."""
-    config, model, layout = run.config, run.model, layout_of(run.topology)
     if run.topology.rank == 0:
         run.directory.mkdir(parents=True, exist_ok=True)
-        (run.directory / "config.yaml").write_text(dump_config(config))
-        environment = {
-            "megatron_polar": megatron_polar.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "device": run.device.name,
-            "world_size": run.topology.world_size,
-        }
-        (run.directory / "environment.json").write_bytes(orjson.dumps(environment | layout, option=orjson.OPT_INDENT_2))
+        write_durably(run.directory / "config.yaml", dump_config(run.config).encode())
+        environment = orjson.dumps(run.environment | layout_of(run.topology), option=orjson.OPT_INDENT_2)
+        write_durably(run.directory / "environment.json", environment)
     torch.distributed.barrier()
-    parameters = model.architecture.num_parameters(model.vocab_size)
-    optimizer = "distributed AdamW" if config.optimizer.use_distributed_optimizer else "AdamW"
-    log.info(
-        f"model: {parameters / 1e6:.2f}M parameters, {config.train.precision}; layers: {model.transformer_impl}; "
-        f"attention: {model.attention}; optimizer: {optimizer}"
+    for line in describe_run(run, layout=layout_of(run.topology)):
+        log.info(line)
+
+
+# --- Between steps ---------------------------------------------------------------------------------------------------
+
+
+def _evaluate(training: Training) -> None:
+    run, timer = training.run, StepTimer()
+    training.watchdog.enter("evaluation", training.done)
+    sums = evaluate_held_out(
+        run.model,
+        comparisons=run.data.validation,
+        config=run.config,
+        shape=run.data.shape,
+        topology=run.topology,
+        device=run.device,
+        after_each=training.watchdog.progress,
     )
-    log.info(
-        f"ranks: {run.topology.world_size} x {run.device.name} over {run.device.backend}; "
-        f"{', '.join(f'{name}={size}' for name, size in layout.items())}"
+    training.metrics.write_validation(training.done, sums, seconds=timer.lap())
+
+
+def _save(training: Training, *, blocking: bool = False) -> None:
+    run, done = training.run, training.done
+    training.watchdog.enter("save", done)
+    state = TrainingState(
+        step=done,
+        consumed_comparisons=done * run.config.train.global_batch_size,
+        data_fingerprint=run.data.train.fingerprint,
+        max_response_length=min(c.manifest["settings"]["max_response_length"] for c in run.data.train.corpora),
+        layout=layout_of(run.topology),
+        backend=run.device.backend,
+        guard=run.guard.state(),
     )
-    log.info(
-        f"data: {len(run.data.train)} comparisons an epoch, layout {config.data.layout}, {config.data.num_workers} "
-        f"loader workers; {run.num_steps} steps of {config.train.global_batch_size} comparisons"
-    )
+    training.checkpointer.save(state, blocking=blocking)
 
 
-def open_data(config: RunConfig, *, topology: Topology) -> Data:
-    """Open the datasets, check that they were made with one tokenizer, and derive the shape of rows."""
-    section = config.data
-    train_data = _comparisons(section, section.train, seed=config.run.seed)
-    validation = _comparisons(section, section.validation, seed=config.run.seed + 1) if section.validation else None
-    tokenizer_directory = Path(section.train[0].path) / "tokenizer"
-    tokenizer = load_tokenizer(section.tokenizer or tokenizer_directory)
-    for dataset in [train_data] + ([validation] if validation else []):
-        for corpus in dataset.corpora:
-            corpus.check_tokenizer(tokenizer)
-    _check_lengths([train_data, *([validation] if validation else [])], section.max_sequence_length)
-    shape = row_shape(section, topology=topology, architecture=architecture_of(config.model))
-    return Data(train_data, validation, shape, tokenizer_directory, tokenizer.vocab_size)
+def _write_metrics(training: Training) -> None:
+    guard, journal = training.run.guard, training.journal
+    reliability = {
+        "skipped_steps": guard.skipped,
+        "nan_steps": guard.nonfinite,
+        "restarts": journal.restarts,
+        "last_saved_step": training.saved,
+    }
+    training.metrics.write(training.done, memory_bytes=training.run.device.memory_allocated(), reliability=reliability)
 
 
-def _check_lengths(datasets: Sequence[ComparisonDataset], max_sequence_length: int) -> None:
-    """Two answers and the control tokens must fit, or some comparison would fail in the middle of the run."""
-    corpora = [corpus for dataset in datasets for corpus in dataset.corpora]
-    corpus = max(corpora, key=lambda corpus: corpus.manifest["invariants"]["longest_response"])
-    longest = corpus.manifest["invariants"]["longest_response"]
-    if 2 * longest + 4 > max_sequence_length:
-        raise UserError(
-            f"data.max_sequence_length={max_sequence_length} cannot hold two answers of {corpus.path}, whose longest "
-            f"has {longest} tokens; set at least {2 * longest + 4}, or preprocess with a smaller --max-response-length"
+def _report_stragglers(training: Training) -> None:
+    topology = training.run.topology
+    found = training.stragglers.report(topology.groups.dp_cp, device=training.run.device.torch_device)
+    if topology.tp_rank or topology.cp_rank or topology.dp_rank:
+        return  # the first replica of each pipeline stage speaks for its group
+    for slow in found:
+        training.journal.write("straggler", step=training.done, **vars(slow))
+        log.warn(
+            f"iteration {training.done}: rank {slow.rank} takes {slow.ratio:.2f} times as long as the others "
+            f"({slow.seconds * 1000:.0f} ms a step)"
         )
 
 
-def _comparisons(section: DataSection, sources, *, seed: int) -> ComparisonDataset:
-    return ComparisonDataset(
-        sources,
-        seed=seed,
-        candidates_per_comparison=section.candidates_per_comparison,
-        max_sequence_length=section.max_sequence_length,
+def _write_down_bad_step(training: Training, result: StepResult) -> None:
+    """One warning with step, reason, ranks and comparisons; the same as an event."""
+    suspects = "; ".join(
+        f"rank {s['rank']}: {s['what']}, comparisons {', '.join(map(str, s['samples'][:8]))}" for s in result.suspects
+    )
+    training.journal.write(
+        "bad_step",
+        step=training.done,
+        reason=result.skipped,
+        loss=repr(result.sums["loss"]),
+        grad_norm=repr(result.grad_norm),
+        ranks=result.suspects,
+    )
+    if training.run.topology.rank == 0:
+        log.warn(
+            f"iteration {training.done}: skipped, weights unchanged: {result.skipped}"
+            + (f" ({suspects})" if suspects else "")
+        )
+
+
+# --- Stopping --------------------------------------------------------------------------------------------------------
+
+
+def _stop_if_asked(training: Training) -> None:
+    """After SIGTERM or SIGUSR1 on any rank: write a checkpoint and end with a status of its own."""
+    name = training.signals.agreed(training.run.device)
+    if name is None or training.done >= training.run.num_steps:
+        return
+    training.checkpointer.finish()
+    if training.saved != training.done:
+        _write_metrics(training)
+        _save(training, blocking=True)
+    training.metrics.close()
+    kept = f"step {training.saved} is saved" if training.saved else "no step is finished yet"
+    raise RunStopped(
+        f"stopped by {name} after step {training.done} of {training.run.num_steps}; {kept}: start the same command "
+        f"again to go on",
+        status=STOPPED,
     )
 
 
-def count_steps(config: RunConfig, *, data: Data) -> int:
-    """Optimizer steps of the run: `train.num_steps`, or `train.num_epochs` over the training comparisons."""
-    if config.train.num_steps is not None:
-        return config.train.num_steps
-    steps = int(config.train.num_epochs * len(data.train) / config.train.global_batch_size)
-    if steps < 1:
-        raise UserError(
-            f"train.num_epochs={config.train.num_epochs} over {len(data.train)} comparisons is less than one step of "
-            f"train.global_batch_size={config.train.global_batch_size}; lower the batch size or add data"
-        )
-    return steps
+def _stop_if_steps_keep_failing(training: Training) -> None:
+    run, done = training.run, training.done
+    if run.guard.in_a_row <= run.config.faults.max_consecutive_bad_steps:
+        return
+    training.checkpointer.finish()
+    if training.saved != done:
+        _save(training, blocking=True)  # skipped steps have changed nothing: these are the last good weights
+    first = done - run.guard.in_a_row + 1
+    command = f"megatron-polar train {run.directory}/config.yaml --replay-step {first}"
+    if run.topology.rank == 0:
+        bad = [event for event in training.journal.read() if event["event"] == "bad_step" and event["step"] >= first]
+        report = {"steps": bad, "replay": command, "time": time.time()}
+        write_durably(run.directory / "bad_steps.json", orjson.dumps(report, option=orjson.OPT_INDENT_2))
+    run.guard.check_limit(
+        step=done, remedy=f"see {run.directory}/bad_steps.json, and look into the first of them with: {command}"
+    )

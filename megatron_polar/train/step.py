@@ -2,7 +2,7 @@
 update."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -10,11 +10,20 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_polar import faults
+from megatron_polar.data.loader import Step
 from megatron_polar.data.packing import MicroBatch
 from megatron_polar.model.attention import RowLayout, make_row_layout
 from megatron_polar.model.build import BuiltModel
 from megatron_polar.parallel.device import Device
 from megatron_polar.parallel.topology import Topology
+from megatron_polar.train.gradients import (
+    GradientReduction,
+    accumulate_in_order,
+    clip_and_update,
+    measure_gradients,
+)
+from megatron_polar.train.guard import StepGuard
 from megatron_polar.train.objective import SUMS, ranking_loss
 
 
@@ -30,10 +39,17 @@ class DeviceBatch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """`sums`: objective.SUMS over all pairs of the step, the same on every rank, fp64. `grad_norm`: before clipping."""
+    """`sums`: objective.SUMS over all pairs of the step, the same on every rank, fp64. `grad_norm`: before clipping.
+
+    `skipped` says why the update was not made (None: it was), `suspects` which ranks and comparisons are to blame as
+    far as that can be seen, `busy_seconds` how long this rank worked before it had to wait for other replicas.
+    """
 
     sums: dict[str, float]
     grad_norm: float
+    skipped: str | None = None
+    suspects: list[dict] = field(default_factory=list)
+    busy_seconds: float = 0.0
 
 
 def to_device(batch: MicroBatch, *, device: Device, topology: Topology) -> DeviceBatch:
@@ -49,29 +65,104 @@ def train_step(
     model: BuiltModel,
     *,
     optimizer: MegatronOptimizer,
-    micro_batches: Sequence[MicroBatch],
+    step: Step,
+    reduction: GradientReduction,
+    guard: StepGuard,
     topology: Topology,
     device: Device,
+    in_order: bool = False,
 ) -> StepResult:
-    """Forward and backward over all micro-batches, one update. The gradient is that of the mean over all pairs."""
+    """Forward and backward over all micro-batches, one update. The gradient is that of the mean over all pairs.
+
+    A step that `guard` refuses leaves weights and optimizer as they were, on all ranks alike. `in_order` is
+    `train.canonical_reduction`.
+    """
+    reduction.start()
+    local = compute_gradients(
+        model, optimizer=optimizer, step=step, reduction=reduction, topology=topology, device=device, in_order=in_order
+    )
+    sums = local if in_order else reduce_sums(local, topology=topology, device=device)
+    figures = dict(zip(SUMS, sums.sum(0).tolist(), strict=True))
+    grad_norm = measure_gradients(optimizer)
+    refused = guard.judge(loss=figures["loss"] / max(figures["pairs"], 1.0), grad_norm=grad_norm)
+    skipped = _agree(refused, device=device)
+    suspects = []
+    if skipped is None:
+        clip_and_update(optimizer, grad_norm=grad_norm)
+    else:
+        suspects = name_suspects(step, local=local, reduction=reduction, topology=topology)
+    device.synchronize()
+    return StepResult(figures, grad_norm, skipped, suspects, reduction.busy_seconds)
+
+
+def compute_gradients(
+    model: BuiltModel,
+    *,
+    optimizer: MegatronOptimizer,
+    step: Step,
+    reduction: GradientReduction,
+    topology: Topology,
+    device: Device,
+    in_order: bool = False,
+) -> torch.Tensor:
+    """Gradients of one step, reduced and divided by the global number of pairs; no update.
+
+    Returns objective.SUMS [m, len(SUMS)] of this rank's micro-batches (zeros where the pipeline's last stage is
+    elsewhere), or [1, len(SUMS)] over all ranks with `in_order`.
+    """
     for chunk in model.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    sums = run_schedule(model, micro_batches=micro_batches, topology=topology, device=device, forward_only=False)
-    _, grad_norm, _ = optimizer.step()
-    return StepResult(sums=sums, grad_norm=float(grad_norm) if grad_norm is not None else 0.0)
+    run = partial(run_schedule, model, topology=topology, device=device, forward_only=False)
+    if not in_order:
+        return run(step.micro_batches)
+    return accumulate_in_order(
+        model,
+        micro_batches=step.micro_batches,
+        num_rounds=step.num_rounds,
+        run=lambda batch: reduce_over_stages(run([batch]), topology=topology)[0],
+        num_sums=len(SUMS),
+        reduction=reduction,
+        topology=topology,
+    )[None]
+
+
+def _agree(refused: str | None, *, device: Device) -> str | None:
+    """If one rank refuses a step, all do: weights of replicas must never part."""
+    anyone = torch.tensor([refused is not None], dtype=torch.int, device=device.torch_device)
+    dist.all_reduce(anyone, op=dist.ReduceOp.MAX)
+    return refused if refused is not None or not anyone else "another rank refused it"
+
+
+def name_suspects(step: Step, *, local: torch.Tensor, reduction: GradientReduction, topology: Topology) -> list[dict]:
+    """Ranks whose loss or own gradient is not finite, with the comparisons they had. Collective."""
+    mine = []
+    if local.size(0) == len(step.indices):  # not added up over ranks yet
+        for number in torch.nonzero(~torch.isfinite(local).all(dim=1)).flatten().tolist():
+            mine.append(
+                {"rank": topology.rank, "what": f"loss of micro-batch {number}", "samples": step.indices[number]}
+            )
+    if not mine and reduction.own_gradients_are_finite is False:
+        samples = [index for part in step.indices for index in part]
+        mine.append({"rank": topology.rank, "what": "gradient", "samples": samples})
+    gathered: list = [None] * topology.world_size
+    dist.all_gather_object(gathered, mine)
+    return [suspect for part in gathered for suspect in part]
 
 
 def run_schedule(
     model: BuiltModel,
-    *,
     micro_batches: Sequence[MicroBatch],
+    *,
     topology: Topology,
     device: Device,
     forward_only: bool,
-) -> dict[str, float]:
-    """Run the pipeline over this rank's micro-batches; returns the objective's sums over all ranks."""
+) -> torch.Tensor:
+    """Run the pipeline over this rank's micro-batches; returns their objective.SUMS [m, len(SUMS)], fp64.
+
+    Only the last pipeline stage sees rewards; the others return zeros.
+    """
     is_counted = topology.cp_rank == 0  # context-parallel ranks all see the same pairs
     stored = _schedule(
         model,
@@ -81,12 +172,24 @@ def run_schedule(
         loss=partial(_loss, is_counted),
         forward_only=forward_only,
     )
-    total = torch.zeros(len(SUMS), dtype=torch.float64, device=device.torch_device)
-    for report in stored:
-        total += report["sums"]
+    if stored:
+        return torch.stack([report["sums"] for report in stored])
+    return torch.zeros(len(micro_batches), len(SUMS), dtype=torch.float64, device=device.torch_device)
+
+
+def reduce_sums(sums: torch.Tensor, *, topology: Topology, device: Device) -> torch.Tensor:
+    """Objective.SUMS over all micro-batches of all ranks, [1, len(SUMS)], the same everywhere."""
+    total = torch.zeros(1, len(SUMS), dtype=torch.float64, device=device.torch_device)
+    for part in sums:
+        total += part
     dist.all_reduce(total, group=topology.groups.dp)
-    dist.broadcast(total, src=topology.last_stage_global_rank, group=topology.groups.pp)
-    return dict(zip(SUMS, total.tolist(), strict=True))
+    return reduce_over_stages(total, topology=topology)
+
+
+def reduce_over_stages(sums: torch.Tensor, *, topology: Topology) -> torch.Tensor:
+    """Hand the last pipeline stage's sums to the stages before it."""
+    dist.broadcast(sums, src=topology.last_stage_global_rank, group=topology.groups.pp)
+    return sums
 
 
 @torch.no_grad()
@@ -132,6 +235,8 @@ def _forward_step(loss, batches: Iterator[DeviceBatch], model: torch.nn.Module):
 def _loss(is_counted: bool, batch: DeviceBatch, rewards: torch.Tensor):
     """Loss sum, number of pairs and report of one micro-batch; the schedule divides once by the global number of
     pairs."""
+    if faults.point("loss") == "nan":
+        rewards = rewards * float("nan")
     result = ranking_loss(rewards, winners=batch.winners, losers=batch.losers)
     num_pairs = torch.tensor(len(batch.winners) if is_counted else 0, dtype=torch.int, device=rewards.device)
     return result.loss_sum, num_pairs, {"sums": result.sums}

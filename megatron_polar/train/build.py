@@ -1,0 +1,177 @@
+"""RunConfig → Run: everything that a run is made of, before its first step."""
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import megatron_polar
+from megatron_polar.config.presets import architecture_of
+from megatron_polar.config.schema import DataSection, DatasetSource, RunConfig
+from megatron_polar.data.comparisons import ComparisonDataset
+from megatron_polar.data.loader import RowShape, row_shape
+from megatron_polar.data.tokenizer import load_tokenizer
+from megatron_polar.errors import UserError
+from megatron_polar.model.build import BuiltModel, build_model
+from megatron_polar.parallel import topology as ranks
+from megatron_polar.parallel.device import Device, make_deterministic, select_device
+from megatron_polar.parallel.topology import Topology
+from megatron_polar.train.gradients import GradientReduction
+from megatron_polar.train.guard import StepGuard
+from megatron_polar.train.optimizer import (
+    MegatronOptimizer,
+    OptimizerParamScheduler,
+    build_optimizer,
+    build_schedule,
+)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training and held-out comparisons, the shape of their rows, and the tokenizer that travels with checkpoints."""
+
+    train: ComparisonDataset
+    validation: ComparisonDataset | None
+    shape: RowShape
+    tokenizer_directory: Path
+    vocab_size: int
+
+    def verify(self, topology: Topology, *, how: str, after_each: Callable[[], None]) -> None:
+        """Hash all tokens before the first step, each rank its share (`data.verify: full`). Collective.
+
+        Raises UserError on every rank, naming the damaged file.
+        """
+        if how != "full":
+            return
+        problem = None
+        try:
+            for dataset in filter(None, (self.train, self.validation)):
+                for corpus in dataset.corpora:
+                    corpus.verify_tokens(topology.rank, topology.world_size, after_each=after_each)
+        except UserError as error:
+            problem = error
+        found: list[UserError | None] = [None] * topology.world_size
+        dist.all_gather_object(found, problem)
+        for problem in filter(None, found):
+            raise problem
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that a run is made of."""
+
+    config: RunConfig
+    device: Device
+    topology: Topology
+    data: Data
+    model: BuiltModel
+    reduction: GradientReduction
+    guard: StepGuard
+    optimizer: MegatronOptimizer
+    schedule: OptimizerParamScheduler
+    num_steps: int
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.config.run.directory)
+
+    @property
+    def environment(self) -> dict:
+        """Versions and machine, for `environment.json`."""
+        return {
+            "megatron_polar": megatron_polar.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "device": self.device.name,
+            "world_size": self.topology.world_size,
+        }
+
+
+def build_run(config: RunConfig) -> Run:
+    """Join the other ranks, open the data, build model, optimizer and schedule. Raises UserError."""
+    device = select_device(config.run.device, local_rank=ranks.local_rank())
+    if config.run.deterministic:
+        make_deterministic(device)
+    topology = ranks.initialize(config.parallel, device=device)
+    ranks.seed_ranks(topology, seed=config.run.seed)
+    data = open_data(config, topology=topology)
+    num_steps = count_steps(config, data=data)
+    model = build_model(config, topology=topology, device=device, vocab_size=data.vocab_size)
+    reduction = GradientReduction(model, device=device)
+    optimizer = build_optimizer(config.optimizer, model=model, reduction=reduction)
+    schedule = build_schedule(config.optimizer, optimizer=optimizer, num_steps=num_steps)
+    guard = StepGuard(config.faults)
+    return Run(config, device, topology, data, model, reduction, guard, optimizer, schedule, num_steps)
+
+
+def describe_run(run: Run, *, layout: dict[str, int]) -> list[str]:
+    """What runs, in three lines for the log: model, ranks, data."""
+    config, model = run.config, run.model
+    parameters = model.architecture.num_parameters(model.vocab_size)
+    optimizer = "distributed AdamW" if config.optimizer.use_distributed_optimizer else "AdamW"
+    saves = "in the background" if config.checkpoint.async_save else "in the foreground"
+    return [
+        f"model: {parameters / 1e6:.2f}M parameters, {config.train.precision}; layers: {model.transformer_impl}; "
+        f"attention: {model.attention}; optimizer: {optimizer}; saves {saves}",
+        f"ranks: {run.topology.world_size} x {run.device.name} over {run.device.backend}; "
+        f"{', '.join(f'{name}={size}' for name, size in layout.items())}",
+        f"data: {len(run.data.train)} comparisons an epoch, layout {config.data.layout}, {config.data.num_workers} "
+        f"loader workers; {run.num_steps} steps of {config.train.global_batch_size} comparisons",
+    ]
+
+
+def open_data(config: RunConfig, *, topology: Topology) -> Data:
+    """Open the datasets, check that they were made with one tokenizer, and derive the shape of rows."""
+    section = config.data
+    train_data = _comparisons(section, section.train, seed=config.run.seed)
+    validation = _comparisons(section, section.validation, seed=config.run.seed + 1) if section.validation else None
+    tokenizer_directory = Path(section.train[0].path) / "tokenizer"
+    tokenizer = load_tokenizer(section.tokenizer or tokenizer_directory)
+    for dataset in [train_data] + ([validation] if validation else []):
+        for corpus in dataset.corpora:
+            corpus.check_tokenizer(tokenizer)
+    _check_lengths([train_data, *([validation] if validation else [])], section.max_sequence_length)
+    shape = row_shape(
+        section,
+        topology=topology,
+        architecture=architecture_of(config.model),
+        in_turn=config.train.canonical_reduction,
+    )
+    return Data(train_data, validation, shape, tokenizer_directory, tokenizer.vocab_size)
+
+
+def _check_lengths(datasets: Sequence[ComparisonDataset], max_sequence_length: int) -> None:
+    """Two answers and the control tokens must fit, or some comparison would fail in the middle of the run."""
+    corpora = [corpus for dataset in datasets for corpus in dataset.corpora]
+    corpus = max(corpora, key=lambda corpus: corpus.manifest["invariants"]["longest_response"])
+    longest = corpus.manifest["invariants"]["longest_response"]
+    if 2 * longest + 4 > max_sequence_length:
+        raise UserError(
+            f"data.max_sequence_length={max_sequence_length} cannot hold two answers of {corpus.path}, whose longest "
+            f"has {longest} tokens; set at least {2 * longest + 4}, or preprocess with a smaller --max-response-length"
+        )
+
+
+def _comparisons(section: DataSection, sources: Sequence[DatasetSource], *, seed: int) -> ComparisonDataset:
+    return ComparisonDataset(
+        sources,
+        seed=seed,
+        candidates_per_comparison=section.candidates_per_comparison,
+        max_sequence_length=section.max_sequence_length,
+    )
+
+
+def count_steps(config: RunConfig, *, data: Data) -> int:
+    """Optimizer steps of the run: `train.num_steps`, or `train.num_epochs` over the training comparisons."""
+    if config.train.num_steps is not None:
+        return config.train.num_steps
+    steps = int(config.train.num_epochs * len(data.train) / config.train.global_batch_size)
+    if steps < 1:
+        raise UserError(
+            f"train.num_epochs={config.train.num_epochs} over {len(data.train)} comparisons is less than one step of "
+            f"train.global_batch_size={config.train.global_batch_size}; lower the batch size or add data"
+        )
+    return steps

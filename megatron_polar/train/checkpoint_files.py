@@ -1,0 +1,220 @@
+"""Where checkpoints lie, which of them count, and how one becomes the newest. No torch.
+
+<run>/checkpoints/step_00000100/          a complete checkpoint: it has got its name as the last thing of all
+                  latest                  name of the newest complete one
+                  .saving-step_...-<id>/  being written, or left by a killed run: never read
+                  damaged-step_...-<id>/  did not verify when a run resumed from an older one: kept for you to look at
+A save always gets a fresh directory, and no complete checkpoint is ever written to again.
+"""
+
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import orjson
+
+from megatron_polar import faults, log
+from megatron_polar.errors import UserError
+from megatron_polar.manifest import (
+    MANIFEST,
+    Damaged,
+    check_hash,
+    check_nothing_else,
+    check_sizes,
+    encode_manifest,
+    read_manifest,
+    sync_directory,
+    write_durably,
+)
+
+FORMAT, FORMAT_VERSION = "megatron_polar.checkpoint", 2
+_STEP_PREFIX, _SAVING, _REMOVED, _DAMAGED = "step_", ".saving-", ".removed-", "damaged-"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Where a run stands, independent of the layout; `state.json` of a checkpoint."""
+
+    step: int
+    consumed_comparisons: int
+    data_fingerprint: str
+    max_response_length: int
+    """Tokens that were kept of an answer when the training data were made; scoring cuts at the same place."""
+    layout: dict[str, int]
+    backend: str
+    """gloo or nccl: random-number states of one device mean nothing on another."""
+    guard: dict = field(default_factory=dict)
+    """What the guard against bad steps remembers (train/guard.py)."""
+
+
+def read_state(directory: Path) -> TrainingState:
+    """Read `state.json` of a checkpoint. Raises UserError when it is not one of ours."""
+    try:
+        return TrainingState(**orjson.loads((directory / "state.json").read_bytes()))
+    except (OSError, orjson.JSONDecodeError, TypeError) as error:
+        raise UserError(f"{directory}/state.json: cannot be used ({' '.join(str(error).split())})") from error
+
+
+def encode_state(state: TrainingState) -> bytes:
+    """The content of `state.json`."""
+    return orjson.dumps(asdict(state), option=orjson.OPT_INDENT_2)
+
+
+def step_directory(run_directory: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lives once it is complete."""
+    return run_directory / "checkpoints" / f"{_STEP_PREFIX}{step:08d}"
+
+
+def list_steps(run_directory: Path) -> list[Path]:
+    """Checkpoints of a run by their names, newest first, complete or not."""
+    found = [path for path in (run_directory / "checkpoints").glob(f"{_STEP_PREFIX}*") if _number(path) is not None]
+    return sorted(found, key=_number, reverse=True)
+
+
+def _number(path: Path) -> int | None:
+    digits = path.name.removeprefix(_STEP_PREFIX)
+    return int(digits) if digits.isdigit() else None
+
+
+def has_checkpoints(run_directory: Path) -> bool:
+    """Whether a save was ever finished here; what a run killed in its first save has left behind does not count."""
+    return (run_directory / "checkpoints" / "latest").exists() or bool(list_steps(run_directory))
+
+
+# --- Becoming the newest ---------------------------------------------------------------------------------------------
+
+
+def saving_directory(run_directory: Path, step: int) -> Path:
+    """Make a fresh directory to write the checkpoint of `step` into."""
+    checkpoints = run_directory / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    target = checkpoints / f"{_SAVING}{_STEP_PREFIX}{step:08d}-{os.urandom(4).hex()}"
+    target.mkdir()
+    return target
+
+
+def publish(saved: Path, *, step: int, entries: dict[str, dict]) -> Path:
+    """Write the manifest of a finished save, give it its name and point `latest` to it. Raises OSError.
+
+    `entries` are size and SHA-256 of every file in `saved`; all of them are on the disk already.
+    """
+    faults.point("before_manifest")
+    sync_tree(saved)
+    content = {"format": FORMAT, "format_version": FORMAT_VERSION, "step": step, "files": entries}
+    write_durably(saved / MANIFEST, encode_manifest(content))
+    faults.point("after_manifest")
+    target = saved.with_name(f"{_STEP_PREFIX}{step:08d}")
+    if target.exists():  # one that did not verify, or of a future that this run has left; it was not resumed from
+        target.rename(saved.with_name(saved.name.replace(_SAVING, _REMOVED)))
+    faults.point("before_publish")
+    saved.rename(target)
+    sync_directory(target.parent)
+    faults.point("after_publish")
+    point_latest(target)
+    return target
+
+
+def point_latest(target: Path) -> None:
+    """Move `latest` to a complete checkpoint, at once or not at all."""
+    faults.point("before_latest")
+    write_durably(target.parent / "latest", (target.name + "\n").encode())
+    faults.point("after_latest")
+
+
+def sync_tree(directory: Path) -> None:
+    """Make the entries of a directory and of those below it survive a power failure."""
+    for path in [*(p for p in directory.rglob("*") if p.is_dir()), directory]:
+        sync_directory(path)
+
+
+def prune(run_directory: Path, *, keep: int, keep_every: int) -> None:
+    """Delete all but the newest `keep` checkpoints (0: keep all) and multiples of `keep_every`, and what killed saves
+    have left."""
+    faults.point("in_prune")
+    checkpoints = run_directory / "checkpoints"
+    for old in list_steps(run_directory)[keep:] if keep else []:
+        if not (keep_every and _number(old) % keep_every == 0):
+            # It vanishes as a whole; a kill in between leaves remains that nobody reads.
+            old.rename(checkpoints / f"{_REMOVED}{old.name}-{os.urandom(4).hex()}")
+    for remains in [*checkpoints.glob(f"{_SAVING}*"), *checkpoints.glob(f"{_REMOVED}*")]:
+        shutil.rmtree(remains, ignore_errors=True)
+
+
+def set_aside_newer(run_directory: Path, *, than: Path) -> None:
+    """Rename the damaged checkpoints newer than the one that a run resumes from, so that none is counted as kept."""
+    for path in list_steps(run_directory):
+        if _number(path) > _number(than):
+            path.rename(path.with_name(f"{_DAMAGED}{path.name}-{os.urandom(4).hex()}"))
+    latest = than.parent / "latest"
+    if not latest.is_file() or latest.read_text(errors="replace").strip() != than.name:
+        point_latest(than)
+
+
+# --- Finding and verifying -------------------------------------------------------------------------------------------
+
+
+def verify_checkpoint(directory: Path, *, part: int = 0, of: int = 1) -> str | None:
+    """Why the checkpoint cannot be trusted, in one line; None when every file has its size and SHA-256.
+
+    `of` ranks share the hashing: each takes its `part`, of about equal size.
+    """
+    try:
+        files = read_manifest(directory, format_name=FORMAT, format_version=FORMAT_VERSION)["files"]
+        if part == 0:
+            check_sizes(directory, files)
+            check_nothing_else(directory, files)
+        for name in _share(files, part=part, of=of):
+            check_sizes(directory, {name: files[name]})
+            check_hash(directory, name, files[name])
+    except Damaged as damage:
+        return str(damage)
+    except OSError as error:
+        return f"{error.filename or 'a file'} cannot be read ({error.strerror or error})"
+    except (KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} does not describe a checkpoint"
+    return None
+
+
+def _share(files: dict[str, dict], *, part: int, of: int) -> Iterable[str]:
+    """The files that one of several readers takes: largest first, each to the reader with the least so far."""
+    loads, mine = [0] * of, []
+    for name in sorted(files, key=lambda name: (-files[name]["size"], name)):
+        reader = loads.index(min(loads))
+        loads[reader] += files[name]["size"] + 1
+        if reader == part:
+            mine.append(name)
+    return mine
+
+
+def candidates(path: str | Path) -> list[Path]:
+    """The checkpoints that `path`, a run directory or one step of it, may mean, newest first. Raises UserError."""
+    path = Path(path)
+    if (path / "checkpoints").is_dir():
+        return list_steps(path)
+    if path.is_dir() and _number(path) is not None:
+        return [path]
+    raise UserError(f"{path}: no checkpoint here; give a run directory or one of its checkpoints/step_... directories")
+
+
+def none_verifies(path: str | Path, count: int) -> UserError:
+    """The error of a run directory whose checkpoints are all unusable: a run never starts over silently."""
+    return UserError(
+        f"{path}: none of its {count} checkpoints is complete and intact; restore one, or remove the directory to "
+        f"start again"
+    )
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The newest complete step of a run directory, or the step itself; says which steps it skips and why.
+
+    Raises UserError when there is no checkpoint, or none that verifies.
+    """
+    found = candidates(path)
+    for candidate in found:
+        problem = verify_checkpoint(candidate)
+        if problem is None:
+            return candidate
+        log.warn(f"{candidate}: skipped: {problem}")
+    raise none_verifies(path, len(found))

@@ -1,0 +1,146 @@
+"""What happened to a run over all its restarts: events.jsonl, status.json, and how much of the time was useful."""
+
+import os
+import socket
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import orjson
+
+from megatron_polar.manifest import write_durably
+
+EVENTS, STATUS = "events.jsonl", "status.json"
+
+
+class Journal:
+    """Appends events to `events.jsonl` and keeps `status.json`; only the first rank writes, the others may call."""
+
+    def __init__(self, directory: Path, *, writes: bool):
+        self.directory, self._writes = directory, writes
+        starts = [event["time"] for event in read_events(directory) if event["event"] == "start"] if writes else []
+        self.restarts, self.first_start = len(starts), min(starts, default=time.time())
+
+    def write(self, event: str, **fields) -> None:
+        """Append one event with the time in seconds since 1970, on the disk when this returns."""
+        if not self._writes:
+            return
+        line = orjson.dumps({"time": time.time(), "event": event, **fields}, option=orjson.OPT_APPEND_NEWLINE)
+        path = self.directory / EVENTS
+        if path.exists() and not path.read_bytes().endswith(b"\n"):
+            line = b"\n" + line  # a kill has cut the last line
+        with path.open("ab") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self) -> list[dict]:
+        """All events so far."""
+        return read_events(self.directory)
+
+    def status(self, state: str, *, step: int, exit_status: int | None = None, reason: str = "") -> None:
+        """Say in `status.json` where the run stands: a launcher behind torchrun cannot see our exit status."""
+        if self._writes:
+            content = {"state": state, "step": step, "exit_status": exit_status, "reason": reason, "time": time.time()}
+            content |= {"host": socket.gethostname(), "pid": os.getpid()}
+            write_durably(self.directory / STATUS, orjson.dumps(content, option=orjson.OPT_INDENT_2))
+
+
+def read_events(directory: Path) -> list[dict]:
+    """Events of a run in order; a line that a kill has cut short is passed over."""
+    return list(_rows(directory / EVENTS, key="event"))
+
+
+def last_sign_of_life(directory: Path, *, resumed_at: int) -> dict:
+    """What the process before this one left behind: when it was last heard of, and steps that have to be done again."""
+    events = read_events(directory)
+    if not events:
+        return {}
+    rows = read_rows(directory)
+    signs = [event["time"] for event in events]
+    if (directory / "metrics.jsonl").is_file():
+        signs.append((directory / "metrics.jsonl").stat().st_mtime)
+    kept = [row for row in rows if row["iteration"] <= resumed_at]
+    return {
+        "last_sign": max(signs),
+        "lost_steps": max((row["iteration"] for row in rows), default=resumed_at) - resumed_at,
+        "lost_seconds": productive_seconds(rows) - productive_seconds(kept),
+    }
+
+
+def read_rows(directory: Path) -> list[dict]:
+    """Rows of metrics.jsonl with training figures."""
+    return [row for row in _rows(directory / "metrics.jsonl", key="iteration") if "iteration-time" in row]
+
+
+def _rows(path: Path, *, key: str) -> Iterable[dict]:
+    if not path.is_file():
+        return
+    for line in path.read_bytes().splitlines():
+        try:
+            row = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and key in row:
+            yield row
+
+
+@dataclass(frozen=True)
+class Goodput:
+    """Where a run's wall-clock time went, in seconds. `ettr`, the effective training time ratio (arXiv 2410.21680), is
+    the share spent in steps whose results still count."""
+
+    ettr: float
+    wall_seconds: float
+    productive_seconds: float
+    lost_seconds: float
+    down_seconds: float
+    save_seconds: float
+    stall_seconds: float
+    restarts: int
+    lost_steps: int
+    skipped_steps: int
+    failed_saves: int
+
+
+def goodput(events: Sequence[dict], rows: Sequence[dict]) -> Goodput:
+    """Account for a run's time from its events and the rows of metrics that have survived its restarts.
+
+    Productive: seconds of the steps in `rows`. Lost: seconds of steps that were done again after a restart. Down:
+    from the last sign of life before a restart to the restart.
+    """
+    starts = [event for event in events if event["event"] == "start"]
+    if not starts:
+        return Goodput(0.0, *[0.0] * 6, *[0] * 4)
+    saves = [event for event in events if event["event"] == "save"]
+    down = sum(event["time"] - event.get("last_sign", event["time"]) for event in starts)
+    wall = max(event["time"] for event in events) - starts[0]["time"]
+    productive = productive_seconds(rows)
+    return Goodput(
+        ettr=min(1.0, productive / wall) if wall > 0 else 0.0,
+        wall_seconds=wall,
+        productive_seconds=productive,
+        lost_seconds=sum(event.get("lost_seconds", 0.0) for event in starts),
+        down_seconds=down,
+        save_seconds=sum(event["seconds"] for event in saves),
+        stall_seconds=sum(event["stalled_seconds"] for event in saves),
+        restarts=len(starts) - 1,
+        lost_steps=sum(event.get("lost_steps", 0) for event in starts),
+        skipped_steps=sum(event["event"] == "bad_step" for event in events),
+        failed_saves=sum(bool(event.get("problem")) for event in saves),
+    )
+
+
+def productive_seconds(rows: Sequence[dict]) -> float:
+    """Seconds of the steps that rows of metrics.jsonl stand for; a row's steps reach back to the row before it."""
+    total, last = 0.0, 0
+    for row in rows:
+        total += row["iteration-time"] * (row["iteration"] - last)
+        last = row["iteration"]
+    return total
+
+
+def goodput_table(directory: Path) -> dict:
+    """`goodput` of a run directory as a plain mapping, for reports."""
+    return asdict(goodput(read_events(directory), read_rows(directory)))

@@ -1,0 +1,114 @@
+"""Run one step again, micro-batch by micro-batch, to see which comparisons make it fail. Changes nothing."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_polar import log
+from megatron_polar.config.schema import RunConfig
+from megatron_polar.data.loader import StepDataset
+from megatron_polar.errors import DONE, FAILED, UserError
+from megatron_polar.train.build import Run, build_run
+from megatron_polar.train.checkpoint import load_training
+from megatron_polar.train.checkpoint_files import find_checkpoint, list_steps, read_state, verify_checkpoint
+from megatron_polar.train.gradients import gather_updated_weights
+from megatron_polar.train.objective import SUMS
+from megatron_polar.train.step import run_schedule
+
+
+@dataclass(frozen=True)
+class ReplayedBatch:
+    """One micro-batch of one rank: mean loss over its pairs (nan on ranks that see no rewards), and whether this rank's
+    gradients of it are finite."""
+
+    rank: int
+    micro_batch: int
+    samples: list[int]
+    loss: float
+    gradients_are_finite: bool
+
+    @property
+    def is_bad(self) -> bool:
+        return not self.gradients_are_finite or math.isinf(self.loss)
+
+
+def replay_step(config: RunConfig, *, step: int) -> int:
+    """Repeat the forward and backward pass of `step` with the newest checkpoint before it; returns the exit status: 1
+    when a loss or a gradient is not finite.
+
+    Raises UserError when no checkpoint from before the end of that step is left.
+    """
+    run = build_run(config)
+    checkpoint = _checkpoint_for(run, step=step)
+    load_training(checkpoint, model=run.model, optimizer=run.optimizer, topology=run.topology)
+    gather_updated_weights(run.model)
+    start = read_state(checkpoint).step
+    log.info(f"replaying iteration {step} with the weights of {checkpoint} ({_distance(start, step)})")
+    gathered: list = [None] * run.topology.world_size
+    dist.all_gather_object(gathered, _replay(run, step=step))
+    found = [batch for part in gathered for batch in part]
+    for batch in found:
+        verdict = "BAD" if batch.is_bad else "ok"
+        gradients = "finite" if batch.gradients_are_finite else "not finite"
+        samples = ", ".join(map(str, batch.samples))
+        log.info(
+            f"  {verdict:3s} rank {batch.rank} micro-batch {batch.micro_batch}: loss {batch.loss:.6g}, gradients "
+            f"{gradients}; comparisons {samples}"
+        )
+    bad = sum(batch.is_bad for batch in found)
+    log.info(f"{bad} of {len(found)} micro-batches are bad" + ("" if bad else ": the step does not fail by itself"))
+    return FAILED if bad else DONE
+
+
+def _checkpoint_for(run: Run, *, step: int):
+    """The newest checkpoint whose weights the step may have seen: from before it, or from skipped steps after it."""
+    known = list_steps(run.directory)
+    later = [path for path in known if read_state(path).guard.get("in_a_row", 0) > read_state(path).step - step >= 0]
+    for path in [*later, *(path for path in known if read_state(path).step < step)]:
+        if verify_checkpoint(path) is None:
+            return path
+    if known:
+        find_checkpoint(run.directory)  # says what is wrong with them
+    raise UserError(f"{run.directory}: no checkpoint from before iteration {step} is left to replay it with")
+
+
+def _distance(start: int, step: int) -> str:
+    if start >= step:
+        return "the steps since then were skipped, so these are the weights that it saw"
+    if start == step - 1:
+        return "the weights that it saw"
+    return f"{step - 1 - start} steps older than those that it saw"
+
+
+def _replay(run: Run, *, step: int) -> list[ReplayedBatch]:
+    dataset = StepDataset(
+        run.data.train,
+        global_batch_size=run.config.train.global_batch_size,
+        rank=run.topology.dp_rank,
+        shape=run.data.shape,
+    )
+    prepared = dataset[step - 1]
+    rounds = torch.tensor([len(prepared.micro_batches)], device=run.device.torch_device)
+    dist.all_reduce(rounds, op=dist.ReduceOp.MAX)
+    found = []
+    run.reduction.hold(lambda num_pairs: None)
+    for number in range(int(rounds)):
+        for chunk in run.model.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        if number < len(prepared.micro_batches):
+            sums = run_schedule(
+                run.model,
+                [prepared.micro_batches[number]],
+                topology=run.topology,
+                device=run.device,
+                forward_only=False,
+            )[0].tolist()
+            figures = dict(zip(SUMS, sums, strict=True))
+            loss = figures["loss"] / figures["pairs"] if figures["pairs"] else math.nan
+            finite = run.reduction.own_gradients_are_finite is not False
+            found.append(ReplayedBatch(run.topology.rank, number, prepared.indices[number], loss, finite))
+    run.reduction.hold(None)
+    return found

@@ -1,0 +1,263 @@
+"""Megatron-Core's torch_dist files, written with their hashes and read without trust.
+
+Writing: one file per rank, hashed on its way to the disk, by this process or, in the background, by a forked one.
+Reading: DCP unpickles `.metadata` and saved objects with full trust; here both go through allow-lists, so that no code
+can come out of a checkpoint.
+"""
+
+import ctypes
+import io
+import mmap
+import os
+import pickle
+import signal
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core.dist_checkpointing.strategies import torch as mcore_torch
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
+from torch.distributed.checkpoint import FileSystemReader, Metadata
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.api import _wrap_exception
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.planner import WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megatron_polar import faults
+from megatron_polar.manifest import Damaged, HashedFile
+
+# --- Writing ---------------------------------------------------------------------------------------------------------
+
+_WAITING, _WRITTEN, _FAILED = 0, 1, 2
+_HEADER = 3  # state, errno, size
+
+
+class ShardReport:
+    """What became of a rank's file, in memory that a forked writer shares with its parent: no queue, no helper."""
+
+    def __init__(self, num_items: int):
+        self._memory = mmap.mmap(-1, 8 * (_HEADER + 2 * num_items) + 32)
+        numbers = np.frombuffer(self._memory, np.int64, _HEADER + 2 * num_items)
+        self._header, self.places = numbers[:_HEADER], numbers[_HEADER:].reshape(num_items, 2)
+        self._digest = np.frombuffer(self._memory, np.uint8, 32, offset=8 * len(numbers))
+
+    def succeed(self, file: HashedFile) -> None:
+        self._digest[:] = np.frombuffer(bytes.fromhex(file.sha256), np.uint8)
+        self._header[1:] = 0, file.size
+        self._header[0] = _WRITTEN
+
+    def fail(self, number: int) -> None:
+        self._header[:2] = _FAILED, number
+
+    @property
+    def entry(self) -> dict:
+        """The file's entry in the manifest."""
+        return {"size": int(self._header[2]), "sha256": bytes(self._digest).hex()}
+
+    def problem(self, path: str) -> OSError | None:
+        """Why there is no such file; None when it was written."""
+        state, number = int(self._header[0]), int(self._header[1])
+        if state == _WRITTEN:
+            return None
+        if state == _WAITING:
+            return OSError(0, "the writing process died (killed for memory?)", path)
+        return OSError(number, os.strerror(number) if number else "the writing process failed", path)
+
+
+class HashedWriter(FileSystemWriterAsync):
+    """mcore's writer, with one file for each rank and its SHA-256 taken on the way. `entries` and `error` tell after
+    the save what this rank wrote."""
+
+    def __init__(self, directory: str):
+        super().__init__(directory, thread_count=1)
+        self.report = ShardReport(0)
+        self.error: OSError | None = None
+
+    def prepare_write_data(self, plan, planner) -> None:
+        """Collect what to write; nothing is copied yet."""
+        name = f"{plan.storage_data.prefix}0.distcp"
+        items = sorted(plan.items, key=lambda item: item.type != WriteItemType.BYTE_IO)
+        data = [(item, planner.resolve_data(item)) for item in items]
+        path = os.path.join(self.checkpoint_dir, name)
+        self.write_buckets = [(path, name, data)] if data else []
+        self.report = ShardReport(len(data))
+
+    def get_save_function_and_args(self):
+        """The function that writes, the one that brings tensors into host memory first, and arguments."""
+        if not self.write_buckets:
+            return None, None, []
+        return _write_shard, partial(_to_host, self.write_buckets), [os.getpid(), self.write_buckets, self.report]
+
+    def retrieve_write_results(self):
+        """DCP's results, for `.metadata`; a failure becomes a value that every rank is told of."""
+        if not self.write_buckets:
+            return []
+        path, name, data = self.write_buckets[0]
+        self.error = self.report.problem(path)
+        if self.error is not None:
+            return _wrap_exception(self.error)
+        places = self.report.places.tolist()
+        return [
+            WriteResult(item.index, length, _StorageInfo(name, offset, length))
+            for (item, _), (offset, length) in zip(data, places, strict=True)
+        ]
+
+    def finish(self, metadata: Metadata, results) -> None:
+        """Write `.metadata` on the first rank; a failure must not leave the other ranks waiting in a collective."""
+        try:
+            super().finish(metadata, results)
+        except OSError as error:
+            self.error = error
+
+    @property
+    def entries(self) -> dict[str, dict]:
+        """Manifest entry of this rank's file, if it has one."""
+        return {self.write_buckets[0][1]: self.report.entry} if self.write_buckets else {}
+
+
+def _to_host(buckets: list) -> list:
+    path, name, data = buckets[0]
+    staged = [(item, x if isinstance(x, io.BytesIO) else x.detach().to("cpu", non_blocking=True)) for item, x in data]
+    torch.cuda.synchronize()
+    return [(path, name, staged)]
+
+
+def _write_shard(parent: int, buckets: list, report: ShardReport) -> None:
+    """Write one file, here or in a forked process; tells the outcome through `report` and never raises."""
+    if os.getpid() != parent:
+        _end_with(parent)
+    path, _, data = buckets[0]
+    try:
+        faults.point("before_shard")
+        with HashedFile(Path(path)) as file:
+            for number, (_, value) in enumerate(data):
+                start = file.tell()
+                if isinstance(value, io.BytesIO):
+                    file.write(value.getbuffer())
+                else:
+                    torch.save(_without_the_rest_of_its_storage(value), file)
+                report.places[number] = start, file.tell() - start
+                if number == len(data) // 2:
+                    file.flush()
+                    faults.point("in_shard")
+        faults.point("after_shard")
+    except OSError as error:
+        report.fail(error.errno or 0)
+    except RuntimeError as error:  # torch.save wraps what the file raises
+        cause = error.__context__
+        report.fail(cause.errno or 0 if isinstance(cause, OSError) else 0)
+    else:
+        report.succeed(file)
+
+
+def _without_the_rest_of_its_storage(tensor: torch.Tensor) -> torch.Tensor:
+    """torch.save writes the whole storage that a view looks into."""
+    is_view = tensor.untyped_storage().size() != tensor.numel() * tensor.itemsize
+    return tensor.clone() if is_view else tensor
+
+
+def _end_with(parent: int) -> None:
+    """Have the kernel end this forked writer together with the rank that it writes for: it must not outlive it."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # a launcher tells every process; the rank waits for its writer
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+class HashedSave(mcore_torch.TorchDistSaveShardedStrategy):
+    """mcore's torch_dist strategy over HashedWriter; `writer` belongs to the last save."""
+
+    writer: HashedWriter
+
+    def __init__(self):
+        super().__init__("torch_dist", 1, thread_count=1)
+
+    def async_save(self, sharded_state_dict, checkpoint_dir) -> AsyncRequest:
+        """Plan the save (collective); the request that is returned writes and finalises."""
+        state, _, _ = mcore_torch._replace_state_dict_keys_with_sharded_keys(
+            sharded_state_dict, self.keep_only_main_replica
+        )
+        self.writer = HashedWriter(str(checkpoint_dir))
+        planner = mcore_torch.MCoreSavePlanner(
+            dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
+        )
+        planned, *_ = save_state_dict_async_plan(
+            mcore_torch.mcore_to_pyt_state_dict(state, False), self.writer, None, 0, planner=planner
+        )
+        return self._get_save_and_finalize_callbacks(self.writer, planned)
+
+
+# --- Reading ---------------------------------------------------------------------------------------------------------
+
+_DCP = "torch.distributed.checkpoint."
+_METADATA_CLASSES = {
+    f"{_DCP}metadata": {
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "_MEM_FORMAT_ENCODING",
+    },
+    f"{_DCP}planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
+    f"{_DCP}filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch": {"Size", "float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8", "bool"},
+    "torch.serialization": {"_get_layout"},
+    "collections": {"OrderedDict"},
+}
+"""All that `.metadata` of a checkpoint of ours is made of."""
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str):
+        if name not in _METADATA_CLASSES.get(module, ()):
+            raise Damaged(f".metadata asks for {module}.{name}, which no checkpoint needs: do not use it")
+        return super().find_class(module, name)
+
+
+def read_metadata(directory: Path) -> Metadata:
+    """Read `.metadata` of a torch_dist checkpoint without running what it may ask for. Raises Damaged."""
+    try:
+        with (directory / ".metadata").open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+    except (Damaged, OSError):
+        raise
+    except Exception as error:  # a broken pickle may raise nearly anything
+        raise Damaged(f".metadata cannot be read ({type(error).__name__})") from error
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise Damaged(".metadata holds no description of a checkpoint")
+    for place in metadata.storage_data.values():
+        if os.path.basename(place.relative_path) != place.relative_path:
+            raise Damaged(f".metadata names {place.relative_path!r}, which leads out of the checkpoint")
+    return metadata
+
+
+class _Reader(FileSystemReader):
+    """DCP's reader over `read_metadata`, which is read once."""
+
+    def read_metadata(self, *arguments, **keywords) -> Metadata:
+        if not hasattr(self, "_read"):
+            self._read = read_metadata(Path(self.path))
+        return self._read
+
+
+def _load_bytes(self, read_item, value: io.BytesIO) -> None:
+    """DefaultLoadPlanner.load_bytes, which says weights_only=False."""
+    name, loaded = read_item.dest_index.fqn, torch.load(value, weights_only=True)
+    if self.flatten_state_dict:
+        set_element(self.original_state_dict, self.mappings[name], loaded)
+    else:
+        self.state_dict[name] = loaded
+
+
+# mcore offers no parameter for either: its load strategy makes reader and planner itself.
+mcore_torch._get_filesystem_reader = lambda directory, cache_metadata=False: _Reader(directory)
+mcore_torch.MCoreLoadPlanner.load_bytes = _load_bytes

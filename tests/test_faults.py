@@ -1,0 +1,416 @@
+"""Faults while training: bad steps, signals, full disks, spoilt replicas; and sums in an order that layouts keep."""
+
+import math
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pytest
+import torch
+from ranks import run_ranks
+from tiny_runs import STEPS, change, checkpoint_of, metric_rows, tiny_config
+
+from megatron_polar import faults
+from megatron_polar.config.schema import FaultsSection
+from megatron_polar.errors import BAD_STEPS, CANNOT_SAVE, STOPPED, RunStopped, UserError
+from megatron_polar.train.checkpoint_files import find_checkpoint, list_steps, verify_checkpoint
+from megatron_polar.train.guard import StepGuard
+from megatron_polar.train.journal import read_events
+from megatron_polar.train.replay import replay_step
+from megatron_polar.train.run import train
+
+
+def train_with(config, fault: str = "") -> tuple[int, str]:
+    """Train on this rank with a planned fault; returns exit status and message."""
+    faults.plan(fault)
+    try:
+        train(config)
+    except RunStopped as stop:
+        return stop.status, str(stop)
+    return 0, ""
+
+
+def shards(checkpoint: Path) -> dict[str, str]:
+    files = orjson.loads((checkpoint / "manifest.json").read_bytes())["files"]
+    return {name: entry["sha256"] for name, entry in files.items() if name.endswith((".distcp", "common.pt"))}
+
+
+# --- fault points ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["nowhere", "after_shard:x", "after_shard=explode", "after_shard:0x1"])
+def test_a_fault_that_does_not_exist_is_refused(text):
+    with pytest.raises(UserError, match="POLAR_FAULT"):
+        faults.plan(text)
+    faults.plan("")
+
+
+def test_a_fault_happens_once_at_its_turn_and_on_its_rank(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    faults.plan("gradient:2@1=nan,before_save@0=enospc")
+    assert [faults.point("gradient") for _ in range(4)] == [None, "nan", None, None]
+    assert faults.point("before_save") is None
+    faults.plan("before_save@1=enospc")
+    with pytest.raises(OSError, match="No space left"):
+        faults.point("before_save")
+    faults.plan("")
+
+
+# --- bad steps -------------------------------------------------------------------------------------------------------
+
+
+def test_a_nan_on_one_rank_of_four_is_skipped_by_all_with_unchanged_weights(tmp_path, trajectory_corpus):
+    config = tiny_config(trajectory_corpus, tmp_path / "run", checkpoint__save_interval=1, train__num_steps=4)
+    outcomes = run_ranks(train_with, 4, config, "gradient:3@2=nan")
+    assert outcomes == [(0, "")] * 4
+    before, after = (saved_state(checkpoint_of(tmp_path / "run", step)) for step in (2, 3))
+    assert before.keys() == after.keys()
+    for name in before:  # weights, both moments and the optimizer's own count of steps
+        assert np.array_equal(before[name], after[name]), name
+    later = saved_state(checkpoint_of(tmp_path / "run", 4))
+    assert any(not np.array_equal(after[name], later[name]) for name in after)
+    (event,) = [event for event in read_events(tmp_path / "run") if event["event"] == "bad_step"]
+    assert event["step"] == 3
+    assert event["ranks"][0]["rank"] == 2
+    assert event["ranks"][0]["what"] == "gradient"
+    assert set(event["ranks"][0]["samples"]) <= set(range(16, 24))
+    assert "nan" in event["reason"]
+    row = metric_rows(tmp_path / "run")[-1]
+    assert (row["reliability/skipped_steps"], row["reliability/nan_steps"]) == (1, 1)
+
+
+def test_a_nan_loss_names_rank_micro_batch_and_comparisons(tmp_path, trajectory_corpus, capfd):
+    config = tiny_config(trajectory_corpus, tmp_path / "run", train__num_steps=3)
+    run_ranks(train_with, 2, config, "loss:2@1=nan")
+    (event,) = [event for event in read_events(tmp_path / "run") if event["event"] == "bad_step"]
+    (suspect,) = event["ranks"]
+    assert suspect["rank"] == 1
+    assert suspect["what"].startswith("loss of micro-batch")
+    shown = capfd.readouterr().err
+    assert f"iteration {event['step']}: skipped, weights unchanged" in shown
+    assert f"comparisons {suspect['samples'][0]}" in shown
+
+
+def saved_state(checkpoint: Path) -> dict[str, np.ndarray]:
+    """All tensors of a checkpoint, optimizer included, and the optimizer's count of steps."""
+    return run_ranks(_saved_state, 1, checkpoint)[0]
+
+
+def _saved_state(checkpoint: Path) -> dict[str, np.ndarray]:
+    from megatron.core import dist_checkpointing
+
+    from megatron_polar.config.schema import ParallelSection
+    from megatron_polar.parallel import topology as ranks
+    from megatron_polar.parallel.device import select_device
+
+    ranks.initialize(ParallelSection(), device=select_device("cpu", local_rank=0))
+    tensors = dist_checkpointing.load_plain_tensors(str(checkpoint))
+    common = dist_checkpointing.load_common_state_dict(str(checkpoint))
+    optimizer = common["optimizer"]
+    groups = optimizer.get("optimizer", optimizer)["param_groups"]
+    steps = {f"steps of group {i}": np.array(group.get("step", -1)) for i, group in enumerate(groups)}
+    return {name: tensor.numpy() for name, tensor in tensors.items() if torch.is_tensor(tensor)} | steps
+
+
+def always_nan(config) -> tuple[int, str]:
+    """Every loss from the second step on is not a number."""
+    passed = [0]
+
+    def spoiled(name: str) -> str | None:
+        passed[0] += name == "loss"
+        return "nan" if name == "loss" and passed[0] > 3 else None
+
+    faults.point = spoiled
+    return train_with(config)
+
+
+def test_too_many_bad_steps_stop_with_a_report_and_a_command_that_replays(tmp_path, trajectory_corpus, capfd):
+    config = tiny_config(
+        trajectory_corpus,
+        tmp_path / "run",
+        train__num_steps=20,
+        data__max_tokens_per_micro_batch=4000,
+        faults__max_consecutive_bad_steps=2,
+    )
+    (status, message) = run_ranks(always_nan, 1, config)[0]
+    assert status == BAD_STEPS
+    assert "3 steps in a row were skipped" in message
+    report = orjson.loads((tmp_path / "run" / "bad_steps.json").read_bytes())
+    assert [event["step"] for event in report["steps"]] == [4, 5, 6]
+    assert report["replay"] in message
+    assert report["replay"].endswith(f"train {tmp_path / 'run'}/config.yaml --replay-step 4")
+    assert find_checkpoint(tmp_path / "run") == checkpoint_of(tmp_path / "run", 6)
+    assert orjson.loads((tmp_path / "run" / "status.json").read_bytes())["exit_status"] == BAD_STEPS
+    capfd.readouterr()
+    assert run_ranks(replay_step_4, 1, config, "")[0] == 0  # nothing is wrong with the data
+    assert "does not fail by itself" in capfd.readouterr().err
+    assert run_ranks(replay_step_4, 1, config, "loss=nan")[0] == 1
+    assert "BAD rank 0 micro-batch 0" in capfd.readouterr().err
+
+
+def replay_step_4(config, fault: str) -> int:
+    faults.plan(fault)
+    return replay_step(config, step=4)
+
+
+def test_spikes_are_skipped_and_a_nan_does_not_poison_the_statistics():
+    generator = np.random.default_rng(3)
+    guard = StepGuard(FaultsSection(spike_sigmas=6.0, spike_window=64))
+    losses = generator.normal(0.6, 0.02, 200)
+    assert not any(guard.judge(loss=loss, grad_norm=1.0 + 0.1 * loss) for loss in losses)
+    for _ in range(5):
+        assert guard.judge(loss=math.nan, grad_norm=1.0) is not None
+        assert guard.judge(loss=0.6, grad_norm=math.inf) is not None
+    assert guard.judge(loss=0.61, grad_norm=1.06) is None  # as before: no NaN has got into the window
+    assert "loss" in guard.judge(loss=3.0, grad_norm=1.06)
+    assert "grad_norm" in guard.judge(loss=0.6, grad_norm=50.0)
+    assert guard.in_a_row == 2
+    assert guard.judge(loss=0.6, grad_norm=1.06) is None
+    assert (guard.skipped, guard.nonfinite, guard.in_a_row) == (12, 10, 0)
+
+
+def test_a_level_that_has_risen_for_good_is_accepted_in_the_end():
+    guard = StepGuard(FaultsSection(spike_sigmas=6.0, spike_window=32))
+    generator = np.random.default_rng(4)
+    for loss in generator.normal(0.5, 0.02, 64):
+        guard.judge(loss=loss, grad_norm=1.0)
+    refused = [guard.judge(loss=loss, grad_norm=1.0) is not None for loss in generator.normal(1.0, 0.02, 64)]
+    assert refused[0]
+    assert not any(refused[-16:])
+
+
+def test_the_guard_judges_after_a_resume_as_if_nothing_had_happened():
+    one, other = (StepGuard(FaultsSection(spike_sigmas=3.0, spike_window=16)) for _ in range(2))
+    values = np.random.default_rng(5).lognormal(0, 1, 60).tolist()
+    for value in values[:30]:
+        one.judge(loss=value, grad_norm=value)
+    other.restore(orjson.loads(orjson.dumps(one.state())))
+    for value in values[30:]:
+        assert one.judge(loss=value, grad_norm=value) == other.judge(loss=value, grad_norm=value)
+    assert one.state() == other.state()
+
+
+# --- replicas --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_flipped_bit_on_one_replica_is_found_within_the_interval_with_its_rank(rank, tmp_path, trajectory_corpus):
+    config = tiny_config(
+        trajectory_corpus,
+        tmp_path / "run",
+        faults__replica_check_interval=2,
+        optimizer__use_distributed_optimizer=False,
+        checkpoint__save_interval=100,
+    )
+    for status, message in run_ranks(train_with, 4, config, f"step_end:3@{rank}=flip"):
+        assert status == BAD_STEPS
+        assert message.startswith("iteration 4: weights that must be equal on all replicas differ:")
+        assert f"of rank {rank};" in message
+    assert not list_steps(tmp_path / "run")  # spoilt weights are never saved
+
+
+def test_healthy_replicas_raise_no_alarm(tmp_path, trajectory_corpus):
+    config = tiny_config(trajectory_corpus, tmp_path / "run", faults__replica_check_interval=1)
+    assert run_ranks(train_with, 2, config, "") == [(0, "")] * 2
+
+
+# --- signals ---------------------------------------------------------------------------------------------------------
+
+PHASES = {
+    "before_the_first_step": ("start=term", 0),
+    "while_data_is_awaited": ("data:2=usr1", 3),
+    "in_the_middle_of_a_step": ("gradient:3=term", 3),
+    "at_the_end_of_a_step": ("after_update:4=usr1", 4),
+    "during_evaluation": ("evaluation:1=term", 3),
+    "while_saving": ("after_shard:1=term", 3),
+}
+
+
+@pytest.mark.parametrize("name", PHASES)
+def test_a_signal_in_any_phase_saves_stops_with_its_own_status_and_resumes_exactly(
+    name, tmp_path, trajectory_corpus, ranking_corpus
+):
+    from megatron_polar.config.schema import DatasetSource
+
+    fault, step = PHASES[name]
+    config = tiny_config(
+        trajectory_corpus,
+        tmp_path / "stopped",
+        data__validation=(DatasetSource(str(ranking_corpus)),),
+        data__max_tokens_per_micro_batch=4000,
+        model__hidden_dropout=0.1,
+    )
+    ((status, message),) = run_ranks(train_with, 1, config, fault)
+    assert status == STOPPED
+    assert f"after step {step} of {STEPS}" in message
+    assert "start the same command again" in message
+    if step:
+        assert find_checkpoint(tmp_path / "stopped") == checkpoint_of(tmp_path / "stopped", step)
+    recorded = orjson.loads((tmp_path / "stopped" / "status.json").read_bytes())
+    assert (recorded["state"], recorded["exit_status"], recorded["step"]) == ("stopped", STOPPED, step)
+    run_ranks(train_with, 1, config, "")
+    run_ranks(train_with, 1, change(config, run__directory=str(tmp_path / "whole")), "")
+    one, other = (shards(checkpoint_of(tmp_path / run, STEPS)) for run in ("stopped", "whole"))
+    assert one == other
+    curves = [
+        [(row["iteration"], row["rm/loss"]) for row in metric_rows(tmp_path / run)] for run in ("stopped", "whole")
+    ]
+    assert curves[0] == curves[1]
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, trajectory_corpus):
+    config = tiny_config(trajectory_corpus, tmp_path / "run")
+    outcomes = run_ranks(train_with, 2, config, "after_update:2@1=usr1")
+    assert {status for status, _ in outcomes} == {STOPPED}
+    assert len({message for _, message in outcomes}) == 1
+    assert find_checkpoint(tmp_path / "run") == checkpoint_of(tmp_path / "run", 2)
+
+
+def test_loader_workers_leave_signals_to_their_rank(tmp_path, trajectory_corpus):
+    config = tiny_config(trajectory_corpus, tmp_path / "run", data__num_workers=2, train__num_steps=30)
+    ((status, _),) = run_ranks(signal_the_whole_family, 1, config)
+    assert status == STOPPED
+
+
+def signal_the_whole_family(config) -> tuple[int, str]:
+    import psutil
+
+    def point(name: str) -> None:
+        if name == "after_update":
+            for process in [*psutil.Process().children(recursive=True), psutil.Process()]:
+                os.kill(process.pid, signal.SIGTERM)
+
+    faults.point = point
+    return train_with(config)
+
+
+# --- saving ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("point", "background"),
+    [(p, False) for p in ("before_shard", "in_shard", "before_manifest", "before_publish", "before_latest")]
+    + [("before_manifest", True), ("before_publish", True)],
+)
+def test_a_save_that_fails_is_a_warning_with_errno_and_path(point, background, tmp_path, trajectory_corpus, capfd):
+    config = tiny_config(trajectory_corpus, tmp_path / "run", checkpoint__async_save=background)
+    assert run_ranks(train_with, 1, config, f"{point}:1=enospc")[0] == (0, "")
+    shown = capfd.readouterr().err
+    assert "the checkpoint of step 3 could not be written: rank 0: [Errno 28] No space left on device" in shown
+    assert "training goes on" in shown
+    assert find_checkpoint(tmp_path / "run") == checkpoint_of(tmp_path / "run", STEPS)
+    events = [event for event in read_events(tmp_path / "run") if event["event"] == "save"]
+    assert [bool(event["problem"]) for event in events] == [True, False]
+
+
+@pytest.mark.parametrize("point", ["before_shard", "in_shard"])
+def test_a_writer_in_the_background_reports_errno_and_path(point, tmp_path, trajectory_corpus, capfd):
+    config = tiny_config(trajectory_corpus, tmp_path / "run", checkpoint__async_save=True)
+    assert run_ranks(train_with, 1, config, f"{point}:1=enospc")[0] == (0, "")
+    assert "could not be written: rank 0: [Errno 28] No space left on device" in capfd.readouterr().err
+    assert not list_steps(tmp_path / "run")  # each save forks a writer, and each inherits the plan
+
+
+def test_a_failed_save_on_one_rank_fails_it_on_all(tmp_path, trajectory_corpus, capfd):
+    config = tiny_config(trajectory_corpus, tmp_path / "run")
+    assert run_ranks(train_with, 2, config, "in_shard:1@1=eio") == [(0, "")] * 2
+    assert "step 3 could not be written: rank 1: [Errno 5] Input/output error" in capfd.readouterr().err
+    assert [path.name for path in list_steps(tmp_path / "run")] == ["step_00000006"]
+
+
+def disk_full_for_ever(config) -> tuple[int, str]:
+    def point(name: str) -> None:
+        if name == "before_manifest":
+            raise OSError(28, "No space left on device", name)
+
+    faults.point = point
+    return train_with(config)
+
+
+def test_too_many_failed_saves_in_a_row_stop_the_run(tmp_path, trajectory_corpus):
+    config = tiny_config(
+        trajectory_corpus, tmp_path / "run", checkpoint__save_interval=1, checkpoint__max_failed_saves=2
+    )
+    ((status, message),) = run_ranks(disk_full_for_ever, 1, config)
+    assert status == CANNOT_SAVE
+    assert "3 saves in a row failed" in message
+    assert "checkpoint.max_failed_saves=2" in message
+
+
+def test_a_killed_writer_in_the_background_is_a_failed_save(tmp_path, trajectory_corpus, capfd):
+    config = tiny_config(trajectory_corpus, tmp_path / "run", checkpoint__async_save=True)
+    assert run_ranks(train_with, 1, config, "in_shard:1=kill")[0] == (0, "")
+    assert "the writing process died" in capfd.readouterr().err
+    # The plan is inherited by every forked writer, so the second save dies as well; nothing incomplete is published.
+    assert not list_steps(tmp_path / "run")
+
+
+def test_keep_every_spares_its_multiples(tmp_path, trajectory_corpus):
+    config = tiny_config(
+        trajectory_corpus,
+        tmp_path / "run",
+        checkpoint__save_interval=1,
+        checkpoint__keep=1,
+        checkpoint__keep_every=2,
+    )
+    run_ranks(train_with, 1, config, "")
+    assert [path.name[-1] for path in list_steps(tmp_path / "run")] == ["6", "4", "2"]
+
+
+def test_saving_in_the_background_writes_the_same_bytes(tmp_path, trajectory_corpus):
+    hashes = []
+    for background in (False, True):
+        config = tiny_config(
+            trajectory_corpus,
+            tmp_path / str(background),
+            checkpoint__async_save=background,
+            checkpoint__save_interval=2,
+            model__hidden_dropout=0.1,
+        )
+        run_ranks(train_with, 2, config, "")
+        steps = list_steps(tmp_path / str(background))
+        assert [verify_checkpoint(path) for path in steps] == [None] * 3
+        hashes.append([shards(path) for path in steps])
+    assert hashes[0] == hashes[1]
+
+
+# --- one order of sums -----------------------------------------------------------------------------------------------
+
+
+def test_canonical_reduction_is_bitwise_equal_over_data_parallel_sizes_and_a_resume(tmp_path, trajectory_corpus):
+    states, losses = [], []
+    for world_size in (1, 2, 4):
+        config = tiny_config(
+            trajectory_corpus,
+            tmp_path / str(world_size),
+            train__canonical_reduction=True,
+            optimizer__use_distributed_optimizer=False,
+            optimizer__lr=1e-2,
+            train__global_batch_size=20,
+        )
+        if world_size == 4:  # the first half on two ranks
+            run_ranks(train_with, 2, config, "after_update:3=term")
+        run_ranks(train_with, world_size, config, "")
+        states.append(saved_state(checkpoint_of(tmp_path / str(world_size), STEPS)))
+        losses.append([row["rm/loss"] for row in metric_rows(tmp_path / str(world_size))])
+    for other in states[1:]:
+        assert all(np.array_equal(states[0][name], other[name]) for name in states[0])
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_the_usual_reduction_is_not_bitwise_equal(tmp_path, trajectory_corpus):
+    """What canonical_reduction is for: without it the last bits depend on the number of ranks."""
+    states = []
+    for world_size in (1, 2):
+        config = tiny_config(
+            trajectory_corpus,
+            tmp_path / str(world_size),
+            optimizer__use_distributed_optimizer=False,
+            optimizer__lr=1e-2,
+            train__global_batch_size=20,
+        )
+        run_ranks(train_with, world_size, config, "")
+        states.append(saved_state(checkpoint_of(tmp_path / str(world_size), STEPS)))
+    assert any(not np.array_equal(states[0][name], states[1][name]) for name in states[0])
