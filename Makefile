@@ -7,11 +7,12 @@ export HF_HUB_OFFLINE := 1
 # Megatron-Core talks about optional GPU packages on every import; our own warnings go another way.
 export PYTHONWARNINGS := ignore
 
-.PHONY: quickstart test lint benchmarks clean help
+.PHONY: quickstart test faults lint benchmarks clean help
 
 help:
 	@echo "make quickstart   train a small reward model from nothing, evaluate it, draw runs/quickstart/report.html"
 	@echo "make test         everything that CI runs"
+	@echo "make faults       kills, corruptions, full disks, hung ranks: all campaigns of docs/reliability.md (about 20 minutes)"
 	@echo "make benchmarks   the tables of benchmarks/"
 
 quickstart: $(VENV)/.ready
@@ -19,6 +20,9 @@ quickstart: $(VENV)/.ready
 
 test: $(VENV)/.ready-dev lint
 	$(RUN) -m pytest
+
+faults: $(VENV)/.ready-dev
+	$(RUN) tests/run_faults.py
 
 lint: $(VENV)/.ready-dev
 	$(RUN) -m ruff check .

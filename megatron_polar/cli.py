@@ -1,6 +1,7 @@
 """The console command and its verbs. Each verb imports what it needs: a login node starts in under a second."""
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -9,6 +10,8 @@ from pathlib import Path
 import megatron_polar
 from megatron_polar import log
 from megatron_polar.errors import USER_ERROR, RunStopped, UserError
+
+_ENVIRONMENT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,6 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rank = "" if log.is_first_rank() else f" [rank {os.environ.get('RANK', '?')}]"
         print(f"error{rank}: {error}", file=sys.stderr, flush=True)
         return USER_ERROR
+    except OSError as error:
+        if error.errno not in _ENVIRONMENT_ERRORS:
+            raise
+        where = error.filename or options.verb
+        print(f"error: {where}: {os.strerror(error.errno)}; make room, or check the path", file=sys.stderr, flush=True)
+        return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130
@@ -36,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megatron-polar", description=megatron_polar.__doc__)
     parser.add_argument("--version", action="version", version=megatron_polar.__version__)
-    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB", dest="verb")
     for add in (_add_sample, _add_tokenizer, _add_preprocess, _add_train, _add_evaluate, _add_score, _add_report):
         add(verbs)
     return parser

@@ -48,7 +48,7 @@ POINTS = (
 )
 """Every point that `POLAR_FAULT` can name."""
 
-_ACTIONS = ("kill", "stop", "hang", "term", "usr1", "enospc", "eio", "nan", "inf", "flip", "slow")
+_ACTIONS = ("kill", "kill_parent", "stop", "hang", "term", "usr1", "enospc", "eio", "nan", "inf", "flip", "slow")
 
 
 @dataclass
@@ -106,6 +106,9 @@ def _act(action: str, name: str) -> str | None:
     signals = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "usr1": signal.SIGUSR1}
     if action in signals:
         os.kill(os.getpid(), signals[action])
+    elif action == "kill_parent":  # in a background writer: its rank dies while it writes
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(60)
     elif action == "hang":
         while True:
             time.sleep(0.1)

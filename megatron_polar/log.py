@@ -1,5 +1,6 @@
 """Console output: one line per message, a bar on a terminal, plain lines with an ETA everywhere else."""
 
+import contextlib
 import os
 import sys
 import time
@@ -19,12 +20,17 @@ def is_first_rank() -> bool:
 def info(message: str) -> None:
     """Print one line to stderr, on the first rank only."""
     if is_first_rank():
-        print(message, file=sys.stderr, flush=True)
+        _say(message)
 
 
 def warn(message: str) -> None:
     """Print one warning line to stderr, on every rank that has something to warn about."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    _say(f"warning: {message}")
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # a log on a full disk must not end the run
+        print(line, file=sys.stderr, flush=True)
 
 
 def on_terminal() -> bool:

@@ -21,11 +21,16 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 @pytest.fixture(scope="session")
 def tokenizer_path(tmp_path_factory) -> Path:
     """A small sentencepiece tokenizer with POLAR's control tokens."""
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def make_tokenizer(directory: Path) -> Path:
+    """Train the tests' tokenizer into `directory`."""
     from megatron_polar.data.tokenizer import train_tokenizer
 
     generator = np.random.default_rng(5)
     texts = [" ".join(_words(generator, 30)) for _ in range(400)]
-    return train_tokenizer(texts, vocab_size=420, output=tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+    return train_tokenizer(texts, vocab_size=420, output=directory / "tokenizer.model")
 
 
 def _words(generator: np.random.Generator, count: int) -> list[str]:

@@ -9,9 +9,46 @@ from pathlib import Path
 
 import orjson
 
+from megatron_polar import log
 from megatron_polar.manifest import write_durably
 
 EVENTS, STATUS = "events.jsonl", "status.json"
+
+
+class LineFile:
+    """A file of JSON lines that a full disk neither spoils nor lets stop the run: what cannot be written waits for the
+    next time."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._waiting: list[bytes] = []
+        self._failed = False
+
+    def append(self, row: dict) -> None:
+        """Write a row, and those that are waiting; on the disk when this returns, or all of them wait on."""
+        self._waiting.append(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+        try:
+            with self.path.open("ab") as file:
+                end = file.tell()
+                try:
+                    file.write(b"".join(self._waiting))
+                    file.flush()
+                    os.fsync(file.fileno())
+                except OSError:
+                    os.ftruncate(file.fileno(), end)
+                    raise
+            self._waiting, self._failed = [], False
+        except OSError as error:
+            if not self._failed:
+                log.warn(f"{self.path}: cannot be written now ({error.strerror or error}); its rows wait in memory")
+            self._failed = True
+
+    def end_with_a_whole_line(self) -> None:
+        """Drop what a kill has left of a last line."""
+        if self.path.is_file():
+            data = self.path.read_bytes()
+            if data and not data.endswith(b"\n"):
+                os.truncate(self.path, data.rfind(b"\n") + 1)
 
 
 class Journal:
@@ -19,21 +56,16 @@ class Journal:
 
     def __init__(self, directory: Path, *, writes: bool):
         self.directory, self._writes = directory, writes
+        self._file = LineFile(directory / EVENTS)
+        if writes:
+            self._file.end_with_a_whole_line()
         starts = [event["time"] for event in read_events(directory) if event["event"] == "start"] if writes else []
         self.restarts, self.first_start = len(starts), min(starts, default=time.time())
 
     def write(self, event: str, **fields) -> None:
-        """Append one event with the time in seconds since 1970, on the disk when this returns."""
-        if not self._writes:
-            return
-        line = orjson.dumps({"time": time.time(), "event": event, **fields}, option=orjson.OPT_APPEND_NEWLINE)
-        path = self.directory / EVENTS
-        if path.exists() and not path.read_bytes().endswith(b"\n"):
-            line = b"\n" + line  # a kill has cut the last line
-        with path.open("ab") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        """Append one event with the time in seconds since 1970."""
+        if self._writes:
+            self._file.append({"time": time.time(), "event": event, **fields})
 
     def read(self) -> list[dict]:
         """All events so far."""
@@ -44,7 +76,10 @@ class Journal:
         if self._writes:
             content = {"state": state, "step": step, "exit_status": exit_status, "reason": reason, "time": time.time()}
             content |= {"host": socket.gethostname(), "pid": os.getpid()}
-            write_durably(self.directory / STATUS, orjson.dumps(content, option=orjson.OPT_INDENT_2))
+            try:
+                write_durably(self.directory / STATUS, orjson.dumps(content, option=orjson.OPT_INDENT_2))
+            except OSError as error:
+                log.warn(f"{self.directory / STATUS}: cannot be written now ({error.strerror or error})")
 
 
 def read_events(directory: Path) -> list[dict]:

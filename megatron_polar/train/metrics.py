@@ -4,6 +4,7 @@ compute.
 Names follow Megatron-LM's log line and scalars, and `rm/...`, `tokens/...`, `data/...` for what a reward model adds.
 """
 
+import contextlib
 import math
 import statistics
 import time
@@ -16,7 +17,7 @@ from megatron_polar import log
 from megatron_polar.config.presets import Architecture
 from megatron_polar.data.loader import Step
 from megatron_polar.manifest import write_durably
-from megatron_polar.train.journal import productive_seconds, read_rows
+from megatron_polar.train.journal import LineFile, productive_seconds, read_rows
 from megatron_polar.train.objective import SUMS
 from megatron_polar.train.step import StepResult
 
@@ -75,13 +76,14 @@ class Metrics:
         self._times: deque[float] = deque(maxlen=_ETA_WINDOW)
         self._pending: list[tuple[Step, StepResult, float]] = []
         self._learning_rate = 0.0
-        self._writer = self._file = None
+        self._writer = None
+        self._file: LineFile | None = None
         self.last_row: dict[str, float] = {}
         if log.is_first_rank():
             path = directory / "metrics.jsonl"
             cut_rows_beyond(path, resumed_at)
             self._productive_seconds = productive_seconds(read_rows(directory))
-            self._file = path.open("ab")
+            self._file = LineFile(path)
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -155,12 +157,15 @@ class Metrics:
     def _emit(self, row: dict[str, float]) -> None:
         self.last_row = self.last_row | row
         if self._file is not None:
-            self._file.write(orjson.dumps(row) + b"\n")
-            self._file.flush()
+            self._file.append(row)
         if self._writer is not None:
-            for name, value in row.items():
-                if name != "iteration":
-                    self._writer.add_scalar(name, value, row["iteration"])
+            try:
+                for name, value in row.items():
+                    if name != "iteration":
+                        self._writer.add_scalar(name, value, row["iteration"])
+            except OSError as error:  # metrics.jsonl keeps everything
+                log.warn(f"TensorBoard: no more events until a restart ({error.strerror or error})")
+                self._writer = None
 
     def _line(self, row: dict[str, float]) -> str:
         eta = statistics.median(self._times) * (self.num_steps - row["iteration"])
@@ -178,10 +183,11 @@ class Metrics:
         )
 
     def close(self) -> None:
-        """Flush and close the files."""
-        for sink in (self._file, self._writer):
-            if sink is not None:
-                sink.close()
+        """Flush and close TensorBoard's files."""
+        if self._writer is not None:
+            with contextlib.suppress(OSError):
+                self._writer.close()
+            self._writer = None
 
 
 def cut_rows_beyond(path: Path, iteration: int) -> None:
