@@ -4,8 +4,10 @@ A step is a pure function of its number: every rank reads the step's comparisons
 own micro-batches. So the loader has no state to save: the number of the next step is the cursor.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -17,6 +19,7 @@ from megatron_polar.data.packing import Layout, MicroBatch, build_micro_batch, c
 from megatron_polar.data.template import TokenizedComparison
 from megatron_polar.errors import UserError
 from megatron_polar.parallel.topology import Topology
+from megatron_polar.processes import serve_rank
 
 
 @dataclass(frozen=True)
@@ -130,16 +133,8 @@ def lay_out(comparisons: Sequence[TokenizedComparison], *, shape: RowShape, rank
     return Rows(batches, plan[rank], imbalance=imbalance, num_rounds=max(map(len, plan)))
 
 
-def load_steps(
-    dataset: StepDataset,
-    *,
-    start: int,
-    stop: int,
-    data: DataSection,
-    start_worker: Callable[[int], None] | None = None,
-) -> Iterator[Step]:
-    """Yield steps start..stop-1 in order, prepared ahead by `data.num_workers` processes, in each of which
-    `start_worker` is called first.
+def load_steps(dataset: StepDataset, *, start: int, stop: int, data: DataSection) -> Iterator[Step]:
+    """Yield steps start..stop-1 in order, prepared ahead by `data.num_workers` processes.
 
     Raises UserError (a document that is damaged or does not fit), on one line from whatever process it comes.
     """
@@ -150,7 +145,7 @@ def load_steps(
         num_workers=data.num_workers,
         prefetch_factor=data.prefetch_factor if data.num_workers else None,
         collate_fn=_as_it_is,
-        worker_init_fn=start_worker,
+        worker_init_fn=partial(_start_worker, os.getpid()),
         # A generator of its own: the default would draw from torch's global RNG and spoil bit-exact resume.
         generator=torch.Generator(),
     )
@@ -158,6 +153,10 @@ def load_steps(
         if isinstance(item, UserError):
             raise item
         yield item
+
+
+def _start_worker(rank_process: int, worker: int) -> None:
+    serve_rank(rank_process)
 
 
 class _Guarded(Dataset):

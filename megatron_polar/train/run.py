@@ -29,7 +29,7 @@ from megatron_polar.train.guard import check_replicas, flip_a_bit
 from megatron_polar.train.journal import Journal, last_sign_of_life
 from megatron_polar.train.metrics import Metrics, StepTimer, peak_tflops
 from megatron_polar.train.optimizer import current_learning_rate
-from megatron_polar.train.signals import StopSignals, leave_signals_to_the_rank
+from megatron_polar.train.signals import StopSignals
 from megatron_polar.train.step import StepResult, train_step
 from megatron_polar.train.watchdog import Stragglers, Watchdog
 
@@ -83,13 +83,7 @@ def _train(run: Run, *, signals: StopSignals, watchdog: Watchdog) -> dict[str, f
             _stop_if_asked(training)
             timer = StepTimer()
             watchdog.enter("data", training.done + 1)
-            for step in load_steps(
-                dataset,
-                start=training.done,
-                stop=run.num_steps,
-                data=run.config.data,
-                start_worker=leave_signals_to_the_rank,
-            ):
+            for step in load_steps(dataset, start=training.done, stop=run.num_steps, data=run.config.data):
                 _one_step(training, step, timer=timer)
                 _after_step(training)
                 _stop_if_asked(training)

@@ -5,12 +5,10 @@ Reading: DCP unpickles `.metadata` and saved objects with full trust; here both 
 can come out of a checkpoint.
 """
 
-import ctypes
 import io
 import mmap
 import os
 import pickle
-import signal
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_polar import faults
 from megatron_polar.manifest import Damaged, HashedFile
+from megatron_polar.processes import serve_rank
 
 # --- Writing ---------------------------------------------------------------------------------------------------------
 
@@ -129,7 +128,7 @@ def _to_host(buckets: list) -> list:
 def _write_shard(parent: int, buckets: list, report: ShardReport) -> None:
     """Write one file, here or in a forked process; tells the outcome through `report` and never raises."""
     if os.getpid() != parent:
-        _end_with(parent)
+        serve_rank(parent)
     path, _, data = buckets[0]
     try:
         faults.point("before_shard")
@@ -158,16 +157,6 @@ def _without_the_rest_of_its_storage(tensor: torch.Tensor) -> torch.Tensor:
     """torch.save writes the whole storage that a view looks into."""
     is_view = tensor.untyped_storage().size() != tensor.numel() * tensor.itemsize
     return tensor.clone() if is_view else tensor
-
-
-def _end_with(parent: int) -> None:
-    """Have the kernel end this forked writer together with the rank that it writes for: it must not outlive it."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # a launcher tells every process; the rank waits for its writer
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 class HashedSave(mcore_torch.TorchDistSaveShardedStrategy):

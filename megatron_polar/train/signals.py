@@ -37,9 +37,3 @@ class StopSignals:
         number = torch.tensor([self._received or 0], dtype=torch.int, device=device.torch_device)
         dist.all_reduce(number, op=dist.ReduceOp.MAX)
         return signal.Signals(int(number)).name if number else None
-
-
-def leave_signals_to_the_rank(worker: int) -> None:
-    """In helper processes (loader workers): a signal to the whole job must not end them before their rank."""
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,21 @@
+"""Helper processes (checkpoint writers, loader workers) that neither outlive their rank nor end before it."""
+
+import ctypes
+import os
+import signal
+
+_PR_SET_PDEATHSIG = 1
+
+
+def serve_rank(parent: int) -> None:
+    """To be called in a fresh helper process of the rank with process number `parent`.
+
+    The kernel ends the helper when its parent dies, however it dies: a loader worker that waits for a reader, or a
+    writer in the middle of a file, would otherwise stay for ever. SIGTERM and SIGUSR1, which launchers send to every
+    process of a job, are left to the rank, which finishes its step and then ends its helpers.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if os.getppid() != parent:
+        os._exit(1)  # it died before the kernel was told
