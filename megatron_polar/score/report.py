@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megatron_polar import log
 from megatron_polar.errors import UserError
 from megatron_polar.score.page import (
     FIRST_COLOUR,
@@ -20,6 +21,9 @@ from megatron_polar.score.page import (
     table,
     write_report,
 )
+from megatron_polar.train.journal import goodput, read_events, read_rows
+
+_MOST_EVENTS = 200
 
 _CURVES = (  # heading, y axis, caption, metrics: the first is drawn in blue, the second in orange
     (
@@ -111,6 +115,40 @@ def _metrics_table(rows: Sequence[dict]) -> str:
     return table(headers, lines, caption="Every number of metrics.jsonl, rounded to four significant digits.")
 
 
+def _reliability(run_directory: Path) -> str:
+    """Where the time went, and what happened, over all restarts of a run."""
+    events = read_events(run_directory)
+    found = goodput(events, read_rows(run_directory))
+    cards_shown = {
+        "effective training time": f"{found.ettr:.1%}",
+        "wall clock": log.format_seconds(found.wall_seconds),
+        "restarts": found.restarts,
+        "steps done again": found.lost_steps,
+        "steps skipped": found.skipped_steps,
+        "saves failed": found.failed_saves,
+        "standing still to save": log.format_seconds(found.stall_seconds),
+    }
+    first = events[0]["time"]
+    rows = [
+        (log.format_seconds(event["time"] - first), event["event"], event.get("step", ""), _describe_event(event))
+        for event in events
+    ]
+    headers = ("after", "event", "iteration", "")
+    shown = table(headers, rows[-_MOST_EVENTS:], caption="Hours, minutes and seconds since the first start.")
+    count = f"the last {_MOST_EVENTS} of {len(rows)}" if len(rows) > _MOST_EVENTS else str(len(rows))
+    return f"{cards(cards_shown)}<details><summary>events ({count})</summary>{shown}</details>\n"
+
+
+def _describe_event(event: dict) -> str:
+    if event["event"] == "start":
+        return f"from {event['origin']}" + (f", {event['lost_steps']} steps lost" if event.get("lost_steps") else "")
+    if event["event"] == "save":
+        return event["problem"] or f"{event['seconds']:.1f} s, of which {event['stalled_seconds']:.1f} s standing still"
+    if event["event"] == "straggler":
+        return f"rank {event['rank']} takes {event['ratio']:.2f} times as long as the others"
+    return str(event.get("reason", ""))
+
+
 def read_rewards(path: Path) -> dict[str, list[float]]:
     """Read the `rewards.jsonl` of an evaluation as the rewards of the best and of the worst answers of every item."""
     groups: dict[str, list[float]] = {"best answers": [], "worst answers": []}
@@ -187,6 +225,8 @@ def training_report(run_directory: Path, *, evaluations: Mapping[str, Path] | No
         evaluation = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
         sections.append(Section(name, _evaluation_body(evaluation, read_rewards(directory / "rewards.jsonl"))))
     sections.append(Section("Curves", _curves(rows)))
+    if read_events(run_directory):
+        sections.append(Section("Reliability", _reliability(run_directory)))
     sections.append(Section("Figures", _metrics_table(rows)))
     if config_path.exists():
         config = html.escape(config_path.read_text(encoding="utf-8"))
