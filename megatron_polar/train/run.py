@@ -171,7 +171,7 @@ def _open(run: Run, *, signals: StopSignals, watchdog: Watchdog) -> Training:
     start, origin = _start(run)
     run.schedule.step(increment=start)
     _announce(run)
-    journal = Journal(run.directory, writes=is_first)
+    journal = Journal(run.directory, writes=is_first and start < run.num_steps)  # a finished run has no more to tell
     lost = last_sign_of_life(run.directory, resumed_at=start) if is_first else {}
     journal.write("start", step=start, origin=origin, world_size=run.topology.world_size, **lost)
     journal.status("running", step=start)
