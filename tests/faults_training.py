@@ -83,9 +83,9 @@ def _rank(config: RunConfig, fault: str, rank: int, world_size: int, port: int, 
     os.environ["MASTER_PORT"] = str(port)
     log = log_of(config)
     log.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
+    sys.stdout = sys.stderr = log.open("a", buffering=1)  # pytest has its own in their place
+    for descriptor in (1, 2):
+        os.dup2(sys.stderr.fileno(), descriptor)
     try:
         faults.plan(fault)
         (body or run_module.train)(config)
@@ -155,10 +155,7 @@ def exact_resumes(corpus: Path, workdir: Path, *, cases: list[tuple[int, int, bo
         changes = {"data__num_workers": workers, "checkpoint__async_save": background}
         stopped = change(config, run__directory=str(workdir / f"case{number}"), **changes)
         saving = change(stopped, checkpoint__save_interval=stop)
-        if stop + 1 < steps:  # a save in the background needs a few steps to be published
-            run_job(saving, fault=f"after_update:{min(stop + 1 + 5 * background, 2 * stop, steps)}=kill")
-        else:
-            run_job(saving, fault=f"after_update:{steps}=kill")
+        run_job(saving, fault="before_save:2=kill")  # the first save, of step k, has been published by then
         run_job(stopped)
         directory = workdir / f"case{number}"
         found = shards(checkpoint_of(directory, steps))
