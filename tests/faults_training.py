@@ -32,9 +32,10 @@ from megatron_polar.errors import BAD_STEPS, RunStopped, UserError
 from megatron_polar.manifest import MANIFEST, file_entry
 from megatron_polar.train import run as run_module
 from megatron_polar.train.build import build_run
-from megatron_polar.train.checkpoint import Checkpointer, load_training
+from megatron_polar.train.checkpoint import Checkpointer
 from megatron_polar.train.checkpoint_files import find_checkpoint, list_steps, read_state, verify_checkpoint
 from megatron_polar.train.journal import read_events
+from megatron_polar.train.state_dict import load_training
 
 _FORK = multiprocessing.get_context("fork")
 LAYOUT_CHAIN = (

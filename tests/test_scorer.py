@@ -18,9 +18,9 @@ from megatron_polar.score.requests import ScoreRequest
 from megatron_polar.score.score_file import read_requests
 from megatron_polar.score.scorer import load_scorer
 from megatron_polar.train.build import open_data
-from megatron_polar.train.checkpoint import load_training
 from megatron_polar.train.gradients import GradientReduction
 from megatron_polar.train.optimizer import build_optimizer
+from megatron_polar.train.state_dict import load_training
 from megatron_polar.train.step import compute_rewards
 
 

@@ -20,8 +20,9 @@ from megatron_polar.parallel import topology as ranks
 from megatron_polar.parallel.device import Device, select_device
 from megatron_polar.parallel.topology import Topology
 from megatron_polar.score.requests import ScoreRequest
-from megatron_polar.train.checkpoint import agree_on_checkpoint, load_weights
+from megatron_polar.train.checkpoint import agree_on_checkpoint
 from megatron_polar.train.checkpoint_files import read_state
+from megatron_polar.train.state_dict import load_weights
 from megatron_polar.train.step import compute_rewards
 
 _RESERVED_TOKENS_OF_AN_ANSWER = 6

@@ -1,28 +1,24 @@
 """Checkpoints: megatron-core's torch_dist shards, in any layout, saved in the foreground or the background.
 
-Which files a checkpoint has and when it counts is in checkpoint_files.py, how shards are written and read in
-shard_files.py; here are the state dict, the steps of a save that all ranks take together, and loading.
+What is saved is in state_dict.py, which files a checkpoint has and when it counts in checkpoint_files.py, how shards are
+written and read in shard_files.py; here are the steps of a save, and of finding a checkpoint, that all ranks take
+together.
 """
 
 import io
-import random
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import orjson
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig
-from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, TemporalAsyncCaller
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_polar import faults, log
@@ -39,23 +35,12 @@ from megatron_polar.train.checkpoint_files import (
     none_verifies,
     prune,
     publish,
-    read_state,
     saving_directory,
     verify_checkpoint,
 )
 from megatron_polar.train.gradients import gather_updated_weights
 from megatron_polar.train.shard_files import HashedSave
-
-_CONFIGURED = ("lr", "max_lr", "min_lr", "weight_decay", "wd_mult", "lr_mult", "betas", "eps")
-"""Entries of the optimizer's parameter groups that come from the `optimizer` section."""
-
-
-def layout_of(topology: Topology) -> dict[str, int]:
-    """The parallel sizes that decide whether a resume is bit-exact."""
-    return {"tp": topology.tp_size, "pp": topology.pp_size, "vpp": topology.vpp_size or 1, "cp": topology.cp_size} | {
-        "dp": topology.dp_size
-    }
-
+from megatron_polar.train.state_dict import content_metadata, sharded_state
 
 # --- Saving ----------------------------------------------------------------------------------------------------------
 
@@ -162,8 +147,8 @@ class Checkpointer:
             self._end(state.step, problem=directory, started=started, stalled=time.monotonic() - started)
             return None
         gather_updated_weights(self.model)
-        tensors = _sharded_state(self.model, optimizer=self.optimizer, topology=self.topology, is_loading=False)
-        tensors["content_metadata"] = _content_metadata()
+        tensors = sharded_state(self.model, optimizer=self.optimizer, topology=self.topology, is_loading=False)
+        tensors["content_metadata"] = content_metadata()
         sharded, common = save_preprocess(tensors, True, None)
         strategy = HashedSave()
         request = strategy.async_save(sharded, directory)
@@ -295,116 +280,3 @@ def agree_on_checkpoint(path: str | Path, *, topology: Topology, required: bool 
         if topology.rank == 0:
             log.warn(f"{candidate}: skipped: {problem}")
     raise none_verifies(path, len(found[0]))
-
-
-# --- Loading ---------------------------------------------------------------------------------------------------------
-
-
-def load_weights(directory: Path, *, model: BuiltModel) -> None:
-    """Load the weights alone, saved in any layout."""
-    _check_shapes(directory, model=model)
-    loaded = dist_checkpointing.load(_sharded_weights(model), str(directory))
-    _install_weights(model, loaded)
-
-
-def load_training(
-    directory: Path, *, model: BuiltModel, optimizer: MegatronOptimizer, topology: Topology
-) -> TrainingState:
-    """Load weights, optimizer and, in the layout they were saved in, the random-number states."""
-    state = read_state(directory)
-    _check_shapes(directory, model=model)
-    same_layout = state.layout == layout_of(topology) and state.backend == dist.get_backend()
-    request = _sharded_state(model, optimizer=optimizer, topology=topology, is_loading=True)
-    if not same_layout:
-        del request["rng"]
-        log.info(
-            f"resuming in another layout: saved {state.layout}, now {layout_of(topology)}; dropout seeds start afresh"
-        )
-    loaded = dist_checkpointing.load(request, str(directory))
-    _install_weights(model, loaded)
-    configured = [
-        {key: value for key, value in group.items() if key in _CONFIGURED} for group in optimizer.param_groups
-    ]
-    optimizer.load_state_dict(loaded["optimizer"])
-    for group, values in zip(optimizer.param_groups, configured, strict=True):
-        group.update(values)  # the configuration decides, not what the checkpoint was trained with
-    if same_layout:
-        _restore_rng(loaded["rng"])
-    return state
-
-
-def _check_shapes(directory: Path, *, model: BuiltModel) -> None:
-    saved = dist_checkpointing.load_tensors_metadata(str(directory))
-    for tensor in _flat_shards(_sharded_weights(model)):
-        if tensor.key in saved and tuple(saved[tensor.key].global_shape) != tuple(tensor.global_shape):
-            raise UserError(
-                f"{directory}: {tensor.key} has shape {tuple(saved[tensor.key].global_shape)} in the checkpoint and "
-                f"{tuple(tensor.global_shape)} in this model; use the model section of {directory}/config.yaml"
-            )
-
-
-def _flat_shards(tree):
-    for value in tree.values() if isinstance(tree, dict) else tree:
-        if isinstance(value, dict | list):
-            yield from _flat_shards(value)
-        elif hasattr(value, "build"):
-            yield from value.build()
-        elif hasattr(value, "global_shape") and hasattr(value, "prepend_axis_num"):
-            yield value
-
-
-# --- The state dict --------------------------------------------------------------------------------------------------
-
-
-def _content_metadata() -> dict:
-    # megatron-core's default optimizer format is broken in 0.16.1; this one reshards over every layout.
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": False,
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-    }
-
-
-def _sharded_weights(model: BuiltModel) -> dict:
-    groups = model.cores[0].pg_collection
-    metadata = _content_metadata() | {"dp_cp_group": groups.dp_cp}
-    names = ["model"] if len(model.cores) == 1 else [f"model{i}" for i in range(len(model.cores))]
-    states = [core.sharded_state_dict(metadata=metadata) for core in model.cores]
-    # Transformer Engine adds an (empty) FP8 state to every layer, which the local layers do not have: weights alone
-    # travel.
-    weights = [{key: value for key, value in s.items() if not key.endswith("_extra_state")} for s in states]
-    return dict(zip(names, weights, strict=True))
-
-
-def _sharded_state(model: BuiltModel, *, optimizer: MegatronOptimizer, topology: Topology, is_loading: bool) -> dict:
-    weights = _sharded_weights(model)
-    metadata = _content_metadata() | {"dp_cp_group": topology.groups.dp_cp}
-    shards = weights.get("model", weights)  # interleaved chunks stay apart, each under its name
-    optimizer_state = optimizer.sharded_state_dict(shards, is_loading=is_loading, metadata=metadata)
-    rng = ShardedObject("rng_state", _rng_state(), (topology.world_size,), (topology.rank,), replica_id=0)
-    return weights | {"optimizer": optimizer_state, "rng": rng}
-
-
-def _install_weights(model: BuiltModel, loaded: dict) -> None:
-    for i, core in enumerate(model.cores):
-        core.load_state_dict(loaded["model" if len(model.cores) == 1 else f"model{i}"], strict=False)
-
-
-def _rng_state() -> dict:
-    """All generators of this rank, in types that load without running code (hence no numpy array)."""
-    numpy_state = np.random.get_state(legacy=False)
-    numpy_state["state"] = {**numpy_state["state"], "key": numpy_state["state"]["key"].tolist()}
-    state = {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state | {"tensor_parallel": get_cuda_rng_tracker().get_states()}
-
-
-def _restore_rng(state: dict) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    get_cuda_rng_tracker().set_states(state["tensor_parallel"])

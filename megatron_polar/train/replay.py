@@ -11,10 +11,10 @@ from megatron_polar.config.schema import RunConfig
 from megatron_polar.data.loader import StepDataset
 from megatron_polar.errors import DONE, FAILED, UserError
 from megatron_polar.train.build import Run, build_run
-from megatron_polar.train.checkpoint import load_training
 from megatron_polar.train.checkpoint_files import find_checkpoint, list_steps, read_state, verify_checkpoint
 from megatron_polar.train.gradients import gather_updated_weights
 from megatron_polar.train.objective import SUMS
+from megatron_polar.train.state_dict import load_training
 from megatron_polar.train.step import run_schedule
 
 

@@ -15,14 +15,7 @@ from megatron_polar.data.tokenizer import load_tokenizer
 from megatron_polar.errors import STALLED, STOPPED, RunStopped, UserError
 from megatron_polar.manifest import write_durably
 from megatron_polar.train.build import Run, build_run, describe_run
-from megatron_polar.train.checkpoint import (
-    Checkpointer,
-    SaveReport,
-    agree_on_checkpoint,
-    layout_of,
-    load_training,
-    load_weights,
-)
+from megatron_polar.train.checkpoint import Checkpointer, SaveReport, agree_on_checkpoint
 from megatron_polar.train.checkpoint_files import TrainingState, read_state, set_aside_newer
 from megatron_polar.train.evaluation import evaluate_held_out
 from megatron_polar.train.guard import check_replicas, flip_a_bit
@@ -30,6 +23,7 @@ from megatron_polar.train.journal import Journal, last_sign_of_life
 from megatron_polar.train.metrics import Metrics, StepTimer, peak_tflops
 from megatron_polar.train.optimizer import current_learning_rate
 from megatron_polar.train.signals import StopSignals
+from megatron_polar.train.state_dict import layout_of, load_training, load_weights
 from megatron_polar.train.step import StepResult, train_step
 from megatron_polar.train.watchdog import Stragglers, Watchdog
 
