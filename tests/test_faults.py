@@ -16,7 +16,7 @@ from megatron_polar import faults
 from megatron_polar.config.schema import FaultsSection
 from megatron_polar.errors import BAD_STEPS, CANNOT_SAVE, STOPPED, RunStopped, UserError
 from megatron_polar.train.checkpoint_files import find_checkpoint, list_steps, verify_checkpoint
-from megatron_polar.train.guard import StepGuard
+from megatron_polar.train.guard import GOOD, NOT_FINITE, SPIKE, StepGuard, Verdict
 from megatron_polar.train.journal import read_events
 from megatron_polar.train.replay import replay_step
 from megatron_polar.train.run import train
@@ -159,16 +159,35 @@ def test_spikes_are_skipped_and_a_nan_does_not_poison_the_statistics():
     generator = np.random.default_rng(3)
     guard = StepGuard(FaultsSection(spike_sigmas=6.0, spike_window=64))
     losses = generator.normal(0.6, 0.02, 200)
-    assert not any(guard.judge(loss=loss, grad_norm=1.0 + 0.1 * loss) for loss in losses)
+    assert not any(guard.judge(loss=loss, grad_norm=1.0 + 0.1 * loss).code for loss in losses)
     for _ in range(5):
-        assert guard.judge(loss=math.nan, grad_norm=1.0) is not None
-        assert guard.judge(loss=0.6, grad_norm=math.inf) is not None
-    assert guard.judge(loss=0.61, grad_norm=1.06) is None  # as before: no NaN has got into the window
-    assert "loss" in guard.judge(loss=3.0, grad_norm=1.06)
-    assert "grad_norm" in guard.judge(loss=0.6, grad_norm=50.0)
-    assert guard.in_a_row == 2
-    assert guard.judge(loss=0.6, grad_norm=1.06) is None
-    assert (guard.skipped, guard.nonfinite, guard.in_a_row) == (12, 10, 0)
+        assert guard.judge(loss=math.nan, grad_norm=1.0).code == NOT_FINITE
+        assert guard.judge(loss=0.6, grad_norm=math.inf).code == NOT_FINITE
+    assert guard.judge(loss=0.61, grad_norm=1.06).code == GOOD  # as before: no NaN has got into the window
+    spikes = [guard.judge(loss=3.0, grad_norm=1.06), guard.judge(loss=0.6, grad_norm=50.0)]
+    assert [spike.code for spike in spikes] == [SPIKE, SPIKE]
+    assert spikes[0].reason.startswith("loss 3 is above")
+    assert spikes[1].reason.startswith("grad_norm 50 is above")
+    assert guard.judge(loss=0.6, grad_norm=1.06).code == GOOD
+
+
+def test_one_rank_that_finds_a_step_bad_makes_all_ranks_count_it():
+    assert run_ranks(_count_verdicts, 2) == [(2, 1, 0), (2, 1, 0)]
+
+
+def _count_verdicts() -> tuple[int, int, int]:
+    from megatron_polar.config.schema import ParallelSection
+    from megatron_polar.parallel import topology as ranks
+    from megatron_polar.parallel.device import select_device
+
+    device = select_device("cpu", local_rank=0)
+    topology = ranks.initialize(ParallelSection(), device=device)
+    guard = StepGuard(FaultsSection())
+    codes = [(GOOD, NOT_FINITE), (SPIKE, GOOD), (GOOD, GOOD)]
+    reasons = [guard.agree(Verdict(step[topology.rank], "mine"), device=device) for step in codes]
+    assert reasons[2] is None
+    assert all(reasons[:2])
+    return guard.skipped, guard.nonfinite, guard.in_a_row
 
 
 def test_a_level_that_has_risen_for_good_is_accepted_in_the_end():
@@ -176,7 +195,7 @@ def test_a_level_that_has_risen_for_good_is_accepted_in_the_end():
     generator = np.random.default_rng(4)
     for loss in generator.normal(0.5, 0.02, 64):
         guard.judge(loss=loss, grad_norm=1.0)
-    refused = [guard.judge(loss=loss, grad_norm=1.0) is not None for loss in generator.normal(1.0, 0.02, 64)]
+    refused = [guard.judge(loss=loss, grad_norm=1.0).code == SPIKE for loss in generator.normal(1.0, 0.02, 64)]
     assert refused[0]
     assert not any(refused[-16:])
 

@@ -1,7 +1,7 @@
 """Checkpoints: megatron-core's torch_dist shards, in any layout, saved in the foreground or the background.
 
-What is saved is in state_dict.py, which files a checkpoint has and when it counts in checkpoint_files.py, how shards are
-written and read in shard_files.py; here are the steps of a save, and of finding a checkpoint, that all ranks take
+What is saved is in state_dict.py, which files a checkpoint has and when it counts in checkpoint_files.py, how shards
+are written and read in shard_files.py; here are the steps of a save, and of finding a checkpoint, that all ranks take
 together.
 """
 
@@ -108,7 +108,10 @@ class Checkpointer:
             return
         if self.section.async_save and not blocking:
             # Forked: the writer sees the weights as they are now, and the run may go on to change its own copy.
-            self._writer.schedule_async_call(pending.request)
+            try:
+                self._writer.schedule_async_call(pending.request)
+            except OSError as error:  # no memory for another process
+                pending.error = error
             pending.stalled = time.monotonic() - started
             self._pending = pending
         else:

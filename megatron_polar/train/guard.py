@@ -1,7 +1,7 @@
 """Guards of a run's state: steps that must not change the weights, and replicas that must not differ.
 
-Every rank comes to the same verdict, because each judges figures that are the same on all of them, and they agree
-again before anyone acts.
+Every rank should come to the same verdict, because each judges figures that are the same on all of them; they agree all
+the same before anyone acts.
 """
 
 import math
@@ -16,10 +16,22 @@ from megatron_polar import faults
 from megatron_polar.config.schema import FaultsSection
 from megatron_polar.errors import BAD_STEPS, RunStopped
 from megatron_polar.model.build import BuiltModel
+from megatron_polar.parallel.device import Device
 from megatron_polar.parallel.topology import Topology
 from megatron_polar.train.gradients import gather_updated_weights
 
 _SHAPE = ("loss", "grad_norm")
+
+
+GOOD, SPIKE, NOT_FINITE = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One rank's opinion of a step: GOOD, SPIKE or NOT_FINITE, and the reason in words."""
+
+    code: int
+    reason: str
 
 
 class StepGuard:
@@ -33,20 +45,27 @@ class StepGuard:
         self.skipped = self.nonfinite = self.in_a_row = 0
         self._recent = {name: deque(maxlen=section.spike_window) for name in _SHAPE}
 
-    def judge(self, *, loss: float, grad_norm: float) -> str | None:
-        """Why the step must not be taken; None for a good step. `loss` is the mean over pairs."""
+    def judge(self, *, loss: float, grad_norm: float) -> "Verdict":
+        """Whether the step must not be taken, and why. `loss` is the mean over pairs."""
         values = {"loss": loss, "grad_norm": grad_norm}
         reasons = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
         if reasons:
-            self.nonfinite += 1
-        else:
-            reasons = [reason for name in _SHAPE if (reason := self._spike(name, values[name]))]
-        if reasons:
-            self.skipped += 1
-            self.in_a_row += 1
-            return ", ".join(reasons)
-        self.in_a_row = 0
-        return None
+            return Verdict(NOT_FINITE, ", ".join(reasons))
+        reasons = [reason for name in _SHAPE if (reason := self._spike(name, values[name]))]
+        return Verdict(SPIKE if reasons else GOOD, ", ".join(reasons))
+
+    def agree(self, verdict: "Verdict", *, device: Device) -> str | None:
+        """Count the step as the worst verdict of any rank: replicas must never part. Returns why it is skipped, or
+        None. Collective."""
+        worst = torch.tensor([verdict.code], dtype=torch.int, device=device.torch_device)
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        code = int(worst)
+        self.skipped += code != GOOD
+        self.nonfinite += code == NOT_FINITE
+        self.in_a_row = self.in_a_row + 1 if code != GOOD else 0
+        if code == GOOD:
+            return None
+        return verdict.reason or "another rank finds its loss or gradient norm bad"
 
     def _spike(self, name: str, value: float) -> str | None:
         """Compare with the recent steps, and remember the value. Only finite values come here: one NaN in the window

@@ -144,10 +144,8 @@ def _write_shard(parent: int, buckets: list, report: ShardReport) -> None:
                     file.flush()
                     faults.point("in_shard")
         faults.point("after_shard")
-    except OSError as error:
-        report.fail(error.errno or 0)
-    except RuntimeError as error:  # torch.save wraps what the file raises
-        cause = error.__context__
+    except Exception as error:  # torch.save wraps what the file raises; whatever it is, the other ranks wait for us
+        cause = error if isinstance(error, OSError) else error.__context__
         report.fail(cause.errno or 0 if isinstance(cause, OSError) else 0)
     else:
         report.succeed(file)

@@ -1,5 +1,5 @@
-"""What a checkpoint holds of a run in memory: weights, optimizer and random numbers as shards of global tensors, and how
-they come back, in the layout they were saved in or another."""
+"""What a checkpoint holds: weights, optimizer and random numbers as shards of global tensors, and how they come back,
+in the layout they were saved in or another."""
 
 import random
 from pathlib import Path

@@ -84,8 +84,8 @@ def train_step(
     sums = local if in_order else reduce_sums(local, topology=topology, device=device)
     figures = dict(zip(SUMS, sums.sum(0).tolist(), strict=True))
     grad_norm = measure_gradients(optimizer)
-    refused = guard.judge(loss=figures["loss"] / max(figures["pairs"], 1.0), grad_norm=grad_norm)
-    skipped = _agree(refused, device=device)
+    verdict = guard.judge(loss=figures["loss"] / max(figures["pairs"], 1.0), grad_norm=grad_norm)
+    skipped = guard.agree(verdict, device=device)
     suspects = []
     if skipped is None:
         clip_and_update(optimizer, grad_norm=grad_norm)
@@ -126,13 +126,6 @@ def compute_gradients(
         reduction=reduction,
         topology=topology,
     )[None]
-
-
-def _agree(refused: str | None, *, device: Device) -> str | None:
-    """If one rank refuses a step, all do: weights of replicas must never part."""
-    anyone = torch.tensor([refused is not None], dtype=torch.int, device=device.torch_device)
-    dist.all_reduce(anyone, op=dist.ReduceOp.MAX)
-    return refused if refused is not None or not anyone else "another rank refused it"
 
 
 def name_suspects(step: Step, *, local: torch.Tensor, reduction: GradientReduction, topology: Topology) -> list[dict]:
