@@ -279,6 +279,25 @@ def test_a_signal_in_any_phase_saves_stops_with_its_own_status_and_resumes_exact
     assert curves[0] == curves[1]
 
 
+def test_a_signal_while_the_run_is_built_ends_it_at_once(tmp_path, trajectory_corpus):
+    config = tiny_config(trajectory_corpus, tmp_path / "run")
+    ((status, message),) = run_ranks(signal_while_building, 1, config)
+    assert status == STOPPED
+    assert "before the run was built" in message
+    assert not (tmp_path / "run").exists()
+
+
+def signal_while_building(config) -> tuple[int, str]:
+    from megatron_polar.train import run
+
+    def build_run(config):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal was not heard")
+
+    run.build_run = build_run
+    return train_with(config)
+
+
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, trajectory_corpus):
     config = tiny_config(trajectory_corpus, tmp_path / "run")
     outcomes = run_ranks(train_with, 2, config, "after_update:2@1=usr1")

@@ -52,6 +52,7 @@ def train(config: RunConfig) -> dict[str, float]:
     """
     with StopSignals() as signals:
         run = build_run(config)
+        signals.wait_for_step()
         with _watchdog(run) as watchdog:
             try:
                 return _train(run, signals=signals, watchdog=watchdog)
