@@ -36,6 +36,7 @@ benchmarks: $(VENV)/.ready
 $(VENV)/.ready: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("error: Python 3.10 or newer is needed; set PYTHON=...")'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): some minutes, about 1.3 GB"
 	$(RUN) -m pip install --disable-pip-version-check --quiet --requirement requirements.txt
 	$(RUN) -m pip install --disable-pip-version-check --quiet --no-deps --editable .
 	touch $@

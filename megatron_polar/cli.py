@@ -9,9 +9,10 @@ from pathlib import Path
 
 import megatron_polar
 from megatron_polar import log
-from megatron_polar.errors import USER_ERROR, RunStopped, UserError
+from megatron_polar.errors import INTERRUPTED, STALLED, USER_ERROR, RunStopped, UserError
 
 _ENVIRONMENT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+_ENVIRONMENT_ERRORS |= {errno.ELOOP, errno.EISDIR, errno.ENXIO}  # links, directories and pipes in the place of a file
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options) or 0
     except RunStopped as stop:
-        log.info(str(stop))
+        if log.is_first_rank() or stop.status == STALLED:  # the first rank may be the one that is lost
+            print(stop, file=sys.stderr, flush=True)
         return stop.status
     except UserError as error:
         rank = "" if log.is_first_rank() else f" [rank {os.environ.get('RANK', '?')}]"
@@ -39,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
-        return 130
+        return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:

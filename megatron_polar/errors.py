@@ -7,6 +7,8 @@ CANNOT_SAVE = 73
 """Checkpoints could not be written several times in a row."""
 STALLED = 74
 """A rank hung or died: start again."""
+INTERRUPTED = 130
+"""Ctrl-C, without a checkpoint."""
 STOPPED = 75
 """Asked to stop by a signal, with a checkpoint written: start again to go on."""
 

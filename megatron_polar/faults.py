@@ -2,7 +2,8 @@
 
 `POLAR_FAULT` names one point, when, where and what (several with commas): `POINT[:NTH][@RANK][=ACTION]`.
 `after_shard:2` kills the process the second time any rank of it passes `after_shard`; `gradient:3@1=nan` spoils rank
-1's gradient of the third step. Without the variable every point costs one look at an empty dictionary.
+1's gradient of the third step. Without the variable every point costs one look at an empty dictionary. A writer in the
+background is forked for every save and begins to count anew.
 """
 
 import errno
@@ -59,18 +60,19 @@ class _Plan:
     passed: int = 0
 
 
-def _parse(text: str) -> dict[str, _Plan]:
-    plans = {}
+def _parse(text: str) -> dict[str, list[_Plan]]:
+    plans: dict[str, list[_Plan]] = {}
     for item in filter(None, text.split(",")):
         place, _, action = item.partition("=")
         place, _, rank = place.partition("@")
         point, _, nth = place.partition(":")
-        if point not in POINTS or (action or "kill") not in _ACTIONS or not (nth or "1").isdigit():
+        numbers_are_numbers = (nth or "1").isdigit() and (rank or "0").isdigit()
+        if point not in POINTS or (action or "kill") not in _ACTIONS or not numbers_are_numbers:
             raise UserError(
                 f"POLAR_FAULT={item!r} is not POINT[:NTH][@RANK][=ACTION]; points: {', '.join(POINTS)}; "
                 f"actions: {', '.join(_ACTIONS)}"
             )
-        plans[point] = _Plan(int(nth or 1), int(rank) if rank else None, action or "kill")
+        plans.setdefault(point, []).append(_Plan(int(nth or 1), int(rank) if rank else None, action or "kill"))
     return plans
 
 
@@ -88,18 +90,18 @@ def point(name: str) -> str | None:
 
     `slow` delays every passing from the NTH on by 50 ms; everything else happens once, at the NTH.
     """
-    if name not in _plans:
-        return None
-    planned = _plans[name]
-    if planned.rank is not None and planned.rank != int(os.environ.get("RANK", "0")):
-        return None
-    planned.passed += 1
-    if planned.action == "slow" and planned.passed >= planned.nth:
-        time.sleep(0.05)
-    elif planned.passed == planned.nth:
-        print(f"POLAR_FAULT: {planned.action} at {name}, passing {planned.nth}", file=sys.stderr, flush=True)
-        return _act(planned.action, name)
-    return None
+    rank = int(os.environ.get("RANK", "0"))
+    plans = [planned for planned in _plans.get(name, ()) if planned.rank in (None, rank)]
+    for planned in plans:
+        planned.passed += 1
+    asked = None
+    for planned in plans:
+        if planned.action == "slow" and planned.passed >= planned.nth:
+            time.sleep(0.05)
+        elif planned.passed == planned.nth:
+            print(f"POLAR_FAULT: {planned.action} at {name}, passing {planned.nth}", file=sys.stderr, flush=True)
+            asked = _act(planned.action, name) or asked
+    return asked
 
 
 def _act(action: str, name: str) -> str | None:

@@ -41,8 +41,8 @@ def _naming(path: Path) -> Iterator[None]:
 class HashedFile:
     """A file being written, with its size in bytes and its SHA-256; on the disk, not in a cache, when it is closed.
 
-    With `blocks` it also takes the XXH3 of each block of BLOCK_BYTES. The file must not exist yet, or be a file of
-    ours to replace: a symbolic link in its place is refused by the operating system.
+    With `blocks` it also takes the XXH3 of each block of BLOCK_BYTES. It is always a new file: what has its name
+    already, what an older run has left or a link to somewhere else, is removed and never written through.
     """
 
     def __init__(self, path: Path, *, blocks: bool = False):
@@ -52,7 +52,8 @@ class HashedFile:
         self._blocks: list[str] = []
 
     def __enter__(self) -> "HashedFile":
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        self.path.unlink(missing_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         self._file = os.fdopen(os.open(self.path, flags, 0o644), "wb")
         return self
 
@@ -176,7 +177,10 @@ def read_manifest(directory: Path, *, format_name: str, format_version: int) -> 
         raise Damaged(f"{MANIFEST} is not the manifest of a {format_name}")
     if content.get("format_version") != format_version:
         raise Damaged(f"{MANIFEST} has format_version={content.get('format_version')}, this program {format_version}")
-    again = encode_manifest(content)
+    try:
+        again = encode_manifest(content)
+    except TypeError as error:
+        raise Damaged(f"{MANIFEST} is damaged: {error}") from error
     if again != data:
         found, wanted = hashlib.sha256(data).hexdigest(), hashlib.sha256(again).hexdigest()
         raise Damaged(f"{MANIFEST} was changed: its SHA-256 is {found[:12]}..., its content's {wanted[:12]}...")

@@ -140,7 +140,7 @@ def test_rows_of_metrics_beyond_the_resumed_step_are_cut(finished, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"train__global_batch_size": 16}, ("batch size", "32 comparisons consumed, now 64")),
+        ({"train__global_batch_size": 16}, ("train.global_batch_size=8, now 16", "32 comparisons consumed, now 64")),
         ({"run__seed": 8}, ("seed", "data fingerprint")),
         ({"data__candidates_per_comparison": 3}, ("other data", "train.init_from")),
     ],

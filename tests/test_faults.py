@@ -3,14 +3,16 @@
 import math
 import os
 import signal
+import time
 from pathlib import Path
 
+import faults_training
 import numpy as np
 import orjson
 import pytest
 import torch
 from ranks import run_ranks
-from tiny_runs import STEPS, change, checkpoint_of, metric_rows, tiny_config
+from tiny_runs import STEPS, change, checkpoint_of, metric_rows, tiny_config, training_refusal
 
 from megatron_polar import faults
 from megatron_polar.config.schema import FaultsSection
@@ -324,12 +326,71 @@ def signal_the_whole_family(config) -> tuple[int, str]:
     return train_with(config)
 
 
+def test_a_second_job_in_the_same_directory_is_refused(tmp_path, trajectory_corpus):
+    config = tiny_config(trajectory_corpus, tmp_path / "run", train__num_steps=1000, logging__interval=1000)
+    first = faults_training.start_job(config)
+    while not (tmp_path / "run" / "status.json").exists():
+        time.sleep(0.02)
+    message = training_refusal(config)
+    first[0].kill()
+    first[0].join()
+    assert f"{tmp_path / 'run'}: a job is running in it (host" in message
+    assert f"process {first[0].pid}" in message
+    # The lock went with its holder.
+    assert run_ranks(train_with, 1, change(config, train__num_steps=2), "")[0] == (0, "")
+
+
+def test_a_run_whose_launcher_has_died_saves_and_ends(tmp_path, trajectory_corpus, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    config = tiny_config(trajectory_corpus, tmp_path / "run")
+    ((status, message),) = run_ranks(lose_the_launcher, 1, config)
+    assert status == STOPPED
+    assert message.startswith("stopped by SIGHUP after step 2 of")
+    assert find_checkpoint(tmp_path / "run") == checkpoint_of(tmp_path / "run", 2)
+
+
+def lose_the_launcher(config) -> tuple[int, str]:
+    passed = [0]
+
+    def point(name: str) -> None:
+        passed[0] += name == "after_update"
+        if passed[0] == 2:
+            os.getppid = lambda: 1
+
+    faults.point = point
+    return train_with(config)
+
+
+def test_ctrl_c_says_what_is_saved_and_leaves_a_status(tmp_path, trajectory_corpus, capfd):
+    config = tiny_config(trajectory_corpus, tmp_path / "run", checkpoint__save_interval=2)
+    assert run_ranks(interrupt, 1, config) == ["interrupted"]
+    assert "interrupted after step 2; step 2 is saved: start the same command again" in capfd.readouterr().err
+    recorded = orjson.loads((tmp_path / "run" / "status.json").read_bytes())
+    assert (recorded["state"], recorded["exit_status"], recorded["step"]) == ("interrupted", 130, 2)
+
+
+def interrupt(config) -> str:
+    passed = [0]
+
+    def point(name: str) -> None:
+        passed[0] += name == "before_update"
+        if passed[0] == 3:
+            raise KeyboardInterrupt
+
+    faults.point = point
+    try:
+        train(config)
+    except KeyboardInterrupt:
+        return "interrupted"
+    return "finished"
+
+
 # --- saving ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("point", "background"),
-    [(p, False) for p in ("before_shard", "in_shard", "before_manifest", "before_publish", "before_latest")]
+    [(p, False) for p in ("before_shard", "in_shard", "before_manifest", "before_publish")]
     + [("before_manifest", True), ("before_publish", True)],
 )
 def test_a_save_that_fails_is_a_warning_with_errno_and_path(point, background, tmp_path, trajectory_corpus, capfd):
@@ -341,6 +402,73 @@ def test_a_save_that_fails_is_a_warning_with_errno_and_path(point, background, t
     assert find_checkpoint(tmp_path / "run") == checkpoint_of(tmp_path / "run", STEPS)
     events = [event for event in read_events(tmp_path / "run") if event["event"] == "save"]
     assert [bool(event["problem"]) for event in events] == [True, False]
+
+
+def test_latest_is_a_hint_whose_failure_fails_no_save(tmp_path, trajectory_corpus, capfd):
+    config = tiny_config(trajectory_corpus, tmp_path / "run")
+    assert run_ranks(train_with, 1, config, "before_latest:2=enospc")[0] == (0, "")
+    assert "latest: cannot be moved to step_00000006 (No space left on device)" in capfd.readouterr().err
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_00000003\n"
+    assert find_checkpoint(tmp_path / "run") == checkpoint_of(tmp_path / "run", STEPS)
+
+
+def test_a_stop_whose_save_fails_says_so_by_its_status(tmp_path, trajectory_corpus):
+    config = tiny_config(trajectory_corpus, tmp_path / "run")
+    ((status, message),) = run_ranks(
+        train_with, 1, config, "data:2@0=term,before_publish:1=enospc,before_publish:2=enospc"
+    )
+    assert status == CANNOT_SAVE
+    assert "after step 3 of 6; no step is saved" in message
+
+
+def test_room_taken_by_killed_saves_is_freed_before_the_next(tmp_path, trajectory_corpus):
+    config = tiny_config(trajectory_corpus, tmp_path / "run")
+    faults_training.run_job(config, fault="before_publish:2=kill")
+    assert len(list((tmp_path / "run" / "checkpoints").glob(".saving-*"))) == 1
+    run_ranks(train_with, 1, config, "after_update:1=term")
+    assert not list((tmp_path / "run" / "checkpoints").glob(".saving-*"))
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_skipped_and_kept(tmp_path, trajectory_corpus, capfd):
+    config = tiny_config(trajectory_corpus, tmp_path / "run")
+    run_ranks(train_with, 1, config, "")
+    assert run_ranks(train_while_the_newest_is_unreadable, 1, config) == [(0, "")]
+    assert "step_00000006: skipped: cannot be read now" in capfd.readouterr().err
+    assert not list((tmp_path / "run" / "checkpoints").glob("damaged-*"))
+
+
+def train_while_the_newest_is_unreadable(config) -> tuple[int, str]:
+    from megatron_polar.train import checkpoint_files
+
+    original = checkpoint_files.check_hash
+
+    def check_hash(directory, name, entry):
+        if directory.name == "step_00000006":
+            raise OSError(5, "Input/output error", str(directory / name))
+        original(directory, name, entry)
+
+    checkpoint_files.check_hash = check_hash
+    return train_with(config)
+
+
+def test_resuming_in_another_precision_is_refused(tmp_path, trajectory_corpus):
+    config = tiny_config(trajectory_corpus, tmp_path / "run")
+    run_ranks(train_with, 1, config, "after_update:2=term")
+    message = training_refusal(change(config, train__precision="bf16"))
+    assert "was trained with train.precision=fp32, now bf16" in message
+    recorded = orjson.loads((tmp_path / "run" / "status.json").read_bytes())
+    assert (recorded["state"], recorded["exit_status"]) == ("refused", 2)
+
+
+def test_a_background_writer_works_beside_many_openmp_threads(tmp_path, trajectory_corpus):
+    config = tiny_config(trajectory_corpus, tmp_path / "run", checkpoint__async_save=True, model__hidden_size=256)
+    assert run_ranks(train_on_two_threads, 1, config) == [(0, "")]
+    assert find_checkpoint(tmp_path / "run") == checkpoint_of(tmp_path / "run", STEPS)
+
+
+def train_on_two_threads(config) -> tuple[int, str]:
+    torch.set_num_threads(2)
+    return train_with(config)
 
 
 @pytest.mark.parametrize("point", ["before_shard", "in_shard"])

@@ -228,7 +228,7 @@ GOOD = '{"prompt": "a", "reference": "b", "output": "c"}'
         ("[1]", "not a JSON object"),
         ('{"reference": "b", "output": "c"}', "'prompt' is missing"),
         ('{"prompt": "a", "output": "c"}', "'reference' is missing"),
-        ('{"prompt": "a", "reference": "b"}', "'outputs' is missing"),
+        ('{"prompt": "a", "reference": "b"}', "'output' is missing"),
         ('{"prompt": "a", "reference": "b", "outputs": []}', "non-empty list"),
         ('{"prompt": "a", "reference": "b", "outputs": "c"}', "non-empty list"),
         ('{"prompt": 3, "reference": "b", "output": "c"}', "prompt=3"),

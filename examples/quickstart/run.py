@@ -117,9 +117,11 @@ def write_summary() -> dict:
     summary = {
         "heldout_accuracy": seen["accuracy"],
         "heldout_comparisons": seen["num_pairs"],
+        "heldout_word_overlap_accuracy": seen["word_overlap_accuracy"],
         "swapped_accuracy": seen["swapped_accuracy"],
         "unseen_policy_accuracy": unseen["accuracy"],
         "unseen_policy_comparisons": unseen["num_pairs"],
+        "unseen_policy_word_overlap_accuracy": unseen["word_overlap_accuracy"],
         "train_seconds": sum(n * row["iteration-time"] for n, row in zip(intervals, training, strict=True)),
         "comparisons_per_second": statistics.median(row["comparisons/s"] for row in training),
     }

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from megatron_polar.config.schema import RunConfig
 from megatron_polar.config.validate import validate
@@ -23,6 +23,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises UserError naming the key, the value, the reason and the remedy.
     """
     path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path}: a device or a pipe, which cannot be read twice; write the configuration to a file")
     try:
         tree = OmegaConf.load(path)
         for override in overrides:
@@ -31,11 +33,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
                 raise UserError(f"override {override!r} is not of the form section.key=value")
         tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(list(overrides)))
         container = OmegaConf.to_container(tree, resolve=True)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read as a configuration ({error.strerror or error})") from None
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     except TypeError:  # OmegaConf merges no list with a mapping
         raise UserError(
@@ -49,6 +53,24 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     config = _build(RunConfig, container, key="", source=str(path))
     validate(config)
     return config
+
+
+def load_saved_config(path: str | Path) -> RunConfig:
+    """Read the configuration of a checkpoint, which may come from anywhere.
+
+    It is refused where it has what `dump_config` never writes: interpolations, which could carry an environment
+    variable of yours into a log or a report, and aliases, a few of which fill any memory.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        aliases = [token.value for token in yaml.scan(text) if isinstance(token, yaml.AliasToken)]
+    except (yaml.YAMLError, ValueError, OSError) as error:
+        raise UserError(f"{path}: not a saved configuration: {' '.join(str(error).split())}") from None
+    if "${" in text or aliases:
+        what = f"the alias *{aliases[0]}" if aliases else "an interpolation, ${...}"
+        raise UserError(f"{path}: has {what}, which no saved configuration has; do not use this checkpoint")
+    return load_config(path)
 
 
 def dump_config(config: RunConfig) -> str:

@@ -90,6 +90,11 @@ class ComparisonDataset:
         key = _mix64(_mix64(_mix64(self.seed) + source) + cycle)
         document = permute(position, size=len(corpus), key=key)
         stored = corpus.document(document)
+        if not _has_contrast(stored):
+            raise UserError(
+                f"{corpus.path}: document {document} has nothing to compare (one policy with two trajectories and "
+                f"another, or two ranked answers); preprocess did not write it"
+            )
         generator = np.random.default_rng([self.seed, source, cycle, document])
         choose = _draw_contrast if stored.kind == "trajectories" else _draw_ranking
         reference, candidates, levels = choose(stored, count=self.candidates_per_comparison, generator=generator)
@@ -117,14 +122,22 @@ def _shares(sizes: Sequence[int], weights: Sequence[float | None]) -> np.ndarray
 def _shared_control_tokens(corpora: Sequence[Corpus], sources: Sequence[DatasetSource]) -> ControlTokens:
     first = corpora[0].manifest["tokenizer"]
     for corpus, source in zip(corpora, sources, strict=True):
+        if not len(corpus):
+            raise UserError(f"{source.path}: holds no documents; preprocess something that has comparisons in it")
         other = corpus.manifest["tokenizer"]
         if other["fingerprint"] != first["fingerprint"]:
             raise UserError(
                 f"{source.path}: made with another tokenizer ({other['fingerprint'][:12]}) than {sources[0].path} "
                 f"({first['fingerprint'][:12]}); preprocess one of them again with the other's tokenizer"
             )
-    names = ("bos_id", "separator_id", "reward_id", "pad_id")
-    return ControlTokens(**{name: first[name] for name in names})
+    return corpora[0].control
+
+
+def _has_contrast(document: StoredDocument) -> bool:
+    if document.kind == "preference":
+        return len(document.halves) > 2
+    ids = document.policy_ids.tolist()
+    return 1 < len(set(ids)) < len(ids)
 
 
 def _draw_contrast(

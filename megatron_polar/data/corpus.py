@@ -89,7 +89,7 @@ class Corpus:
     def control(self) -> ControlTokens:
         """The control tokens that the halves were made for."""
         names = ("bos_id", "separator_id", "reward_id", "pad_id")
-        return ControlTokens(**{name: self.manifest["tokenizer"][name] for name in names})
+        return ControlTokens(**{name: self.manifest["tokenizer"].get(name) for name in names})
 
     def document(self, index: int) -> StoredDocument:
         """Read document `index` (0 <= index < len)."""
@@ -134,6 +134,8 @@ class Corpus:
                 f"{self.path}: made with tokenizer {made_with[:12]}, but this one is {tokenizer.fingerprint[:12]}; use "
                 f"{self.path / 'tokenizer'} or run preprocess again with this tokenizer"
             )
+        if self.control != tokenizer.control or self.manifest["tokenizer"]["vocab_size"] != tokenizer.vocab_size:
+            raise UserError(f"{self.path}/manifest.json: describes another tokenizer than it names; preprocess again")
 
     def verify_tokens(self, part: int = 0, of: int = 1, *, after_each: Callable[[], None] = lambda: None) -> int:
         """Compare every `of`-th block of the tokens with its hash, and all other files too where `part` is 0.

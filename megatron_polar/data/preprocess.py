@@ -19,8 +19,6 @@ import xxhash
 from megatron_polar import faults, log
 from megatron_polar.data.records import RecordError, list_inputs
 from megatron_polar.data.shards import (
-    COUNTS,
-    MAXIMA,
     UNIT_BYTES,
     Merger,
     UnitContext,
@@ -29,9 +27,11 @@ from megatron_polar.data.shards import (
     shard_path,
 )
 from megatron_polar.data.storage import (
+    COUNTS,
     FORMAT,
     FORMAT_VERSION,
     INDEX,
+    MAXIMA,
     QUARANTINE,
     TOKENIZER,
     TOKENS,

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from megatron_polar.data.records import list_inputs, read_jsonl
 from megatron_polar.data.template import prompt_text
 from megatron_polar.errors import UserError
+from megatron_polar.manifest import HashedFile
 
 Record = dict[str, Any]
 Messages = list[dict[str, str]]
@@ -340,7 +341,7 @@ def write_records(records: Iterable[Record], *, output: Path) -> int:
     count = 0
     try:
         with contextlib.ExitStack() as stack:
-            stream: Any = stack.enter_context(open(temporary, "wb"))
+            stream: Any = stack.enter_context(HashedFile(temporary))
             if output.suffix == ".gz":  # no name and no time inside: the same records are the same bytes
                 stream = stack.enter_context(gzip.GzipFile(filename="", fileobj=stream, mode="wb", mtime=0))
             for record in records:
@@ -379,7 +380,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Record]]:
     """Yield ("path: entry i", object) of a file that is one JSON list of objects."""
     try:
         rows = json.loads(path.read_bytes())
-    except ValueError as error:  # JSON and UTF-8 errors alike
+    except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors alike
         line = getattr(error, "lineno", 1)
         raise UserError(f"{path}:{line}: not valid JSON ({error}); fetch the file again") from None
     if not isinstance(rows, list):
@@ -396,7 +397,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Record]]:
         for number, line in read_jsonl(file):
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{file}:{number}: not valid JSON ({error}); fetch the file again") from None
             if not isinstance(row, dict):
                 raise UserError(f"{file}:{number}: a JSON {type(row).__name__}, not an object; is this published data?")

@@ -161,6 +161,8 @@ def read_jsonl(path: Path | str, *, meter: Meter | None = None) -> Iterator[tupl
 def read_lines(path: Path, *, meter: Meter | None = None) -> Iterator[InputLine]:
     """`read_jsonl` of one file, with the places of lines, and with those that are too long in constant memory."""
     number = offset = 0
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: not a regular file, nor a link to one; write the lines to a file")
     try:
         with _open_lines(path, meter=meter) as stream:
             while data := stream.readline(MAX_LINE_BYTES + 1):

@@ -35,7 +35,7 @@ from megatron_polar.data.records import (
     read_lines,
     too_long,
 )
-from megatron_polar.data.storage import HEADER_FIELDS, INDEX, KINDS, QUARANTINE, TOKENS, write_index
+from megatron_polar.data.storage import COUNTS, HEADER_FIELDS, INDEX, KINDS, MAXIMA, QUARANTINE, TOKENS, write_index
 from megatron_polar.data.template import WRAPPERS, encode_half
 from megatron_polar.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_polar.errors import UserError
@@ -45,21 +45,6 @@ from megatron_polar.manifest import Damaged, HashedFile, encode_manifest, write_
 # work a kill can cost.
 UNIT_BYTES = 4 * 1024 * 1024
 
-MAXIMA = ("longest_prompt", "longest_response", "longest_half")
-COUNTS = (
-    "lines",
-    "bad_lines",
-    "documents",
-    "trajectory_groups",
-    "preferences",
-    "halves",
-    "tokens",
-    "responses_cut",
-    "response_tokens_cut",
-    "duplicate_trajectories",
-    "duplicate_candidates",
-    "identical_candidates",
-)
 QUARANTINE_FIELDS = ("file", "line", "byte_offset", "reason", "sha256")
 
 
@@ -183,19 +168,58 @@ def _read_done(unit: _Unit, *, work: Path) -> dict | None:
     try:
         written = shard.with_suffix(".done").read_bytes()
         done = orjson.loads(written)
-        whole = encode_manifest(done) == written and done["unit"] == unit.digest
+        whole = encode_manifest(done) == written and done["unit"] == unit.digest and _is_complete(done)
         _read_shard(shard, done)
     except (OSError, orjson.JSONDecodeError, AttributeError, KeyError, TypeError, Damaged):
         return None
     return done if whole else None
 
 
-def _read_shard(shard: Path, done: dict) -> bytes:
+def _is_complete(done: dict) -> bool:
+    return (
+        all(type(done["counts"][name]) is int for name in (*COUNTS, *MAXIMA))
+        and isinstance(done["policies"], list)
+        and all(isinstance(name, str) for name in done["policies"])
+        and isinstance(done["bad"], list)
+        and all(set(QUARANTINE_FIELDS) <= bad.keys() for bad in done["bad"])
+    )
+
+
+def _read_shard(shard: Path, done: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, lengths of sequences, sequences per document. Raises Damaged for what `_encode_unit` does not write."""
     data = shard.read_bytes()
     found = xxhash.xxh3_128(data).hexdigest()
     if found != done["shard"]:
         raise Damaged(f"{shard.name} has XXH3 {found} instead of {done['shard']}")
-    return data
+    try:
+        with io.BytesIO(data) as file:
+            arrays = tuple(np.load(file, allow_pickle=False) for _ in range(3))
+    except Exception as error:  # a broken file may raise nearly anything
+        raise Damaged(f"{shard.name} does not hold three arrays ({type(error).__name__})") from error
+    if not all(isinstance(array, np.ndarray) and array.dtype == np.int32 and array.ndim == 1 for array in arrays):
+        raise Damaged(f"{shard.name} does not hold three lists of numbers")
+    tokens, lengths, documents = arrays
+    headers = np.cumsum(documents, dtype=np.int64) - documents
+    if (
+        min(lengths.min(initial=0), documents.min(initial=1) - 1) < 0
+        or lengths.sum(dtype=np.int64) != len(tokens)
+        or documents.sum(dtype=np.int64) != len(lengths)
+        or lengths[headers].min(initial=HEADER_FIELDS) < HEADER_FIELDS
+    ):
+        raise Damaged(f"{shard.name}: its numbers of tokens, sequences and documents do not fit together")
+    policies = tokens[_policy_places(lengths, documents)]
+    if policies.min(initial=-1) < -1 or policies.max(initial=-1) >= len(done["policies"]):
+        raise Damaged(f"{shard.name} has policies that its done file does not name")
+    return tokens, lengths, documents
+
+
+def _policy_places(lengths: np.ndarray, documents: np.ndarray) -> np.ndarray:
+    """Where in the tokens the policy ids of all headers are."""
+    starts = np.cumsum(lengths, dtype=np.int64) - lengths
+    headers = np.cumsum(documents, dtype=np.int64) - documents  # sequence number of every document's header
+    sizes = lengths[headers] - HEADER_FIELDS
+    within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return np.repeat(starts[headers] + HEADER_FIELDS, sizes) + within
 
 
 # ---------------------------------------------------------------- in the workers
@@ -347,8 +371,7 @@ class Merger:
 
     def append(self, shard: Path, done: dict) -> None:
         faults.point("merge")
-        with io.BytesIO(_read_shard(shard, done)) as file:
-            tokens, lengths, documents = (np.load(file, allow_pickle=False) for _ in range(3))
+        tokens, lengths, documents = _read_shard(shard, done)
         self._use_global_policies(tokens, lengths, documents, names=done["policies"])
         self._tokens.write(tokens.tobytes())
         self._lengths.write(lengths.tobytes())
@@ -369,11 +392,7 @@ class Merger:
         if not names:
             return
         ids = np.array([self.policies.setdefault(name, len(self.policies)) for name in names], np.int32)
-        starts = np.cumsum(lengths, dtype=np.int64) - lengths
-        headers = np.cumsum(documents, dtype=np.int64) - documents  # sequence number of every document's header
-        sizes = lengths[headers] - HEADER_FIELDS
-        within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        places = np.repeat(starts[headers] + HEADER_FIELDS, sizes) + within
+        places = _policy_places(lengths, documents)
         local = tokens[places]
         tokens[places] = np.where(local < 0, local, ids[np.maximum(local, 0)])
 

@@ -26,6 +26,21 @@ FORMAT_VERSION = 2
 TOKENS, INDEX, QUARANTINE, TOKENIZER = "corpus.bin", "corpus.idx", "quarantine.jsonl", "tokenizer"
 WORK = ".work"  # what an unfinished run has done so far
 KINDS = ("trajectories", "preference")
+MAXIMA = ("longest_prompt", "longest_response", "longest_half")
+COUNTS = (
+    "lines",
+    "bad_lines",
+    "documents",
+    "trajectory_groups",
+    "preferences",
+    "halves",
+    "tokens",
+    "responses_cut",
+    "response_tokens_cut",
+    "duplicate_trajectories",
+    "duplicate_candidates",
+    "identical_candidates",
+)
 HEADER_FIELDS = 3  # kind, wrapper, prompt length; then one policy id per half
 
 # Megatron's .idx: magic, version 1, dtype code 4 (int32), number of sequences, number of document bounds.
@@ -33,6 +48,14 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _INT32_CODE = 4
 _INDEX_HEADER = struct.Struct("<9sQBQQ")
 _CHUNK = 1 << 18
+
+_ENTRIES: dict[str, dict[str, type]] = {
+    "counts": dict.fromkeys(COUNTS, int),
+    "invariants": {**dict.fromkeys(("sequences", "documents", *MAXIMA), int), "index_xxh3_128": str},
+    "tokenizer": {**dict.fromkeys(("vocab_size", "pad_id", "separator_id", "reward_id"), int), "fingerprint": str},
+    "settings": {"max_response_length": int},
+}
+"""What the sections of a manifest must hold, as far as anything looks into it."""
 
 
 def read_dataset_manifest(directory: Path) -> dict:
@@ -42,14 +65,22 @@ def read_dataset_manifest(directory: Path) -> dict:
     for key, kind in {**kinds, "policies": list, "inputs": list}.items():
         if not isinstance(manifest.get(key), kind):
             raise Damaged(f"{MANIFEST} has no {key!r}: preprocess did not write it")
+    for section, entries in _ENTRIES.items():
+        for key, kind in entries.items():
+            if type(manifest[section].get(key)) is not kind:
+                raise Damaged(f"{MANIFEST} has no {section}.{key}: preprocess did not write it")
+    for key, kind in {"policies": str, "inputs": dict}.items():
+        if not all(isinstance(item, kind) for item in manifest[key]):
+            raise Damaged(f"{MANIFEST} has odd {key!r}: preprocess did not write it")
     for name in (TOKENS, INDEX):
         if name not in manifest["files"]:
             raise Damaged(f"{MANIFEST} does not name {name}: preprocess did not write it")
     for name, entry in manifest["files"].items():
-        if not isinstance(entry, dict) or not isinstance(entry.get("size"), int) or "sha256" not in entry:
+        if not isinstance(entry, dict) or type(entry.get("size")) is not int or type(entry.get("sha256")) is not str:
             raise Damaged(f"{MANIFEST} has no size and SHA-256 of {name}: preprocess did not write it")
     num_blocks = len(block_sizes(manifest["files"][TOKENS]["size"]))
-    if len(manifest["blocks"].get(TOKENS, [])) != num_blocks:
+    blocks = manifest["blocks"].get(TOKENS)
+    if not isinstance(blocks, list) or len(blocks) != num_blocks:
         raise Damaged(f"{MANIFEST} does not hash {TOKENS} in {num_blocks} blocks: preprocess did not write it")
     return manifest
 

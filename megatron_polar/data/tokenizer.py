@@ -20,6 +20,7 @@ import orjson
 
 from megatron_polar.data.template import ControlTokens
 from megatron_polar.errors import UserError
+from megatron_polar.manifest import write_durably
 
 SEPARATOR_TOKEN = "<|reward|>"
 REWARD_TOKEN = "[UNUSED_TOKEN_130]"
@@ -30,6 +31,7 @@ _CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 # token.
 _BOUNDARY_PROBE = "Hello world"
 _SENTENCE_CHARACTERS = 4096
+_MAX_IDS = 2**31  # datasets hold int32
 
 
 class Tokenizer:
@@ -46,6 +48,8 @@ class Tokenizer:
         self.kind = codec.kind
         self.separator_token, self.reward_token = separator_token, reward_token
         self.vocab_size = codec.vocab_size
+        if self.vocab_size > _MAX_IDS:
+            raise UserError(f"{codec.path}: ids up to {self.vocab_size - 1} do not fit 32 bits; fetch the file again")
         self.separator_id = _control_id(codec, separator_token, role="separator")
         self.reward_id = _control_id(codec, reward_token, role="reward")
         if self.separator_id == self.reward_id:
@@ -113,6 +117,8 @@ def load_tokenizer(
     path = Path(path)
     if path.is_dir():
         saved = _read_json(path / _SAVED_CHOICE) or {}
+        if not all(isinstance(token, str) and token for token in saved.values()):
+            raise UserError(f"{path / _SAVED_CHOICE}: tokens that are no text; delete it, or make the dataset again")
         separator_token = separator_token or saved.get("separator_token")
         reward_token = reward_token or saved.get("reward_token")
         file = next((path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()), None)
@@ -183,9 +189,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, output: Path, max_
             f"vocab_size={vocab_size}: sentencepiece cannot use it ({reason}); choose another size"
         ) from error
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(output.name + ".tmp")
-    temporary.write_bytes(model.getvalue())
-    temporary.replace(output)
+    write_durably(output, model.getvalue())
     return output
 
 
@@ -217,9 +221,12 @@ class _Settings:
         values: dict[str, Any] = {}
         for name in reversed(_CONFIG_FILES):
             values.update(_read_json(directory / name) or {})
+        decoder = values.get("added_tokens_decoder") or {}
+        if not isinstance(decoder, dict) or not all(re.fullmatch("[0-9]{1,9}", id) for id in decoder):
+            raise UserError(f"{directory}: added_tokens_decoder does not map ids to tokens; fetch the tokenizer again")
         added = {
             entry["content"]: int(id)
-            for id, entry in (values.get("added_tokens_decoder") or {}).items()
+            for id, entry in decoder.items()
             if isinstance(entry, dict) and isinstance(entry.get("content"), str)
         }
         names = {key: _token_text(values.get(key)) for key in ("bos_token", "pad_token", "eos_token")}
@@ -241,6 +248,7 @@ class _SentencePiece:
         try:
             self._model.ParseFromString(self._bytes)
             self._processor = SentencePieceProcessor(model_proto=self._bytes)
+            self._processor.id_to_piece(0)
         except (
             Exception
         ) as error:  # protobuf's DecodeError is defined in several places, sentencepiece raises RuntimeError
@@ -307,12 +315,14 @@ class _HuggingFace:
         try:
             self._json = orjson.loads(self._bytes)
             self._tokenizer = self._build()
-        except Exception as error:  # `tokenizers` raises plain Exception
+            self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # `tokenizers` raises plain Exception, and panics are not even that
             reason = " ".join(str(error).split())[:120]
             raise UserError(
                 f"{path}: not a tokenizer.json that `tokenizers` can read ({reason}); check the file"
             ) from error
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_id = self._bos_id()
         named = (settings.pad_token, settings.eos_token)
         self.pad_id = next((id for id in map(self.token_id, filter(None, named)) if id is not None), 0)

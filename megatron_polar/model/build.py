@@ -59,6 +59,7 @@ def build_model(
     architecture = architecture_of(config.model)
     rows = _embedding_rows(config, topology=topology, vocab_size=vocab_size)
     dtype = dtype or _DTYPES[config.train.precision]
+    _check_memory(architecture.num_parameters(rows), topology=topology, device=device, dtype=dtype)
     impl = resolve_transformer_impl(config.model.transformer_impl, device_kind=device.kind)
     attention = attention_class(
         config.model.attention, dtype=dtype, have_transformer_engine=impl == "transformer_engine"
@@ -98,6 +99,17 @@ def build_model(
         )
         chunks.append(_wrap(model, config=config, transformer_config=transformer_config, for_training=for_training))
     return BuiltModel(chunks, transformer_config, architecture, rows, impl, attention.__name__)
+
+
+def _check_memory(num_parameters: int, *, topology: Topology, device: Device, dtype: torch.dtype) -> None:
+    """Refuse a model whose weights alone exceed the memory; a mistyped size would otherwise fill it for minutes."""
+    needed, available = num_parameters * dtype.itemsize / (topology.tp_size * topology.pp_size), device.total_memory()
+    if needed > available:
+        raise UserError(
+            f"the model section describes {num_parameters:.3g} parameters: {needed / 2**30:.3g} GiB of weights on each "
+            f"of {topology.tp_size * topology.pp_size} ranks, and {device.name} has {available / 2**30:.3g} GiB; check "
+            f"its sizes and the tokenizer's vocabulary, or split it over more ranks (parallel section)"
+        )
 
 
 def _embedding_rows(config: RunConfig, *, topology: Topology, vocab_size: int) -> int:

@@ -8,9 +8,11 @@ piece is needed, stands beside it.
 import contextlib
 import os
 import time
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
+import psutil
 import torch
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 from megatron.core.tensor_parallel import random as mcore_random
@@ -46,6 +48,12 @@ class Device:
     def seconds_between(self, first: "float | torch.cuda.Event", second: "float | torch.cuda.Event") -> float:
         """Seconds from one `timestamp` to a later one, both of which the device has passed."""
         return second - first if self.kind == "cpu" else first.elapsed_time(second) / 1000
+
+    def total_memory(self) -> int:
+        """Bytes of memory that the device has, for all its ranks together."""
+        if self.kind == "cpu":
+            return psutil.virtual_memory().total
+        return torch.cuda.get_device_properties(self.torch_device).total_memory
 
     def memory_allocated(self) -> int:
         """Peak bytes allocated on the device since the last call (0 on the CPU)."""
@@ -153,6 +161,8 @@ def substitute_cuda() -> None:
     mcore_random.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
     if not HAVE_APEX_OR_TE:
         _mend_distributed_optimizer()
+    # A warning about CUDA_DEVICE_MAX_CONNECTIONS, which matters on GPUs only.
+    warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS.*")
     _active_mode = _CudaToCpu()
     _active_mode.__enter__()
 

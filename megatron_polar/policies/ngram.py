@@ -78,6 +78,8 @@ def read_documents(corpus: Sequence[Path] | None) -> list[list[str]]:
 
 def _read_text(path: Path) -> str:
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"corpus: {path}: a device, a pipe or a directory; name an existing text file or `pydoc`")
         return path.read_text(encoding="utf-8")
     except OSError as error:
         reason = error.strerror or "cannot be read"

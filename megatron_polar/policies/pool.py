@@ -159,8 +159,10 @@ def _read_yaml(path: Path) -> Any:
     from yaml import YAMLError
 
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("a device, a pipe or a directory")
         return OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, RecursionError, YAMLError, OmegaConfBaseException) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
         raise UserError(f"{path}: {reason}; name a readable YAML file of a pool (docs/policies.md)") from None
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import multiprocessing
-import os
 import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -17,6 +16,7 @@ from megatron_polar.data.records import read_jsonl
 from megatron_polar.data.template import prompt_text
 from megatron_polar.errors import UserError
 from megatron_polar.log import Progress, info
+from megatron_polar.manifest import write_durably
 from megatron_polar.policies.backends import EmbeddedPolicy, choose, derived_seed
 from megatron_polar.policies.ngram import MARKS, join_words
 from megatron_polar.policies.pool import Pool, PromptRule, load_pool
@@ -192,8 +192,13 @@ def _open_output(output: Path, described: dict) -> bool:
     """Make or recognise the output directory; returns whether a manifest says that it is complete."""
     settings_path, remedy = output / "settings.json", "choose another output directory or delete this one"
     if settings_path.exists():
-        found = orjson.loads(settings_path.read_bytes())
-        changed = [name for name, value in described.items() if found.get(name) != value and name != "fingerprint"]
+        if not settings_path.is_file():
+            raise UserError(f"{settings_path}: not a regular file; {remedy}")
+        try:
+            found = orjson.loads(settings_path.read_bytes())
+            changed = [name for name, value in described.items() if found.get(name) != value and name != "fingerprint"]
+        except (orjson.JSONDecodeError, AttributeError):
+            raise UserError(f"{settings_path}: not what `sample` has written; {remedy}") from None
         if changed:
             raise UserError(f"{output}: holds trajectories of other settings ({', '.join(changed)} changed); {remedy}")
     elif output.is_dir() and any(output.iterdir()):
@@ -259,13 +264,17 @@ def _draw_group(prompt: str, policies: Sequence[EmbeddedPolicy], settings: DrawS
 
 def _describe_shard(path: Path) -> dict:
     content = path.read_bytes()
-    groups = [orjson.loads(line) for line in content.splitlines()]
-    texts = [trajectory["text"] for group in groups for trajectory in group["trajectories"]]
+    try:
+        groups = [orjson.loads(line) for line in content.splitlines()]
+        texts = [trajectory["text"] for group in groups for trajectory in group["trajectories"]]
+        num_words = sum(len(text.split()) for text in texts)
+    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: not what `sample` has written; delete it, and it is drawn again") from None
     return {
         "file": path.name,
         "prompts": len(groups),
         "trajectories": len(texts),
-        "words": sum(len(text.split()) for text in texts),
+        "words": num_words,
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
     }
@@ -276,9 +285,4 @@ def _write_json(path: Path, value: dict) -> None:
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
-    partial_path = path.with_name(path.name + ".partial")
-    with partial_path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial_path, path)
+    write_durably(path, content, suffix=".partial")

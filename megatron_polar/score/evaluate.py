@@ -12,6 +12,7 @@ import numpy as np
 
 from megatron_polar import log
 from megatron_polar.errors import UserError
+from megatron_polar.manifest import HashedFile
 from megatron_polar.score.requests import Scorer, ScoreRequest
 from megatron_polar.score.statistics import Accuracy, compute_statistics, ordered_pairs
 from megatron_polar.score.suites import EvaluationItem
@@ -143,8 +144,9 @@ def _write_atomically(path: Path, lines: Iterable[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as stream:
-            stream.writelines(f"{line}\n" for line in lines)
+        with HashedFile(temporary) as stream:
+            for line in lines:
+                stream.write(f"{line}\n".encode())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -3,13 +3,14 @@
 import html
 import io
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
+
+from megatron_polar.manifest import write_durably
 
 # Okabe and Ito's palette: told apart with any common colour blindness. Matplotlib draws in these colours; in the page
 # each becomes a CSS variable, so that dark mode can exchange it.
@@ -87,9 +88,7 @@ def write_report(output: Path, *, title: str, subtitle: str, sections: Sequence[
         + "\n</main>\n</body>\n</html>\n"
     )
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = output.with_name(output.name + ".partial")
-    partial_path.write_text(page, encoding="utf-8")
-    os.replace(partial_path, output)
+    write_durably(output, page.encode(errors="replace"), suffix=".partial")
     return output
 
 

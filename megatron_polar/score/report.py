@@ -3,7 +3,8 @@
 import html
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_polar import log
@@ -46,13 +47,17 @@ _CURVES = (  # heading, y axis, caption, metrics: the first is drawn in blue, th
 )
 
 
+_LARGEST = 1e300
+"""What is larger cannot be drawn."""
+
+
 def read_metrics(path: Path) -> list[dict]:
     """Read `metrics.jsonl` in order of iteration: the training and held-out rows of one iteration become one.
 
     Where a resumed run wrote a figure twice, the later line counts. A last line that a killed run left unfinished is
     skipped. UserError with `file:line` for any other damage.
     """
-    if not path.exists():
+    if not path.is_file():
         raise UserError(
             f"{path}: no such file, so there is nothing to report; name a directory that `train` has written"
         )
@@ -61,8 +66,10 @@ def read_metrics(path: Path) -> list[dict]:
     for line_number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
+            if not isinstance(row["iteration"], int) or abs(row["iteration"]) >= 2**63:
+                raise TypeError("iteration is not a number of steps")
             rows.setdefault(row["iteration"], {}).update(row)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             if line_number < len(lines):
                 raise UserError(
                     f"{path}:{line_number}: not a line of metrics ({type(error).__name__}: {error}); delete it"
@@ -73,7 +80,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def _points(rows: Sequence[dict], metric: str) -> tuple[list[float], list[float]]:
-    present = [row for row in rows if isinstance(row.get(metric), int | float) and math.isfinite(row[metric])]
+    present = [row for row in rows if isinstance(row.get(metric), int | float) and abs(row[metric]) < _LARGEST]
     return [row["iteration"] for row in present], [row[metric] for row in present]
 
 
@@ -154,6 +161,8 @@ def read_rewards(path: Path) -> dict[str, list[float]]:
     groups: dict[str, list[float]] = {"best answers": [], "worst answers": []}
     for line in path.read_text(encoding="utf-8").splitlines():
         item = json.loads(line)
+        if not all(isinstance(reward, float) and math.isfinite(reward) for reward in item["rewards"]):
+            raise ValueError("rewards that are no numbers")
         for reward, level in zip(item["rewards"], item["levels"], strict=True):
             if level == min(item["levels"]):
                 groups["best answers"].append(reward)
@@ -178,7 +187,8 @@ def _evaluation_body(summary: dict, rewards: dict[str, list[float]] | None) -> s
     check = (
         f"Label-swap check: {summary['swap_check']}; "
         f"the accuracy with swapped labels is {share(summary['swapped_accuracy'])}. "
-        f"Preferring the longer answer would reach {share(summary['length_only_accuracy'])}; "
+        f"Preferring the longer answer would reach {share(summary['length_only_accuracy'])}, "
+        f"counting the words shared with the reference {share(summary['word_overlap_accuracy'])}; "
         f"the tie rate is {share(summary['tie_rate'])}."
     )
     intervals = [(row[0], row[1], row[2], row[3]) for row in rows if row[1] is not None]
@@ -207,6 +217,18 @@ def evaluation_report(summary: dict, *, rewards: Path | None, output: Path) -> P
     return write_report(output, title=f"Evaluation: {summary['suite']}", subtitle=subtitle, sections=sections)
 
 
+@contextmanager
+def _refusing_odd_files(directory: Path) -> Iterator[None]:
+    """One line for a summary or rewards that `evaluate` has not written."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise UserError(
+            f"{directory}: its summary.json or rewards.jsonl is not what `evaluate` writes ({reason}); evaluate again"
+        ) from error
+
+
 def training_report(run_directory: Path, *, evaluations: Mapping[str, Path] | None = None) -> Path:
     """Write `report.html` into a run directory from its metrics, configuration and `summary.json`, where they are.
 
@@ -215,21 +237,23 @@ def training_report(run_directory: Path, *, evaluations: Mapping[str, Path] | No
     rows = read_metrics(run_directory / "metrics.jsonl")
     sections = []
     summary_path, config_path = run_directory / "summary.json", run_directory / "config.yaml"
-    if summary_path.exists():
-        summary = json.loads(summary_path.read_text(encoding="utf-8"))
-        figures = {
-            name.replace("_", " "): value for name, value in summary.items() if isinstance(value, int | float | str)
-        }
-        sections.append(Section("Result", cards(figures)))
+    if summary_path.is_file():
+        with _refusing_odd_files(run_directory):
+            summary = json.loads(summary_path.read_text(encoding="utf-8"))
+            figures = {
+                name.replace("_", " "): value for name, value in summary.items() if isinstance(value, int | float | str)
+            }
+            sections.append(Section("Result", cards(figures)))
     for name, directory in (evaluations or {}).items():
-        evaluation = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-        sections.append(Section(name, _evaluation_body(evaluation, read_rewards(directory / "rewards.jsonl"))))
+        with _refusing_odd_files(directory):
+            evaluation = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+            sections.append(Section(name, _evaluation_body(evaluation, read_rewards(directory / "rewards.jsonl"))))
     sections.append(Section("Curves", _curves(rows)))
     if read_events(run_directory):
         sections.append(Section("Reliability", _reliability(run_directory)))
     sections.append(Section("Figures", _metrics_table(rows)))
-    if config_path.exists():
-        config = html.escape(config_path.read_text(encoding="utf-8"))
+    if config_path.is_file():
+        config = html.escape(config_path.read_text(encoding="utf-8", errors="replace"))
         folded = f"<details><summary>config.yaml</summary><pre>{config}</pre></details>\n"
         sections.append(Section("Configuration", folded))
     first, last = rows[0]["iteration"], rows[-1]["iteration"]

@@ -1,6 +1,5 @@
 """`score`: a JSONL file of prompts, references and outputs → the same lines with their rewards."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -12,6 +11,7 @@ from megatron_polar import log
 from megatron_polar.data.records import read_jsonl
 from megatron_polar.data.template import prompt_text
 from megatron_polar.errors import UserError
+from megatron_polar.manifest import HashedFile
 from megatron_polar.score.requests import Scorer, ScoreRequest
 
 _LINES_AT_ONCE = 256
@@ -43,11 +43,9 @@ def score_file(scorer: Scorer, path: Path, *, output: Path, default_wrapper: str
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(output.name + ".tmp")
     try:
-        with temporary.open("wb") as sink:
+        with HashedFile(temporary) as sink:
             for line in _scored_lines(scorer, path, total=total, default_wrapper=default_wrapper):
                 sink.write(orjson.dumps(line) + b"\n")
-            sink.flush()
-            os.fsync(sink.fileno())
         temporary.replace(output)
     finally:
         temporary.unlink(missing_ok=True)
@@ -73,11 +71,12 @@ def _read_lines(path: Path, *, default_wrapper: str) -> Iterator[_Line]:
 def _parse(raw: bytes, *, where: str, default_wrapper: str) -> _Line:
     try:
         value = orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
+        orjson.dumps(value)  # what is nested too deeply can be read, and not be written again
+    except (orjson.JSONDecodeError, TypeError) as error:
         raise UserError(f"{where}: not valid JSON ({error}); every line must be one JSON object") from None
     if not isinstance(value, dict):
         raise UserError(f"{where}: {value!r} is not a JSON object with prompt, reference and output")
-    is_single = "output" in value
+    is_single = "outputs" not in value
     for key in ("prompt", "reference", "output" if is_single else "outputs"):
         if key not in value:
             raise UserError(

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_polar import log
-from megatron_polar.config.load import load_config
+from megatron_polar.config.load import load_saved_config
 from megatron_polar.config.presets import architecture_of
 from megatron_polar.config.schema import ParallelSection, RunConfig
 from megatron_polar.config.validate import check_layout
@@ -107,8 +107,8 @@ def load_scorer(
     parallel = parallel or ParallelSection()
     device = select_device(device_kind, local_rank=ranks.local_rank())
     topology = ranks.initialize(parallel, device=device)
-    directory = agree_on_checkpoint(checkpoint, topology=topology)
-    config = load_config(directory / "config.yaml")
+    directory = agree_on_checkpoint(checkpoint, topology=topology).path
+    config = load_saved_config(directory / "config.yaml")
     run = dataclasses.replace(config.run, device=device_kind)
     config = dataclasses.replace(config, parallel=parallel, run=run)
     check_layout(parallel, architecture_of(config.model))

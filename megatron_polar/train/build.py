@@ -1,5 +1,6 @@
 """RunConfig → Run: everything that a run is made of, before its first step."""
 
+import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -92,12 +93,13 @@ class Run:
 
 def build_run(config: RunConfig) -> Run:
     """Join the other ranks, open the data, build model, optimizer and schedule. Raises UserError."""
+    refuse_planted_outputs(Path(config.run.directory))
     device = select_device(config.run.device, local_rank=ranks.local_rank())
     if config.run.deterministic:
         make_deterministic(device)
     topology = ranks.initialize(config.parallel, device=device)
     ranks.seed_ranks(topology, seed=config.run.seed)
-    data = open_data(config, topology=topology)
+    data = _open_on_all_ranks(config, topology=topology)
     num_steps = count_steps(config, data=data)
     model = build_model(config, topology=topology, device=device, vocab_size=data.vocab_size)
     reduction = GradientReduction(model, device=device)
@@ -105,6 +107,35 @@ def build_run(config: RunConfig) -> Run:
     schedule = build_schedule(config.optimizer, optimizer=optimizer, num_steps=num_steps)
     guard = StepGuard(config.faults)
     return Run(config, device, topology, data, model, reduction, guard, optimizer, schedule, num_steps)
+
+
+_OUTPUTS = ("checkpoints", "tensorboard", "stacks", "lock", "metrics.jsonl", "events.jsonl", "status.json")
+_OUTPUTS += ("config.yaml", "environment.json", "bad_steps.json", "report.html", "checkpoints/latest")
+
+
+def refuse_planted_outputs(directory: Path) -> None:
+    """Raise UserError where a file or directory that a run writes to is a link, which may lead anywhere, or a pipe.
+
+    The run directory itself may be a link.
+    """
+    for path in [*(directory / name for name in _OUTPUTS), *directory.glob("stacks/*")]:
+        if os.path.lexists(path) and (path.is_symlink() or not (path.is_file() or path.is_dir())):
+            kind = "a link, and could lead anywhere" if path.is_symlink() else "neither a file nor a directory"
+            raise UserError(f"{path}: is {kind}; remove it (run.directory itself may be a link)")
+
+
+def _open_on_all_ranks(config: RunConfig, *, topology: Topology) -> Data:
+    """`open_data`; what one rank cannot open, no rank goes on without."""
+    data = problem = None
+    try:
+        data = open_data(config, topology=topology)
+    except UserError as error:
+        problem = error
+    found: list[UserError | None] = [None] * topology.world_size
+    dist.all_gather_object(found, problem)
+    for problem in filter(None, found):
+        raise problem
+    return data
 
 
 def describe_run(run: Run, *, layout: dict[str, int]) -> list[str]:

@@ -28,6 +28,7 @@ from megatron_polar.manifest import HashedFile, file_entry, sync_file
 from megatron_polar.model.build import BuiltModel
 from megatron_polar.parallel.topology import Topology
 from megatron_polar.train.checkpoint_files import (
+    UNREADABLE,
     TrainingState,
     candidates,
     encode_state,
@@ -257,7 +258,15 @@ def _describe(error: OSError) -> str:
 # --- Finding ---------------------------------------------------------------------------------------------------------
 
 
-def agree_on_checkpoint(path: str | Path, *, topology: Topology, required: bool = True) -> Path | None:
+@dataclass(frozen=True)
+class Found:
+    """The checkpoint to load, and the newer ones that are damaged beyond doubt."""
+
+    path: Path
+    damaged: list[Path]
+
+
+def agree_on_checkpoint(path: str | Path, *, topology: Topology, required: bool = True) -> Found | None:
     """The newest checkpoint of `path` that verifies, the same on every rank; the ranks share the hashing.
 
     Says which it skips and why. Not `required`: None for a directory in which no save was ever finished. Raises
@@ -269,17 +278,22 @@ def agree_on_checkpoint(path: str | Path, *, topology: Topology, required: bool 
             found = [candidates(path) if required or has_checkpoints(Path(path)) else None]
         except UserError as error:
             found = [error]
+        except OSError as error:
+            found = [UserError(f"{path}: cannot be read ({error.strerror or error}); check the file system")]
     dist.broadcast_object_list(found, src=0)
     if isinstance(found[0], UserError):
         raise found[0]
     if found[0] is None:
         return None
+    damaged = []
     for candidate in found[0]:
         problems: list[str | None] = [None] * topology.world_size
         dist.all_gather_object(problems, verify_checkpoint(candidate, part=topology.rank, of=topology.world_size))
         problem = next(filter(None, problems), None)
         if problem is None:
-            return candidate
+            return Found(candidate, damaged)
+        if not any(text.startswith(UNREADABLE) for text in filter(None, problems)):
+            damaged.append(candidate)
         if topology.rank == 0:
             log.warn(f"{candidate}: skipped: {problem}")
     raise none_verifies(path, len(found[0]))

@@ -9,8 +9,9 @@ A save always gets a fresh directory, and no complete checkpoint is ever written
 
 import os
 import shutil
+import typing
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import orjson
@@ -45,6 +46,8 @@ class TrainingState:
     layout: dict[str, int]
     backend: str
     """gloo or nccl: random-number states of one device mean nothing on another."""
+    precision: str = ""
+    """`train.precision`: the optimizer's state of one is not that of another."""
     guard: dict = field(default_factory=dict)
     """What the guard against bad steps remembers (train/guard.py)."""
 
@@ -52,9 +55,14 @@ class TrainingState:
 def read_state(directory: Path) -> TrainingState:
     """Read `state.json` of a checkpoint. Raises UserError when it is not one of ours."""
     try:
-        return TrainingState(**orjson.loads((directory / "state.json").read_bytes()))
+        state = TrainingState(**orjson.loads((directory / "state.json").read_bytes()))
     except (OSError, orjson.JSONDecodeError, TypeError) as error:
         raise UserError(f"{directory}/state.json: cannot be used ({' '.join(str(error).split())})") from error
+    for entry in fields(TrainingState):
+        value, kind = getattr(state, entry.name), typing.get_origin(entry.type) or entry.type
+        if type(value) is not kind or (kind is int and value < 0):
+            raise UserError(f"{directory}/state.json: {entry.name} is {value!r:.60}; use another checkpoint")
+    return state
 
 
 def encode_state(state: TrainingState) -> bytes:
@@ -75,7 +83,7 @@ def list_steps(run_directory: Path) -> list[Path]:
 
 def _number(path: Path) -> int | None:
     digits = path.name.removeprefix(_STEP_PREFIX)
-    return int(digits) if digits.isdigit() else None
+    return int(digits) if digits.isascii() and digits.isdigit() else None
 
 
 def has_checkpoints(run_directory: Path) -> bool:
@@ -112,7 +120,10 @@ def publish(saved: Path, *, step: int, entries: dict[str, dict]) -> Path:
     saved.rename(target)
     sync_directory(target.parent)
     faults.point("after_publish")
-    point_latest(target)
+    try:
+        point_latest(target)
+    except OSError as error:  # a hint for people; resuming looks at the checkpoints themselves
+        log.warn(f"{target.parent / 'latest'}: cannot be moved to {target.name} ({error.strerror or error})")
     return target
 
 
@@ -138,15 +149,23 @@ def prune(run_directory: Path, *, keep: int, keep_every: int) -> None:
         if not (keep_every and _number(old) % keep_every == 0):
             # It vanishes as a whole; a kill in between leaves remains that nobody reads.
             old.rename(checkpoints / f"{_REMOVED}{old.name}-{os.urandom(4).hex()}")
+    remove_remains(run_directory)
+
+
+def remove_remains(run_directory: Path) -> None:
+    """Delete what killed saves and deletions have left: room that the next save may need."""
+    checkpoints = run_directory / "checkpoints"
     for remains in [*checkpoints.glob(f"{_SAVING}*"), *checkpoints.glob(f"{_REMOVED}*")]:
         shutil.rmtree(remains, ignore_errors=True)
 
 
-def set_aside_newer(run_directory: Path, *, than: Path) -> None:
+def set_aside_newer(run_directory: Path, *, than: Path, damaged: Iterable[Path]) -> None:
     """Rename the damaged checkpoints newer than the one that a run resumes from, so that none is counted as kept."""
-    for path in list_steps(run_directory):
+    for path in damaged:
         if _number(path) > _number(than):
-            path.rename(path.with_name(f"{_DAMAGED}{path.name}-{os.urandom(4).hex()}"))
+            aside = path.with_name(f"{_DAMAGED}{path.name}-{os.urandom(4).hex()}")
+            path.rename(aside)
+            log.warn(f"{path}: renamed to {aside.name}; look at it, then delete it")
     latest = than.parent / "latest"
     if not latest.is_file() or latest.read_text(errors="replace").strip() != than.name:
         point_latest(than)
@@ -155,11 +174,17 @@ def set_aside_newer(run_directory: Path, *, than: Path) -> None:
 # --- Finding and verifying -------------------------------------------------------------------------------------------
 
 
+UNREADABLE = "cannot be read now"
+"""How `verify_checkpoint` begins what may be the file system's fault and not the checkpoint's."""
+
+
 def verify_checkpoint(directory: Path, *, part: int = 0, of: int = 1) -> str | None:
     """Why the checkpoint cannot be trusted, in one line; None when every file has its size and SHA-256.
 
     `of` ranks share the hashing: each takes its `part`, of about equal size.
     """
+    if directory.is_symlink():
+        return "is a link, and checkpoints are directories"
     try:
         files = read_manifest(directory, format_name=FORMAT, format_version=FORMAT_VERSION)["files"]
         if part == 0:
@@ -171,7 +196,7 @@ def verify_checkpoint(directory: Path, *, part: int = 0, of: int = 1) -> str | N
     except Damaged as damage:
         return str(damage)
     except OSError as error:
-        return f"{error.filename or 'a file'} cannot be read ({error.strerror or error})"
+        return f"{UNREADABLE}: {error.filename or 'a file'} ({error.strerror or error})"
     except (KeyError, TypeError, AttributeError):
         return f"{MANIFEST} does not describe a checkpoint"
     return None
@@ -194,7 +219,7 @@ def candidates(path: str | Path) -> list[Path]:
     if (path / "checkpoints").is_dir():
         return list_steps(path)
     if path.is_dir() and _number(path) is not None:
-        return [path]
+        return [path.resolve() if path.is_symlink() else path]
     raise UserError(f"{path}: no checkpoint here; give a run directory or one of its checkpoints/step_... directories")
 
 

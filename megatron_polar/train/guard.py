@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_polar import faults
 from megatron_polar.config.schema import FaultsSection
-from megatron_polar.errors import BAD_STEPS, RunStopped
+from megatron_polar.errors import BAD_STEPS, RunStopped, UserError
 from megatron_polar.model.build import BuiltModel
 from megatron_polar.parallel.device import Device
 from megatron_polar.parallel.topology import Topology
@@ -98,12 +98,15 @@ class StepGuard:
         return {"skipped": self.skipped, "nonfinite": self.nonfinite, "in_a_row": self.in_a_row, "recent": recent}
 
     def restore(self, state: dict) -> None:
-        """Continue from a checkpoint's `state`."""
-        for name in ("skipped", "nonfinite", "in_a_row"):
-            setattr(self, name, int(state.get(name, 0)))
-        for name in _SHAPE:
-            self._recent[name].clear()
-            self._recent[name].extend(state.get("recent", {}).get(name, ()))
+        """Continue from a checkpoint's `state`. Raises UserError when it is none."""
+        try:
+            for name in ("skipped", "nonfinite", "in_a_row"):
+                setattr(self, name, int(state.get(name, 0)))
+            for name in _SHAPE:
+                self._recent[name].clear()
+                self._recent[name].extend(map(float, state.get("recent", {}).get(name, ())))
+        except (TypeError, ValueError, AttributeError, OverflowError):
+            raise UserError(f"state.json of the checkpoint: guard is {state!r:.60}; use another checkpoint") from None
 
 
 # --- Replicas --------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ class LineFile:
         """Write a row, and those that are waiting; on the disk when this returns, or all of them wait on."""
         self._waiting.append(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
         try:
-            with self.path.open("ab") as file:
+            with open(self.path, "ab", opener=_open_no_link) as file:
                 end = file.tell()
                 try:
                     file.write(b"".join(self._waiting))
@@ -44,11 +44,18 @@ class LineFile:
             self._failed = True
 
     def end_with_a_whole_line(self) -> None:
-        """Drop what a kill has left of a last line."""
-        if self.path.is_file():
+        """Drop what a kill has left of a last line. A file that has a second name goes on as a copy of its own."""
+        if self.path.is_file() and not self.path.is_symlink():
             data = self.path.read_bytes()
-            if data and not data.endswith(b"\n"):
-                os.truncate(self.path, data.rfind(b"\n") + 1)
+            whole = data[: data.rfind(b"\n") + 1]
+            if self.path.stat().st_nlink > 1:
+                write_durably(self.path, whole)
+            elif whole != data:
+                os.truncate(self.path, len(whole))
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o644)
 
 
 class Journal:
@@ -84,7 +91,11 @@ class Journal:
 
 def read_events(directory: Path) -> list[dict]:
     """Events of a run in order; a line that a kill has cut short is passed over."""
-    return list(_rows(directory / EVENTS, key="event"))
+    return [
+        row
+        for row in _rows(directory / EVENTS, needed=("time",))
+        if isinstance(row.get("event"), str) and all(_is_number(row[name]) for name in _NUMBERS & row.keys())
+    ]
 
 
 def last_sign_of_life(directory: Path, *, resumed_at: int) -> dict:
@@ -106,10 +117,23 @@ def last_sign_of_life(directory: Path, *, resumed_at: int) -> dict:
 
 def read_rows(directory: Path) -> list[dict]:
     """Rows of metrics.jsonl with training figures."""
-    return [row for row in _rows(directory / "metrics.jsonl", key="iteration") if "iteration-time" in row]
+    return [
+        row
+        for row in _rows(directory / "metrics.jsonl", needed=("iteration", "iteration-time"))
+        if isinstance(row["iteration"], int)
+    ]
 
 
-def _rows(path: Path, *, key: str) -> Iterable[dict]:
+_NUMBERS = {"step", "seconds", "stalled_seconds", "last_sign", "lost_steps", "lost_seconds"}
+"""Entries of events that are numbers."""
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _rows(path: Path, *, needed: tuple[str, ...]) -> Iterable[dict]:
+    """Lines of JSON objects with these numbers; others, such as the half line that a kill leaves, are passed over."""
     if not path.is_file():
         return
     for line in path.read_bytes().splitlines():
@@ -117,7 +141,7 @@ def _rows(path: Path, *, key: str) -> Iterable[dict]:
             row = orjson.loads(line)
         except orjson.JSONDecodeError:
             continue
-        if isinstance(row, dict) and key in row:
+        if isinstance(row, dict) and all(_is_number(row.get(name)) for name in needed):
             yield row
 
 
@@ -158,8 +182,8 @@ def goodput(events: Sequence[dict], rows: Sequence[dict]) -> Goodput:
         productive_seconds=productive,
         lost_seconds=sum(event.get("lost_seconds", 0.0) for event in starts),
         down_seconds=down,
-        save_seconds=sum(event["seconds"] for event in saves),
-        stall_seconds=sum(event["stalled_seconds"] for event in saves),
+        save_seconds=sum(event.get("seconds", 0.0) for event in saves),
+        stall_seconds=sum(event.get("stalled_seconds", 0.0) for event in saves),
         restarts=len(starts) - 1,
         lost_steps=sum(event.get("lost_steps", 0) for event in starts),
         skipped_steps=sum(event["event"] == "bad_step" for event in events),

@@ -192,14 +192,14 @@ class Metrics:
 
 def cut_rows_beyond(path: Path, iteration: int) -> None:
     """Drop the rows that a killed run wrote after its last checkpoint, so that curves do not double."""
-    if not path.exists():
+    if not path.is_file():
         return
     kept = []
     for line in path.read_bytes().splitlines():
         try:
             if orjson.loads(line)["iteration"] > iteration:
                 continue
-        except (orjson.JSONDecodeError, KeyError):
+        except (orjson.JSONDecodeError, KeyError, TypeError):
             continue  # half a line, cut off by the kill
         kept.append(line + b"\n")
     write_durably(path, b"".join(kept))

@@ -1,5 +1,6 @@
 """Run one step again, micro-batch by micro-batch, to see which comparisons make it fail. Changes nothing."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -20,18 +21,18 @@ from megatron_polar.train.step import run_schedule
 
 @dataclass(frozen=True)
 class ReplayedBatch:
-    """One micro-batch of one rank: mean loss over its pairs (nan on ranks that see no rewards), and whether this rank's
+    """One micro-batch of one rank: mean loss over its pairs (None where no rewards are seen), and whether this rank's
     gradients of it are finite."""
 
     rank: int
     micro_batch: int
     samples: list[int]
-    loss: float
+    loss: float | None
     gradients_are_finite: bool
 
     @property
     def is_bad(self) -> bool:
-        return not self.gradients_are_finite or math.isinf(self.loss)
+        return not self.gradients_are_finite or not math.isfinite(self.loss or 0.0)
 
 
 def replay_step(config: RunConfig, *, step: int) -> int:
@@ -40,7 +41,9 @@ def replay_step(config: RunConfig, *, step: int) -> int:
 
     Raises UserError when no checkpoint from before the end of that step is left.
     """
-    run = build_run(config)
+    # Overlapping would mix gradients of ranks before they can be looked at.
+    alone = dataclasses.replace(config.optimizer, overlap_grad_reduce=False, overlap_param_gather=False)
+    run = build_run(dataclasses.replace(config, optimizer=alone))
     checkpoint = _checkpoint_for(run, step=step)
     load_training(checkpoint, model=run.model, optimizer=run.optimizer, topology=run.topology)
     gather_updated_weights(run.model)
@@ -54,8 +57,8 @@ def replay_step(config: RunConfig, *, step: int) -> int:
         gradients = "finite" if batch.gradients_are_finite else "not finite"
         samples = ", ".join(map(str, batch.samples))
         log.info(
-            f"  {verdict:3s} rank {batch.rank} micro-batch {batch.micro_batch}: loss {batch.loss:.6g}, gradients "
-            f"{gradients}; comparisons {samples}"
+            f"  {verdict:3s} rank {batch.rank} micro-batch {batch.micro_batch}: loss "
+            f"{'not here' if batch.loss is None else f'{batch.loss:.6g}'}, gradients {gradients}; comparisons {samples}"
         )
     bad = sum(batch.is_bad for batch in found)
     log.info(f"{bad} of {len(found)} micro-batches are bad" + ("" if bad else ": the step does not fail by itself"))
@@ -107,8 +110,8 @@ def _replay(run: Run, *, step: int) -> list[ReplayedBatch]:
                 forward_only=False,
             )[0].tolist()
             figures = dict(zip(SUMS, sums, strict=True))
-            loss = figures["loss"] / figures["pairs"] if figures["pairs"] else math.nan
-            finite = run.reduction.own_gradients_are_finite is not False
+            loss = figures["loss"] / figures["pairs"] if figures["pairs"] else None
+            finite = bool(run.reduction.own_gradients_are_finite)
             found.append(ReplayedBatch(run.topology.rank, number, prepared.indices[number], loss, finite))
     run.reduction.hold(None)
     return found

@@ -12,14 +12,15 @@ from megatron_polar.config.load import dump_config
 from megatron_polar.config.schema import RunConfig
 from megatron_polar.data.loader import Step, StepDataset, load_steps
 from megatron_polar.data.tokenizer import load_tokenizer
-from megatron_polar.errors import STALLED, STOPPED, RunStopped, UserError
+from megatron_polar.errors import CANNOT_SAVE, FAILED, INTERRUPTED, STALLED, STOPPED, USER_ERROR, RunStopped, UserError
 from megatron_polar.manifest import write_durably
 from megatron_polar.train.build import Run, build_run, describe_run
 from megatron_polar.train.checkpoint import Checkpointer, SaveReport, agree_on_checkpoint
-from megatron_polar.train.checkpoint_files import TrainingState, read_state, set_aside_newer
+from megatron_polar.train.checkpoint_files import TrainingState, read_state, remove_remains, set_aside_newer
 from megatron_polar.train.evaluation import evaluate_held_out
 from megatron_polar.train.guard import check_replicas, flip_a_bit
-from megatron_polar.train.journal import Journal, last_sign_of_life
+from megatron_polar.train.journal import STATUS, Journal, last_sign_of_life
+from megatron_polar.train.lock import lock_run
 from megatron_polar.train.metrics import Metrics, StepTimer, peak_tflops
 from megatron_polar.train.optimizer import current_learning_rate
 from megatron_polar.train.signals import StopSignals
@@ -53,14 +54,17 @@ def train(config: RunConfig) -> dict[str, float]:
     with StopSignals() as signals:
         run = build_run(config)
         signals.wait_for_step()
-        with _watchdog(run) as watchdog:
+        with _watchdog(run) as watchdog, lock_run(run.directory, topology=run.topology):
             try:
                 return _train(run, signals=signals, watchdog=watchdog)
-            except RuntimeError as error:  # a collective that a peer has left
-                culprit = watchdog.explain(error)
-                if culprit is None:
-                    raise
-                raise RunStopped(f"{culprit} ({' '.join(str(error).split())[:200]})", status=STALLED) from error
+            except UserError as error:
+                # Refused before its first step: what status.json says of the job before is no longer so.
+                if not isinstance(error, RunStopped) and (run.directory / STATUS).exists():
+                    journal = Journal(run.directory, writes=run.topology.rank == 0)
+                    journal.status("refused", step=0, exit_status=USER_ERROR, reason=str(error))
+                raise
+            except RuntimeError as error:
+                raise _lost_peer(error, watchdog=watchdog) or error from None
 
 
 def _train(run: Run, *, signals: StopSignals, watchdog: Watchdog) -> dict[str, float]:
@@ -89,13 +93,31 @@ def _train(run: Run, *, signals: StopSignals, watchdog: Watchdog) -> dict[str, f
         watchdog.enter("save", training.done)
         training.checkpointer.finish()
     except RunStopped as stop:
-        training.journal.write("stop", step=training.done, reason=str(stop))
-        training.journal.status("stopped", step=training.done, exit_status=stop.status, reason=str(stop))
+        _write_down_end(training, "stopped", status=stop.status, reason=str(stop))
         raise
+    except KeyboardInterrupt:
+        reason = f"interrupted after step {training.done}; step {training.saved} is saved"
+        _write_down_end(training, "interrupted", status=INTERRUPTED, reason=reason)
+        log.info(f"{reason}: start the same command again to go on from there")
+        raise
+    except RuntimeError as error:
+        stop = _lost_peer(error, watchdog=watchdog)
+        reason = str(stop or " ".join(str(error).split())[:500])
+        _write_down_end(training, "failed", status=stop.status if stop else FAILED, reason=reason)
+        raise stop or error from None
     training.journal.write("done", step=training.done)
     training.journal.status("done", step=training.done, exit_status=0)
     training.metrics.close()
     return training.metrics.last_row
+
+
+def _lost_peer(error: RuntimeError, *, watchdog: Watchdog) -> RunStopped | None:
+    """If a collective failed because a rank has left it: the stop that names the rank."""
+    culprit = watchdog.explain(error)
+    if culprit is None:
+        return None
+    log.warn(f"a collective has failed: {' '.join(str(error).split())[:200]}")
+    return RunStopped(culprit, status=STALLED)
 
 
 def _one_step(training: Training, step: Step, *, timer: StepTimer) -> None:
@@ -135,7 +157,7 @@ def _after_step(training: Training) -> None:
         _evaluate(training)
     interval = config.faults.replica_check_interval
     if interval and (done % interval == 0 or save_is_due):
-        check_replicas(run.model, topology=run.topology, step=done)
+        _check_replicas(training)
     if save_is_due:
         _save(training)
     _stop_if_steps_keep_failing(training)
@@ -187,6 +209,7 @@ def _open(run: Run, *, signals: StopSignals, watchdog: Watchdog) -> Training:
         journal.write("save", **vars(report))
         if report.problem is None:
             training.saved = report.step
+            journal.status("running", step=report.step)
 
     checkpointer = Checkpointer(
         run.directory,
@@ -206,8 +229,9 @@ def _open(run: Run, *, signals: StopSignals, watchdog: Watchdog) -> Training:
 def _start(run: Run) -> tuple[int, str]:
     """Resume, start from a checkpoint's weights, or start afresh; returns the finished steps, and from where."""
     config = run.config
-    checkpoint = agree_on_checkpoint(run.directory, topology=run.topology, required=False)
-    if checkpoint is not None:
+    found = agree_on_checkpoint(run.directory, topology=run.topology, required=False)
+    if found is not None:
+        checkpoint = found.path
         if not config.checkpoint.resume:
             raise UserError(
                 f"{run.directory} has checkpoints and checkpoint.resume=false; choose another run.directory, or resume"
@@ -216,12 +240,13 @@ def _start(run: Run) -> tuple[int, str]:
         state = load_training(checkpoint, model=run.model, optimizer=run.optimizer, topology=run.topology)
         run.guard.restore(state.guard)
         if run.topology.rank == 0:
-            set_aside_newer(run.directory, than=checkpoint)
+            set_aside_newer(run.directory, than=checkpoint, damaged=found.damaged)
+            remove_remains(run.directory)
         rest = "" if state.step < run.num_steps else "; all steps are done, nothing is left to train"
         log.info(f"resumed from {checkpoint} at step {state.step}{rest}")
         return state.step, checkpoint.name
     if config.train.init_from is not None:
-        checkpoint = agree_on_checkpoint(config.train.init_from, topology=run.topology)
+        checkpoint = agree_on_checkpoint(config.train.init_from, topology=run.topology).path
         tokenizer = load_tokenizer(checkpoint / "tokenizer")
         for corpus in run.data.train.corpora:
             corpus.check_tokenizer(tokenizer)
@@ -236,12 +261,23 @@ def _start(run: Run) -> tuple[int, str]:
 def _check_same_data(checkpoint: Path, *, run: Run) -> None:
     state = read_state(checkpoint)
     consumed = state.step * run.config.train.global_batch_size
-    if state.data_fingerprint != run.data.train.fingerprint or state.consumed_comparisons != consumed:
+    remedy = f"use {checkpoint}/config.yaml, or start a new run with train.init_from"
+    if state.data_fingerprint != run.data.train.fingerprint:
         raise UserError(
-            f"{checkpoint}: was trained on other data, or with another seed or batch size (data fingerprint "
-            f"{state.data_fingerprint[:12]}, now {run.data.train.fingerprint[:12]}; {state.consumed_comparisons} "
-            f"comparisons consumed, now {consumed}); use {checkpoint}/config.yaml, or start a new run with "
-            f"train.init_from"
+            f"{checkpoint}: was trained on other data, or with another seed, K or data.max_sequence_length (data "
+            f"fingerprint {state.data_fingerprint[:12]}, now {run.data.train.fingerprint[:12]}); {remedy}"
+        )
+    if state.precision != run.config.train.precision:
+        raise UserError(
+            f"{checkpoint}: was trained with train.precision={state.precision}, now {run.config.train.precision}: the "
+            f"optimizer's state does not fit; {remedy}"
+        )
+    if state.consumed_comparisons != consumed:
+        before = state.consumed_comparisons // max(state.step, 1)
+        raise UserError(
+            f"{checkpoint}: was trained with train.global_batch_size={before}, now "
+            f"{run.config.train.global_batch_size}: step {state.step} would be another place in the data "
+            f"({state.consumed_comparisons} comparisons consumed, now {consumed}); {remedy}"
         )
 
 
@@ -275,6 +311,14 @@ def _evaluate(training: Training) -> None:
     training.metrics.write_validation(training.done, sums, seconds=timer.lap())
 
 
+def _check_replicas(training: Training) -> None:
+    try:
+        check_replicas(training.run.model, topology=training.run.topology, step=training.done)
+    except RunStopped:
+        training.checkpointer.finish()  # what is being written in the background is of good weights
+        raise
+
+
 def _save(training: Training, *, blocking: bool = False) -> None:
     run, done = training.run, training.done
     training.watchdog.enter("save", done)
@@ -285,6 +329,7 @@ def _save(training: Training, *, blocking: bool = False) -> None:
         max_response_length=min(c.manifest["settings"]["max_response_length"] for c in run.data.train.corpora),
         layout=layout_of(run.topology),
         backend=run.device.backend,
+        precision=run.config.train.precision,
         guard=run.guard.state(),
     )
     training.checkpointer.save(state, blocking=blocking)
@@ -334,6 +379,11 @@ def _write_down_bad_step(training: Training, result: StepResult) -> None:
         )
 
 
+def _write_down_end(training: Training, state: str, *, status: int, reason: str) -> None:
+    training.journal.write("stop", step=training.done, reason=reason)
+    training.journal.status(state, step=training.done, exit_status=status, reason=reason)
+
+
 # --- Stopping --------------------------------------------------------------------------------------------------------
 
 
@@ -347,11 +397,11 @@ def _stop_if_asked(training: Training) -> None:
         _write_metrics(training)
         _save(training, blocking=True)
     training.metrics.close()
-    kept = f"step {training.saved} is saved" if training.saved else "no step is finished yet"
+    kept = f"step {training.saved} is saved" if training.saved else "no step is saved"
     raise RunStopped(
         f"stopped by {name} after step {training.done} of {training.run.num_steps}; {kept}: start the same command "
         f"again to go on",
-        status=STOPPED,
+        status=STOPPED if training.saved == training.done else CANNOT_SAVE,
     )
 
 
@@ -368,6 +418,5 @@ def _stop_if_steps_keep_failing(training: Training) -> None:
         bad = [event for event in training.journal.read() if event["event"] == "bad_step" and event["step"] >= first]
         report = {"steps": bad, "replay": command, "time": time.time()}
         write_durably(run.directory / "bad_steps.json", orjson.dumps(report, option=orjson.OPT_INDENT_2))
-    run.guard.check_limit(
-        step=done, remedy=f"see {run.directory}/bad_steps.json, and look into the first of them with: {command}"
-    )
+    remedy = f"see {run.directory}/bad_steps.json, and look into the first of them, with as many ranks: {command}"
+    run.guard.check_limit(step=done, remedy=remedy)

@@ -5,20 +5,27 @@ Reading: DCP unpickles `.metadata` and saved objects with full trust; here both 
 can come out of a checkpoint.
 """
 
+import dataclasses
 import io
+import math
 import mmap
 import os
 import pickle
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import torch as mcore_torch
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
-from torch.distributed.checkpoint import FileSystemReader, Metadata
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, Metadata
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import _wrap_exception
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -26,6 +33,7 @@ from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_polar import faults
+from megatron_polar.errors import UserError
 from megatron_polar.manifest import Damaged, HashedFile
 from megatron_polar.processes import serve_rank
 
@@ -129,6 +137,7 @@ def _write_shard(parent: int, buckets: list, report: ShardReport) -> None:
     """Write one file, here or in a forked process; tells the outcome through `report` and never raises."""
     if os.getpid() != parent:
         serve_rank(parent)
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork, and waiting for them would never end
     path, _, data = buckets[0]
     try:
         faults.point("before_shard")
@@ -203,11 +212,22 @@ _METADATA_CLASSES = {
 """All that `.metadata` of a checkpoint of ours is made of."""
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+class _MetadataUnpickler(pickle._Unpickler):
+    """Python's own unpickler, since nobody can forbid the one in C to set attributes of classes and functions, which
+    would outlive the file."""
+
     def find_class(self, module: str, name: str):
         if name not in _METADATA_CLASSES.get(module, ()):
             raise Damaged(f".metadata asks for {module}.{name}, which no checkpoint needs: do not use it")
-        return super().find_class(module, name)
+        return getattr(sys.modules[module], name)
+
+    def load_build(self) -> None:
+        target = self.stack[-2]
+        if isinstance(target, type) or not dataclasses.is_dataclass(target):
+            raise Damaged(f".metadata changes a {type(target).__name__}, which no checkpoint needs: do not use it")
+        super().load_build()
+
+    dispatch = pickle._Unpickler.dispatch | {pickle.BUILD[0]: load_build}
 
 
 def read_metadata(directory: Path) -> Metadata:
@@ -215,15 +235,20 @@ def read_metadata(directory: Path) -> Metadata:
     try:
         with (directory / ".metadata").open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
+        if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+            raise Damaged(".metadata holds no description of a checkpoint")
+        for place in metadata.storage_data.values():
+            path = place.relative_path
+            if not path.endswith(".distcp") or os.path.basename(path) != path:
+                raise Damaged(f".metadata names {path!r}, which is no shard of the checkpoint")
+        for name, entry in metadata.state_dict_metadata.items():
+            parts = [math.prod(chunk.sizes) for chunk in entry.chunks] if hasattr(entry, "chunks") else []
+            if hasattr(entry, "chunks") and sum(parts) != math.prod(entry.size):
+                raise Damaged(f".metadata describes {sum(parts)} of {math.prod(entry.size)} numbers of {name}")
     except (Damaged, OSError):
         raise
     except Exception as error:  # a broken pickle may raise nearly anything
         raise Damaged(f".metadata cannot be read ({type(error).__name__})") from error
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise Damaged(".metadata holds no description of a checkpoint")
-    for place in metadata.storage_data.values():
-        if os.path.basename(place.relative_path) != place.relative_path:
-            raise Damaged(f".metadata names {place.relative_path!r}, which leads out of the checkpoint")
     return metadata
 
 
@@ -248,3 +273,52 @@ def _load_bytes(self, read_item, value: io.BytesIO) -> None:
 # mcore offers no parameter for either: its load strategy makes reader and planner itself.
 mcore_torch._get_filesystem_reader = lambda directory, cache_metadata=False: _Reader(directory)
 mcore_torch.MCoreLoadPlanner.load_bytes = _load_bytes
+
+
+class _CommonFile(TorchCommonLoadStrategy):
+    """mcore's reader of common.pt, which leaves `weights_only` to an environment variable of torch's."""
+
+    def load_common(self, checkpoint_dir: str) -> dict:
+        try:
+            content = torch.load(Path(checkpoint_dir) / COMMON_STATE_FNAME, map_location="cpu", weights_only=True)
+        except Exception as error:  # a broken archive may raise nearly anything
+            raise Damaged(f"{COMMON_STATE_FNAME} cannot be read ({_one_line(error)})") from error
+        if not isinstance(content, dict):
+            raise Damaged(f"{COMMON_STATE_FNAME} holds a {type(content).__name__} instead of a dict")
+        return content
+
+
+def load_shards(wanted: dict, directory: Path) -> dict:
+    """Load what a sharded state dict describes; collective. To be called inside `refusing_what_is_wrong`."""
+    return dist_checkpointing.load(wanted, str(directory), common_strategy=_CommonFile())
+
+
+@contextmanager
+def refusing_what_is_wrong(directory: Path) -> Iterator[None]:
+    """One line for a checkpoint whose hashes fit and whose content does not: whoever changes a file can hash it, too.
+
+    Raises UserError. A RuntimeError passes: that is how a collective says that it has lost a rank.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except CheckpointException as error:  # of torch, and no Exception: what every rank has met
+        cause = next(iter(error.failures.values()))[0]
+    except Exception as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, RecursionError):
+            raise
+        cause = error
+    else:
+        return
+    if isinstance(cause, Damaged):
+        raise UserError(f"{directory}: {_one_line(cause, name=False)}") from cause
+    raise UserError(
+        f"{directory}: its hashes fit, but it is not what training writes ({_one_line(cause)}); use another checkpoint"
+    ) from cause
+
+
+def _one_line(error: BaseException, *, name: bool = True) -> str:
+    text = " ".join(str(error).split())
+    text = text if len(text) <= 200 else text[:200] + "..."
+    return f"{type(error).__name__}: {text}" if name else text

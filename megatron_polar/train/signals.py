@@ -3,6 +3,7 @@
 Launchers send them to every process of a job, or to one; either way all ranks stop at the same step.
 """
 
+import os
 import signal
 
 import torch
@@ -22,6 +23,8 @@ class StopSignals:
 
     def __init__(self):
         self._waits = False
+        # torchrun's workers outlive it when it is killed: they stop at the next step, as if it had told them to.
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._received: signal.Signals | None = None
         self._before: dict[signal.Signals, object] = {}
 
@@ -30,9 +33,10 @@ class StopSignals:
             self._before[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *exception) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def __exit__(self, kind, error, traceback) -> None:
+        if kind is None:  # a process that fails is about to end, with a status that a late signal must not change
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
 
     def wait_for_step(self) -> None:
         """From now on a signal waits for `agreed`."""
@@ -47,7 +51,10 @@ class StopSignals:
             )
 
     def agreed(self, device: Device) -> str | None:
-        """The name of a signal that any rank has received; the same answer everywhere. Collective."""
+        """The name of a signal that any rank has received (SIGHUP: its launcher has died); the same answer everywhere.
+        Collective."""
+        if self._launcher is not None and os.getppid() != self._launcher:
+            self._received = signal.SIGHUP
         number = torch.tensor([self._received or 0], dtype=torch.int, device=device.torch_device)
         dist.all_reduce(number, op=dist.ReduceOp.MAX)
         return signal.Signals(int(number)).name if number else None

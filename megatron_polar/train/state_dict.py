@@ -14,9 +14,11 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_polar import log
 from megatron_polar.errors import UserError
+from megatron_polar.manifest import Damaged
 from megatron_polar.model.build import BuiltModel
 from megatron_polar.parallel.topology import Topology
 from megatron_polar.train.checkpoint_files import TrainingState, read_state
+from megatron_polar.train.shard_files import load_shards, refusing_what_is_wrong
 
 _CONFIGURED = ("lr", "max_lr", "min_lr", "weight_decay", "wd_mult", "lr_mult", "betas", "eps")
 """Entries of the optimizer's parameter groups that come from the `optimizer` section."""
@@ -34,9 +36,9 @@ def layout_of(topology: Topology) -> dict[str, int]:
 
 def load_weights(directory: Path, *, model: BuiltModel) -> None:
     """Load the weights alone, saved in any layout."""
-    _check_shapes(directory, model=model)
-    loaded = dist_checkpointing.load(_sharded_weights(model), str(directory))
-    _install_weights(model, loaded)
+    with refusing_what_is_wrong(directory):
+        _check_shapes(directory, model=model)
+        _install_weights(model, load_shards(_sharded_weights(model), directory))
 
 
 def load_training(
@@ -44,7 +46,8 @@ def load_training(
 ) -> TrainingState:
     """Load weights, optimizer and, in the layout they were saved in, the random-number states."""
     state = read_state(directory)
-    _check_shapes(directory, model=model)
+    with refusing_what_is_wrong(directory):
+        _check_shapes(directory, model=model)
     same_layout = state.layout == layout_of(topology) and state.backend == dist.get_backend()
     request = sharded_state(model, optimizer=optimizer, topology=topology, is_loading=True)
     if not same_layout:
@@ -52,16 +55,17 @@ def load_training(
         log.info(
             f"resuming in another layout: saved {state.layout}, now {layout_of(topology)}; dropout seeds start afresh"
         )
-    loaded = dist_checkpointing.load(request, str(directory))
-    _install_weights(model, loaded)
-    configured = [
-        {key: value for key, value in group.items() if key in _CONFIGURED} for group in optimizer.param_groups
-    ]
-    optimizer.load_state_dict(loaded["optimizer"])
-    for group, values in zip(optimizer.param_groups, configured, strict=True):
-        group.update(values)  # the configuration decides, not what the checkpoint was trained with
-    if same_layout:
-        _restore_rng(loaded["rng"])
+    with refusing_what_is_wrong(directory):
+        loaded = load_shards(request, directory)
+        _install_weights(model, loaded)
+        configured = [
+            {key: value for key, value in group.items() if key in _CONFIGURED} for group in optimizer.param_groups
+        ]
+        optimizer.load_state_dict(loaded["optimizer"])
+        for group, values in zip(optimizer.param_groups, configured, strict=True):
+            group.update(values)  # the configuration decides, not what the checkpoint was trained with
+        if same_layout:
+            _restore_rng(loaded["rng"])
     return state
 
 
@@ -134,9 +138,12 @@ def _rng_state() -> dict:
 
 
 def _restore_rng(state: dict) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    get_cuda_rng_tracker().set_states(state["tensor_parallel"])
+    try:
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        torch.set_rng_state(state["torch"])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"])
+        get_cuda_rng_tracker().set_states(state["tensor_parallel"])
+    except Exception as error:  # each generator complains in its own way
+        raise Damaged(f"the states of random-number generators cannot be used ({type(error).__name__})") from error

@@ -90,7 +90,7 @@ def train_step(
     if skipped is None:
         clip_and_update(optimizer, grad_norm=grad_norm)
     else:
-        suspects = name_suspects(step, local=local, reduction=reduction, topology=topology)
+        suspects = name_suspects(step, local=None if in_order else local, reduction=reduction, topology=topology)
     device.synchronize()
     return StepResult(figures, grad_norm, skipped, suspects, reduction.busy_seconds)
 
@@ -128,10 +128,15 @@ def compute_gradients(
     )[None]
 
 
-def name_suspects(step: Step, *, local: torch.Tensor, reduction: GradientReduction, topology: Topology) -> list[dict]:
-    """Ranks whose loss or own gradient is not finite, with the comparisons they had. Collective."""
+def name_suspects(
+    step: Step, *, local: torch.Tensor | None, reduction: GradientReduction, topology: Topology
+) -> list[dict]:
+    """Ranks whose loss or own gradient is not finite, with the comparisons they had. Collective.
+
+    `local` are this rank's sums, where they are not added up over ranks already.
+    """
     mine = []
-    if local.size(0) == len(step.indices):  # not added up over ranks yet
+    if local is not None:
         for number in torch.nonzero(~torch.isfinite(local).all(dim=1)).flatten().tolist():
             mine.append(
                 {"rank": topology.rank, "what": f"loss of micro-batch {number}", "samples": step.indices[number]}

@@ -1,21 +1,24 @@
 """Hung, dead and slow ranks: noticed, named, and not allowed to keep a job waiting.
 
 Every rank beats into the store through which the ranks found each other, and listens to one other rank's beat, its
-successor in a ring: that is three small requests a rank and interval, whatever the number of ranks. Whoever has a
-verdict publishes it, and all ranks end by it. A daemon thread does this, so it goes on while the main thread waits in
-a collective; a rank that is stopped, or never lets go of Python's lock, falls silent and is named for that.
+successor in a ring: that is three small requests a rank and interval, whatever the number of ranks. Whoever comes to a
+verdict publishes it; the first one counts, and all ranks end by it. Daemon threads do this, so it goes on while the
+main thread waits in a collective. A rank that is stopped, or never lets go of Python's lock, falls silent and is named
+for that; one that beats but does not get on is named by where it stands while the others wait for it.
+
+Not covered: a job of one rank that never lets go of Python's lock, and a stopped rank that is alone on its machine,
+which is named but has to be killed by the launcher.
 """
 
 import contextlib
 import faulthandler
 import os
-import signal
-import socket
 import statistics
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -26,49 +29,33 @@ import torch.distributed as dist
 
 from megatron_polar import log
 from megatron_polar.errors import STALLED
+from megatron_polar.manifest import write_durably
+from megatron_polar.train.journal import STATUS
+from megatron_polar.train.verdicts import (
+    SHOW_STACKS,
+    Beat,
+    Process,
+    Verdict,
+    find_hung,
+    kill_all,
+    read_beat,
+    read_verdict,
+    wait_until,
+)
 
-_PHASES = ("start", "load", "data", "step", "evaluation", "save")
-"""In the order in which a rank passes them; of two ranks in one step the earlier phase is the one that is behind."""
+_LONGEST_INTERVAL_SECONDS = 0.5
+_LONGEST_GRACE_SECONDS = 10.0
+"""For how long a rank may go on when another has ended with an error: most errors are raised on all ranks."""
+_SECONDS_TO_WRITE = 1.0
+_SECONDS_FOR_OTHERS = 3.0
+"""For how long the rank that hosts the store lets the others read why the job ends."""
 
-_LONGEST_INTERVAL_SECONDS = 5.0
+_NUM_JUDGES = 2
+"""Ranks that look at all others when nothing moves; if these fall silent themselves, their listeners notice."""
+
 _SIGNS_OF_A_LOST_PEER = ("closed by peer", "connection", "timed out", "timeout", "broken pipe", "nccl", "gloo")
-
-
-@dataclass(frozen=True)
-class Process:
-    """A rank's process; `started` tells it from a later one that got the same number."""
-
-    rank: int
-    host: str
-    pid: int
-    started: float
-
-    @classmethod
-    def of_this(cls, rank: int) -> "Process":
-        return cls(rank, socket.gethostname(), os.getpid(), psutil.Process().create_time())
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} ({self.host}, pid {self.pid})"
-
-    @property
-    def is_here(self) -> bool:
-        return self.host == socket.gethostname()
-
-    def is_gone(self) -> bool:
-        """Whether this machine knows that the process has ended; False for one on another machine."""
-        if not self.is_here:
-            return False
-        try:
-            process = psutil.Process(self.pid)
-            return process.create_time() != self.started or process.status() == psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return True
-
-    def kill(self) -> None:
-        """End the process if it is on this machine and still the one that is meant."""
-        if self.is_here and self.pid != os.getpid() and not self.is_gone():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
+_WAITING = ("/torch/distributed/", "/megatron/core/distributed/", "/megatron/core/pipeline_parallel/")
+"""A main thread whose innermost Python frame is in one of these waits for other ranks."""
 
 
 class Watchdog:
@@ -76,7 +63,7 @@ class Watchdog:
 
     `store` is the job's store (None: a job of one rank, which is watched for progress only), `timeout_seconds` the
     silence or lack of progress that is borne (0: nothing is watched), `directory` the run directory, which gets the
-    stacks of all threads.
+    stacks of all threads. A rank that ends without an error waits for the others.
     """
 
     def __init__(
@@ -91,181 +78,359 @@ class Watchdog:
     ):
         self.rank, self.world_size, self.timeout = rank, world_size, timeout_seconds
         self.directory, self.exit_code = directory, exit_code
-        self.interval = min(_LONGEST_INTERVAL_SECONDS, timeout_seconds / 5) or 1.0
+        self.interval = min(_LONGEST_INTERVAL_SECONDS, timeout_seconds / 10)
+        self._grace = min(_LONGEST_GRACE_SECONDS, timeout_seconds)
         self._me = Process.of_this(rank)
-        self._main_store = store
-        self._store: dist.Store | None = None
-        self._phase, self._step, self._moved = "start", 0, time.monotonic()
-        self._store_answered = time.monotonic()
-        self._heard: tuple[bytes, float] = (b"", time.monotonic())
-        self._ended = threading.Event()
+        # torchrun's agent hosts the store of its ranks; without it rank 0 does.
+        self._launcher_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self._main_store, self._store, self._has_lost_store = store, None, False
+        self._clock = 0.0
+        """Seconds for which this process has been running, as fine as `interval`. It stands still while the process is
+        stopped, so that a whole job that is suspended and resumed ends nobody."""
+        self._place, self._moved, self._answered = ("start", 0), 0.0, 0.0
+        self._number = 0
+        self._host: Beat | None = None
+        self._heard: tuple[Beat | None, float] = (None, 0.0)
+        self._before: tuple[list[Beat | None], float] | None = None
+        self._verdict: tuple[Verdict, float] | None = None
+        self._error: str | None = None
+        self._left = self._is_counted = self._has_said = False
+        self._wake, self._said, self._others_left, self._ended = (threading.Event() for _ in range(4))
+        self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        self._writers: list[threading.Thread] = []
 
     # --- The main thread ---
 
     def __enter__(self) -> "Watchdog":
+        self._main_thread = threading.get_ident()
         if self._main_store is not None:
-            # A connection of its own: a main thread that waits for a key would lock this one.
-            self._store = dist.PrefixStore("watchdog", self._main_store.clone())
+            # A connection of its own: a main thread that waits for a key would lock this one. And keys of its own: a
+            # process may run several jobs, one after the other.
+            store = self._main_store.clone()
+            job = (store.add("watchdog", 1) - 1) // self.world_size
+            self._store = dist.PrefixStore(f"watchdog/{job}", store)
             self._store.set_timeout(timedelta(seconds=max(self.timeout, 5.0)))
-            self._store.set(f"process/{self.rank}", orjson.dumps(asdict(self._me)))
+            self._beat()
         if self.timeout > 0:
-            self._moved = self._store_answered = time.monotonic()
-            targets = [self._judge, *([self._beat] if self._store is not None else [])]
-            for target in targets:
-                threading.Thread(target=target, name=f"watchdog {target.__name__}", daemon=True).start()
+            faulthandler.register(SHOW_STACKS, file=2, all_threads=True)
+            for target in [self._keep_time, *([self._talk] if self._store is not None else [])]:
+                self._threads.append(threading.Thread(target=target, name=f"watchdog {target.__name__}", daemon=True))
+                self._threads[-1].start()
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        self._ended.set()
-        if self._store is not None:
-            how = "done" if error is None else f"an error: {' '.join(str(error).split())[:200]}"
+        if error is not None:
+            text = " ".join(str(error).encode(errors="replace").decode().split())
+            self._error = text[:300] or kind.__name__
+        self._left = True
+        if self.timeout > 0:
+            if self._store is not None:
+                self._wake.set()
+                if error is None:
+                    self._others_left.wait()
+                elif self._said.wait(_SECONDS_FOR_OTHERS) and self._hosts_the_store:
+                    self._others_left.wait(_SECONDS_FOR_OTHERS)
+            with self._lock:
+                self._ended.set()
+            self._wake.set()
+            for thread in self._threads:  # one that is in a store call when the interpreter ends would abort it
+                thread.join(_SECONDS_FOR_OTHERS)
+            faulthandler.unregister(SHOW_STACKS)
+        elif self._store is not None:
             with contextlib.suppress(RuntimeError):
-                self._store.set(f"left/{self.rank}", how)
+                self._say_goodbye()
 
     def enter(self, phase: str, step: int) -> None:
         """The main thread begins a phase (one of start, load, data, step, evaluation, save) of a step."""
-        self._phase, self._step, self._moved = phase, step, time.monotonic()
+        self._place, self._moved = (phase, step), self._clock
 
     def progress(self) -> None:
         """The main thread gets on within a long phase."""
-        self._moved = time.monotonic()
+        self._moved = self._clock
 
     def explain(self, error: BaseException, *, wait_seconds: float = 3.0) -> str | None:
         """After a collective has failed: a sentence that names the rank which left it, or None."""
         if self._store is None or not any(sign in str(error).lower() for sign in _SIGNS_OF_A_LOST_PEER):
             return None
-        deadline = time.monotonic() + wait_seconds
-        while time.monotonic() < deadline:
-            try:
-                for rank in range(self.world_size):
-                    if rank != self.rank and (culprit := self._what_became_of(rank)):
-                        return culprit
-            except RuntimeError:
-                return "the store of the job, on the host of rank 0, is gone"
-            time.sleep(0.1)
-        return None
+        found: list[Verdict | None] = [None]
 
-    # --- Threads ---
+        def is_found() -> bool:
+            if not self._has_lost_store:
+                with contextlib.suppress(RuntimeError):
+                    found[0] = self._published() or self._find_dead()
+                    return found[0] is not None
+            found[0] = self._about_the_store("is gone")
+            self._say(found[0])
+            return True
 
-    def _beat(self) -> None:
-        """Say that this rank is alive, listen to its successor and for verdicts."""
-        number = 0
-        while not self._ended.wait(self.interval):
-            number += 1
-            beat = {"number": number, "phase": self._phase, "step": self._step}
-            try:
-                self._store.set(f"beat/{self.rank}", orjson.dumps(beat))
-                if self._store.check(["verdict"]):
-                    verdict = orjson.loads(self._store.get("verdict"))
-                    self._end([Process(**process) for process in verdict["processes"]], message=None)
-                self._listen((self.rank + 1) % self.world_size)
-                self._store_answered = time.monotonic()
-            except RuntimeError:
-                continue  # the store is gone: either the job ends just now, or _judge notices
+        wait_until(is_found, wait_seconds, pause=0.1)
+        self._finish_writing()
+        return found[0].message if found[0] is not None else None
 
-    def _listen(self, successor: int) -> None:
-        key = f"beat/{successor}"
-        beat = self._store.get(key) if self._store.check([key]) else b""
-        if beat != self._heard[0]:
-            self._heard = (beat, time.monotonic())
-        left = self._how_left(successor)
-        if left == "done":
-            return
-        silent = time.monotonic() - self._heard[1]
-        process = self._process(successor)
-        if process is not None and process.is_gone() and self._how_left(successor) is None:
-            self._conclude([process], f"{process} is dead; it was last in {_place(beat)}")
-        elif left is not None and silent > 2 * self.interval:
-            self._conclude([process], f"{process} ended with {left}")
-        elif silent > self.timeout:
-            named = process or Process(successor, "unknown", 0, 0.0)
-            self._conclude([named], f"{named} has not been heard of for {silent:.1f} s; it was last in {_place(beat)}")
+    # --- The thread that keeps time, and notices a store that does not answer ---
 
-    def _judge(self) -> None:
-        """Notice that nothing gets on, or that the store itself does not answer."""
+    def _keep_time(self) -> None:
+        last = time.monotonic()
         while not self._ended.wait(self.interval):
             now = time.monotonic()
-            if self._store is not None and now - self._store_answered > self.timeout:
-                self._end(
-                    [], message=f"the store of the job, on the host of rank 0, has not answered for {self.timeout:g} s"
-                )
-            if now - self._moved > self.timeout:
-                behind, where = self._furthest_behind()
-                who = ", ".join(map(str, behind)) or "all ranks"
-                verb = "hangs" if len(behind) == 1 else "hang"
-                self._conclude(behind, f"nothing has moved for {self.timeout:g} s: {who} {verb} in {where}")
+            self._clock += min(now - last, 2 * self.interval)
+            last = now
+            if self._store is None or self._has_lost_store:
+                if not self._left and self._seconds_since(self._moved) > self.timeout:
+                    self._end(Verdict(f"{self._nothing_moves}: {self._me} hangs in {self._own_beat()}", []), says=True)
+            elif self._seconds_since(self._answered) > self.timeout:
+                self._has_lost_store = True
+                self._end(self._about_the_store(f"has not answered for {self.timeout:g} s"), says=True)
 
-    def _furthest_behind(self) -> tuple[list[Process], str]:
-        """Ranks that are behind the others, which wait for them; none when all are at one place."""
-        own = _place(orjson.dumps({"phase": self._phase, "step": self._step}))
-        if self._store is None:
-            return [], own
-        keys = [f"beat/{rank}" for rank in range(self.world_size)]
-        beats = [orjson.loads(self._store.get(key)) if self._store.check([key]) else None for key in keys]
-        places = [(beat["step"], _PHASES.index(beat["phase"])) if beat else (-1, 0) for beat in beats]
-        last = min(places)
-        if max(places) == last:
-            return [], own
-        behind = [self._process(rank) for rank, place in enumerate(places) if place == last]
-        return [process for process in behind if process is not None], f"step {last[0]}, phase {_PHASES[last[1]]}"
+    def _seconds_since(self, moment: float) -> float:
+        """At least so many."""
+        return self._clock - moment - self.interval
 
-    # --- What is known of a rank ---
+    # --- The thread that talks to the store ---
 
-    def _process(self, rank: int) -> Process | None:
-        key = f"process/{rank}"
-        return Process(**orjson.loads(self._store.get(key))) if self._store.check([key]) else None
+    def _talk(self) -> None:
+        """Say that this rank is alive, listen to its successor, for verdicts, and for what a stalled job waits for."""
+        pause = self.interval
+        while not self._ended.is_set():
+            try:
+                if not self._has_lost_store:
+                    self._talk_once()
+                    self._answered = self._clock
+            except RuntimeError:
+                self._has_lost_store = True
+            if self._has_lost_store:
+                self._do_without_store()
+            pause = min(2 * pause, self.interval) if self._left else self.interval
+            if self._wake.wait(pause):
+                self._wake.clear()
+                pause = 0.005
 
-    def _how_left(self, rank: int) -> str | None:
-        key = f"left/{rank}"
-        return self._store.get(key).decode() if self._store.check([key]) else None
+    def _talk_once(self) -> None:
+        if self._left:
+            self._say_goodbye()
+        else:
+            self._beat()
+        self._heed_verdict()
+        self._listen()
+        if self.rank < _NUM_JUDGES and self._error is None and self._seconds_since(self._moved) > self.timeout:
+            self._judge()
+        else:
+            self._before = None
 
-    def _what_became_of(self, rank: int) -> str | None:
-        process, left = self._process(rank), self._how_left(rank)
-        if process is None or left == "done":
-            return None
-        if left is not None:
-            return f"{process} ended with {left}"
-        return f"{process} is dead" if process.is_gone() else None
+    def _do_without_store(self) -> None:
+        """The store is gone, with the launcher or with rank 0. Ranks without a launcher may still come to their end."""
+        if self._left:
+            self._said.set()
+            self._others_left.set()
+        elif not self._launcher_hosts and self._seconds_since(self._answered) > self._grace:
+            self._end(self._about_the_store("is gone"), says=True)
+
+    def _beat(self) -> None:
+        self._number += 1
+        self._store.set(f"beat/{self.rank}", orjson.dumps(self._own_beat()))
+
+    def _own_beat(self) -> Beat:
+        (phase, step), still, waits, at = self._place, self._seconds_since(self._moved), False, ""
+        if still > min(self.timeout / 2, 2.0):
+            frame = sys._current_frames()[self._main_thread]
+            file, name = frame.f_code.co_filename, frame.f_code.co_name
+            waits = any(part in file for part in _WAITING)
+            at = f"{'/'.join(Path(file).parts[-2:])}:{frame.f_lineno} in {name}"
+        return Beat(self._number, self._me, phase, step, self._left, still, waits, at)
+
+    def _say_goodbye(self) -> None:
+        if self._error is not None and not self._is_counted:
+            self._publish(Verdict(f"{self._me} ended with an error: {self._error}", [self._me], is_patient=True))
+        self._beat()
+        num_left = self._count_left()
+        self._said.set()
+        if num_left >= self._num_to_leave:
+            self._others_left.set()
+
+    def _count_left(self) -> int:
+        """How many ranks have left, this one included."""
+        number = self._store.add("left", 0 if self._is_counted else 1)
+        self._is_counted = True
+        return number
+
+    @property
+    def _num_to_leave(self) -> int:
+        is_final = self._verdict is not None and not self._verdict[0].is_patient
+        return self.world_size - (len(self._verdict[0].processes) if is_final else 0)
+
+    def _heed_verdict(self) -> None:
+        if self._verdict is None and (published := self._published()):
+            self._verdict = (published, self._clock)
+        if self._verdict is None or self._error is not None:
+            return
+        verdict, since = self._verdict
+        if verdict.is_patient and (self._left or self._seconds_since(since) < self._grace):
+            return
+        self._count_left()
+        if self._hosts_the_store:
+            wait_until(lambda: self._count_left() >= self._num_to_leave, _SECONDS_FOR_OTHERS)
+        self._end(verdict, says=verdict.is_patient)
+
+    def _listen(self) -> None:
+        """Notice that the successor is silent, or, on the same machine, dead."""
+        if self._host is None and not self._launcher_hosts:
+            self._host = self._beat_of(0)
+        successor = (self.rank + 1) % self.world_size
+        earlier, since = self._heard
+        beat = self._beat_of(successor, is_known=earlier is not None)
+        if beat != earlier:
+            self._heard = (beat, self._clock)
+        is_silent = beat == earlier and self._seconds_since(since) > self.timeout
+        if beat is None:
+            if is_silent:
+                self._conclude(f"rank {successor} (of unknown host) has not begun after {self.timeout:g} s", [])
+        elif not beat.left:
+            if beat.process.is_gone and not self._beat_of(successor).left:
+                self._conclude(_is_dead(beat), [beat.process])
+            elif is_silent:
+                # Whoever stops one process often stops several.
+                stopped = [other for other in self._beats_nearby() if other and other.process.state == "T"]
+                silent = [beat, *(other for other in stopped if other.process != beat.process)]
+                heard = f"not been heard of for {self.timeout:g} s"
+                parts = [
+                    f"{x.process} {'is stopped' if x in stopped else f'has {heard}'}; it was last in {x}"
+                    for x in silent
+                ]
+                self._conclude("; ".join(parts), [x.process for x in silent])
+
+    def _judge(self) -> None:
+        """This rank has not got on for the time-out: look at all ranks, twice, and say whom the job waits for."""
+        if self._before is None:
+            self._before = (self._beats_of(range(self.world_size)), self._clock)
+        before, since = self._before
+        if self._seconds_since(since) < max(1.0, 2 * self.interval):
+            return
+        beats = self._beats_of(range(self.world_size))
+        hung = find_hung(beats, before=before, seconds=self.timeout - 3 * self.interval)
+        if hung is None:
+            return
+        who = "; ".join(f"{beats[rank].process} hangs in {beats[rank]}" for rank in hung)
+        self._conclude(
+            f"{self._nothing_moves}: {who or f'all ranks hang in {self._own_beat()}'}",
+            [beats[rank].process for rank in hung],
+        )
+
+    @property
+    def _nothing_moves(self) -> str:
+        return f"nothing has moved for {self.timeout:g} s"
+
+    # --- What the store knows ---
+
+    def _beat_of(self, rank: int, *, is_known: bool = False) -> Beat | None:
+        key = f"beat/{rank}"
+        return read_beat(self._store.get(key)) if is_known or self._store.check([key]) else None
+
+    def _beats_of(self, ranks: range) -> list[Beat | None]:
+        keys = [f"beat/{rank}" for rank in ranks]
+        if self._store.check(keys):
+            return [read_beat(data) for data in self._store.multi_get(keys)]
+        return [self._beat_of(rank) for rank in ranks]
+
+    def _beats_nearby(self) -> list[Beat | None]:
+        """Of the ranks on this machine at least."""
+        if "LOCAL_WORLD_SIZE" not in os.environ:
+            return self._beats_of(range(self.world_size))
+        first = self.rank - int(os.environ["LOCAL_RANK"])  # torchrun gives a machine ranks that follow each other
+        return self._beats_of(range(first, first + int(os.environ["LOCAL_WORLD_SIZE"])))
+
+    def _published(self) -> Verdict | None:
+        return read_verdict(self._store.get("verdict")) if self._store.check(["verdict"]) else None
+
+    def _find_dead(self) -> Verdict | None:
+        dead = [beat for beat in self._beats_nearby() if beat and not beat.left and beat.process.is_gone]
+        message = "; ".join(map(_is_dead, dead))
+        return self._publish(Verdict(message, [beat.process for beat in dead])) if dead else None
+
+    @property
+    def _hosts_the_store(self) -> bool:
+        return self.rank == 0 and self._store is not None and not self._launcher_hosts
+
+    def _about_the_store(self, what: str) -> Verdict:
+        """Why a job ends whose store is lost: nobody can publish anything any more."""
+        if self._verdict is not None:
+            return self._verdict[0]
+        process = self._host.process if self._host is not None else None
+        where = "the launcher" if self._launcher_hosts else str(process or "rank 0")
+        state = process.state if process is not None else "?"
+        how = ", which is stopped" if state == "T" else ", which is dead" if state in ("", "Z", "X") else ""
+        message = f"the job's store {what}; it is with {where}{how}"
+        return Verdict(message, [process] if process is not None else [])
 
     # --- The end ---
 
-    def _conclude(self, processes: list[Process], message: str) -> None:
-        """Publish a verdict and end by it."""
-        verdict = {"message": message, "processes": [asdict(process) for process in processes if process]}
+    def _publish(self, verdict: Verdict) -> Verdict:
+        """Returns the verdict that counts, which is the first one."""
+        counts = read_verdict(self._store.compare_set("verdict", "", orjson.dumps(verdict).decode()))
+        if counts == verdict and not verdict.is_patient:
+            self._say(verdict)
+        return counts
+
+    def _say(self, verdict: Verdict) -> None:
+        """Warn and write it down, once a job as far as the store can see to that."""
+        if self._has_said:
+            return
+        self._has_said = True
         with contextlib.suppress(RuntimeError):
-            self._store.set("verdict", orjson.dumps(verdict)) if self._store is not None else None
-        self._end(processes, message=message)
+            if not self._has_lost_store and self._store is not None and self._store.add("said", 1) > 1:
+                return
+        log.warn(f"rank {self.rank} ends the job: {verdict.message}")
+        self._write(self._write_status, verdict)
 
-    def _end(self, processes: list[Process], *, message: str | None) -> None:
+    def _conclude(self, message: str, processes: list[Process]) -> None:
+        self._verdict = (self._publish(Verdict(message, processes)), self._clock)
+        self._heed_verdict()
+
+    def _end(self, verdict: Verdict, *, says: bool) -> None:
         """Leave stacks, end the ranks that cannot end themselves, our own helpers, and this process."""
-        if self._ended.is_set():
-            return
-        if message is not None:
-            log.warn(f"rank {self.rank} ends the job: {message}")
-        self._dump_stacks()
-        for process in processes:
-            process.kill()
-        for child in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
-        sys.stderr.flush()
-        os._exit(self.exit_code)
+        with self._lock:
+            if self._ended.is_set() or self._error is not None:
+                return
+            if says:
+                self._say(verdict)
+            self._write(self._write_stacks, verdict)
+            kill_all(verdict.processes)
+            self._finish_writing()
+            for child in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+            os._exit(self.exit_code)
 
-    def _dump_stacks(self) -> None:
-        if self.directory is None:
-            return
+    def _write(self, function: Callable[[Path, Verdict], None], verdict: Verdict) -> None:
+        """Write in a thread, for which nobody waits long: storage may be what hangs."""
+        if self.directory is not None:
+            self._writers.append(threading.Thread(target=function, args=(self.directory, verdict), daemon=True))
+            self._writers[-1].start()
+
+    def _finish_writing(self) -> None:
+        wait_until(lambda: not any(writer.is_alive() for writer in self._writers), _SECONDS_TO_WRITE)
+
+    def _write_status(self, directory: Path, verdict: Verdict) -> None:
+        """As journal.py does: the first rank, which would do it, may be the one that hangs."""
+        phase, step = self._place
+        content = {"state": "failed", "step": step - (phase in ("data", "step")), "exit_status": self.exit_code}
+        content |= {"reason": verdict.message, "time": time.time(), "host": self._me.host, "pid": self._me.pid}
         with contextlib.suppress(OSError):
-            stacks = self.directory / "stacks"
-            stacks.mkdir(parents=True, exist_ok=True)
-            with (stacks / f"rank_{self.rank:05d}.txt").open("w") as file:
+            status = orjson.dumps(content, option=orjson.OPT_INDENT_2)
+            write_durably(directory / STATUS, status, suffix=f".{self.rank}.tmp")
+
+    def _write_stacks(self, directory: Path, verdict: Verdict) -> None:
+        with contextlib.suppress(OSError):
+            path = directory / "stacks" / f"rank_{self.rank:05d}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self._me}: {verdict.message}\n\n")
+                file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
 
 
-def _place(beat: bytes) -> str:
-    if not beat:
-        return "its start"
-    place = orjson.loads(beat)
-    return f"step {place['step']}, phase {place['phase']}"
+def _is_dead(beat: Beat) -> str:
+    return f"{beat.process} is dead; it was last in {beat}"
 
 
 # --- Slow ranks ------------------------------------------------------------------------------------------------------
@@ -283,7 +448,7 @@ class SlowRank:
 class Stragglers:
     """Compares how long replicas work before they have to wait for each other; `ratio` 0 compares nothing."""
 
-    def __init__(self, *, ratio: float, fewest_steps: int = 5):
+    def __init__(self, *, ratio: float, fewest_steps: int = 10):
         self.ratio, self.fewest_steps = ratio, fewest_steps
         self._seconds: list[float] = []
 
@@ -295,19 +460,26 @@ class Stragglers:
         """Ranks of `group` that were slow since the last report, slowest first. Collective: one small all_gather."""
         if not self.ratio or len(self._seconds) < self.fewest_steps or group.size() == 1:
             return []
-        own = torch.tensor([statistics.median(self._seconds)], dtype=torch.float64, device=device)
+        own = torch.tensor(self._seconds, dtype=torch.float64, device=device)
         self._seconds = []
         gathered = [torch.empty_like(own) for _ in range(group.size())]
         dist.all_gather(gathered, own, group=group)
-        medians = [value.item() for value in gathered]
-        return find_slow(medians, ranks=dist.get_process_group_ranks(group), ratio=self.ratio)
+        seconds = [values.tolist() for values in gathered]
+        return find_slow(seconds, ranks=dist.get_process_group_ranks(group), ratio=self.ratio)
 
 
-def find_slow(medians: list[float], *, ranks: list[int], ratio: float) -> list[SlowRank]:
-    """Ranks whose median is more than `ratio` times the median of the others' medians, slowest first."""
+def find_slow(seconds: list[list[float]], *, ranks: list[int], ratio: float) -> list[SlowRank]:
+    """Ranks that took more than `ratio` times as long as the median of the others in three quarters of the steps,
+    slowest first; `seconds[i]` are the steps of `ranks[i]`.
+
+    Step by step, and not medians over the window: a busy machine holds up now this rank and now that one, and on two
+    cores with a load of 30 medians of ten steps raised a false alarm in every tenth window, this in none.
+    """
     found = []
-    for position, (rank, seconds) in enumerate(zip(ranks, medians, strict=True)):
-        others = statistics.median(medians[:position] + medians[position + 1 :])
-        if others > 0 and seconds > ratio * others:
-            found.append(SlowRank(rank, seconds / others, seconds))
+    for position, (rank, own) in enumerate(zip(ranks, seconds, strict=True)):
+        others = [statistics.median(step) for step in zip(*seconds[:position], *seconds[position + 1 :], strict=True)]
+        ratios = sorted(mine / max(theirs, 1e-9) for mine, theirs in zip(own, others, strict=True))
+        typical = ratios[len(ratios) // 4]
+        if typical > ratio:
+            found.append(SlowRank(rank, typical, statistics.median(own)))
     return sorted(found, key=lambda slow: -slow.ratio)
