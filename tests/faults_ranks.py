@@ -263,7 +263,7 @@ CASES = {
 }
 
 
-def run_case(name: str, corpus: Path, workdir: Path) -> dict:
+def run_case(name: str, corpus: Path, workdir: Path, *, orphan_seconds: float = 2.0) -> dict:
     """Figures of one case, and whether it ended as promised: the right rank named, all others with STALLED, no process
     left."""
     case = CASES[name]
@@ -274,7 +274,7 @@ def run_case(name: str, corpus: Path, workdir: Path) -> dict:
         faults__stall_timeout_seconds=TIMEOUT_SECONDS,
         **case.changes,
     )
-    outcome = run_job(case.body, case.world_size, config, fault=case.fault)
+    outcome = run_job(case.body, case.world_size, config, fault=case.fault, orphan_seconds=orphan_seconds)
     others = [code for rank, code in enumerate(outcome.exit_codes) if rank != case.culprit]
     return {
         "seconds": outcome.seconds,

@@ -1,4 +1,4 @@
-"""Files and paths of somebody who means harm, planted secrets, and the accounting of interrupted runs.
+"""Files and paths of somebody who means harm, and planted secrets.
 
 Each function returns figures; tests call it with small counts, `make faults` with the full ones. What a user would
 type runs in a forked process, which is watched: it may start no command, touch nothing outside, and has to end with
@@ -13,11 +13,13 @@ import shutil
 import sys
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import conftest
 import malicious
+import malicious_inputs
 import orjson
 import paths
 from tiny_runs import checkpoint_of, tiny_config
@@ -175,6 +177,8 @@ def _interrupted(root: Path, model: Path) -> None:
     preprocess([root / "lines.jsonl"], output=root / "interrupted", tokenizer_path=model, unit_bytes=4000)
 
 
+SECRET = "hunter2-7f3a9c"
+
 # --- Malicious files -------------------------------------------------------------------------------------------------
 
 _COPIED = {
@@ -186,28 +190,54 @@ _COPIED = {
 }
 
 
-def malicious_files(workdir: Path, *, every: int = 1, versions: int = 30) -> dict:
-    """Plant every `every`-th file of the corpus and walk in through the doors; `versions` of odd JSON for each place.
+def malicious_files(workdir: Path, *, every: int = 1, versions: int = 10) -> dict:
+    """Plant every `every`-th file of the corpus and walk in through one of its doors; `versions` of odd JSON a place.
 
-    `canaries` counts files whose payload ran or that made the program start a command, `not_refused` what ended in
-    any way but with one line or with the thing that was asked for.
+    `canaries` counts files whose payload ran, that made the program start a command, or that put a script into a
+    report; `leaks` checkpoints that made it say what an environment variable holds. `bad` says of these, and of what
+    ended neither with one line nor with what was asked for, what happened.
     """
-    scene = make_scene(workdir / "scene")
-    canary = workdir / "canary"
-    attacks = all_attacks(scene, canary=canary, versions=versions)[::every]
-    figures, places, bad = Counter(), Counter(), []
-    for number, attack in enumerate(attacks):
-        name = attack.doors[number // every % len(attack.doors)]
-        outcome = attempt(attack, name, scene=scene, area=workdir / "area")
+    scene, area, canary = make_scene(workdir / "scene"), workdir / "area", workdir / "canary"
+    figures, places, bad = Counter(files=0, refused=0, used=0, canaries=0, leaks=0), set(), []
+    for number, attack in enumerate(all_attacks(scene, canary=canary, versions=versions)[::every]):
+        name = attack.doors[number % len(attack.doors)]
+        outcome = attempt(attack, name, scene=scene, area=area)
+        page = area / "place" / "report.html"
         ran = canary.exists() or "AUDIT: " in outcome.said
+        ran = ran or (page.is_file() and malicious_inputs.SCRIPT in page.read_text(errors="replace"))
         canary.unlink(missing_ok=True)
-        figures["files"] += 1
-        figures["canaries"] += ran
-        figures[outcome.how] += 1
-        places[attack.place] += 1
-        if ran or outcome.how not in ("used", "refused"):
+        leaked = attack.place.startswith("checkpoint") and SECRET in outcome.said
+        figures.update(["files", outcome.how, *["canaries"] * ran, *["leaks"] * leaked])
+        places.add(attack.place)
+        if ran or leaked or outcome.how not in ("used", "refused"):
             bad.append(f"{attack.place}: {attack.name}, {name}: {outcome.how}: {outcome.said}")
     return {**figures, "places": len(places), "bad": bad}
+
+
+def open_doors(workdir: Path) -> dict[str, str]:
+    """How each door ends with the good files: a corpus that is refused for another reason would prove nothing."""
+    scene, found = make_scene(workdir / "scene"), {}
+    for attack in all_attacks(scene, canary=workdir / "canary", versions=1):
+        for name in set(attack.doors) - set(found):
+            plant = _leave_good_files(scene, attack.kind, name)
+            good = malicious.Attack(attack.place, "nothing", attack.kind, plant, (name,))
+            found[name] = attempt(good, name, scene=scene, area=workdir / "area").how
+    return found
+
+
+def _leave_good_files(scene: Path, kind: str, name: str) -> Callable[[Path], None]:
+    lines = {"score lines": "score.jsonl", "evaluate lines": "rankings.jsonl"}.get(name, "lines.jsonl")
+    files = {
+        "config": ("run.yaml", "run.yaml"),
+        "pool": ("pool/pool.yaml", "pool.yaml"),
+        "lines": (lines, "lines.jsonl"),
+    }
+
+    def leave(place: Path) -> None:
+        if kind in files:
+            shutil.copy(scene / files[kind][0], place / files[kind][1])
+
+    return leave
 
 
 def all_attacks(scene: Path, *, canary: Path, versions: int) -> list[malicious.Attack]:
@@ -217,13 +247,13 @@ def all_attacks(scene: Path, *, canary: Path, versions: int) -> list[malicious.A
         *malicious.torch_file_attacks(canary),
         *malicious.checkpoint_text_attacks(canary, checkpoint=checkpoint, count=versions),
         *malicious.config_attacks(canary, (scene / "run.yaml").read_text()),
-        *malicious.tokenizer_attacks(canary, model=scene / "tokenizer.model", count=versions),
-        *malicious.dataset_attacks(canary, dataset=scene / "dataset", count=versions),
-        *malicious.work_attacks(canary, count=versions),
-        *malicious.line_attacks(canary),
-        *malicious.run_attacks(canary, run=scene / "run", count=versions),
-        *malicious.sample_attacks(canary, output=scene / "sampled", count=versions),
-        *malicious.suite_attacks(canary),
+        *malicious_inputs.tokenizer_attacks(canary, model=scene / "tokenizer.model", count=versions),
+        *malicious_inputs.dataset_attacks(canary, dataset=scene / "dataset", count=versions),
+        *malicious_inputs.work_attacks(canary, count=versions),
+        *malicious_inputs.line_attacks(canary),
+        *malicious_inputs.run_attacks(canary, run=scene / "run", count=versions),
+        *malicious_inputs.sample_attacks(canary, output=scene / "sampled", count=versions),
+        *malicious_inputs.suite_attacks(canary),
     ]
 
 
@@ -237,13 +267,13 @@ def attempt(attack: malicious.Attack, name: str, *, scene: Path, area: Path) -> 
     if attack.kind == "checkpoint":
         malicious.seal_checkpoint(checkpoint_of(place, 2))
     elif attack.kind == "dataset":
-        malicious.seal_dataset(place)
+        malicious_inputs.seal_dataset(place)
     elif attack.kind == "tokenizer" and name == "score with it":
         shutil.copytree(scene / "run", area / "run")
         shutil.rmtree(checkpoint_of(area / "run", 2) / "tokenizer")
         shutil.copytree(place, checkpoint_of(area / "run", 2) / "tokenizer")
         malicious.seal_checkpoint(checkpoint_of(area / "run", 2))
-    environment = {"PLANTED_SECRET": "hunter2", **attack.environment}
+    environment = {"PLANTED_SECRET": SECRET, **attack.environment}
     return use(door(name, scene=scene, place=place), log=area / "log", environment=environment)
 
 
@@ -288,3 +318,26 @@ def snapshot(directory: Path) -> dict[str, bytes | str]:
         for path in sorted(directory.rglob("*"))
         if path.is_symlink() or path.is_file()
     }
+
+
+# --- Secrets ---------------------------------------------------------------------------------------------------------
+
+SECRETS = {
+    name: f"planted-{number}-{SECRET}"
+    for number, name in enumerate(("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "MY_PASSWORD"))
+}
+
+
+def planted_secrets(workdir: Path) -> dict:
+    """Train, evaluate, score, report and be refused with secrets in the environment; look for them in every file."""
+    scene, area = make_scene(workdir / "scene"), workdir / "area"
+    place = copy_good("empty", scene=scene, area=area)
+    doors = ("train into it", "resume", "evaluate", "score", "report", "train on it")
+    for number, name in enumerate(doors):
+        arguments = door(name, scene=scene, place=place)
+        more = ["logging.tensorboard=true", "run.device=cpu"] if arguments[0] == "train" else []
+        outcome = use(arguments + more, log=area / f"log{number}", environment=SECRETS)
+        assert outcome.how == ("refused" if name == "train on it" else "used"), outcome.said  # a run is no dataset
+    files = [path for path in area.rglob("*") if path.is_file()]
+    hits = [f"{path}: {name}" for path in files for name, text in SECRETS.items() if text.encode() in path.read_bytes()]
+    return {"variables": len(SECRETS), "files": len(files), "hits": len(hits), "bad": hits}

@@ -5,6 +5,7 @@ the same before anyone acts.
 """
 
 import math
+import operator
 import statistics
 from collections import Counter, deque
 from dataclasses import dataclass
@@ -101,11 +102,11 @@ class StepGuard:
         """Continue from a checkpoint's `state`. Raises UserError when it is none."""
         try:
             for name in ("skipped", "nonfinite", "in_a_row"):
-                setattr(self, name, int(state.get(name, 0)))
+                setattr(self, name, operator.index(state.get(name, 0)))
             for name in _SHAPE:
                 self._recent[name].clear()
                 self._recent[name].extend(map(float, state.get("recent", {}).get(name, ())))
-        except (TypeError, ValueError, AttributeError, OverflowError):
+        except (TypeError, ValueError, AttributeError):
             raise UserError(f"state.json of the checkpoint: guard is {state!r:.60}; use another checkpoint") from None
 
 

@@ -1,0 +1,51 @@
+"""What a run writes down of itself: whole lines only, and accounts that add up over restarts."""
+
+import os
+
+import orjson
+import pytest
+from faults_goodput import goodput_trace
+
+from megatron_polar.train.journal import Journal, LineFile, goodput, read_events, read_rows
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_goodput_of_a_failing_run_is_what_the_simulation_kept_account_of(seed, tmp_path):
+    figures = goodput_trace(tmp_path / "run", seed=seed)
+    assert figures["relative_error"] <= 0.001
+    assert figures["accounts_agree"]
+    assert figures["restarts"] > 10
+
+
+def test_a_run_without_events_has_no_goodput(tmp_path):
+    assert goodput(read_events(tmp_path), read_rows(tmp_path)).ettr == 0.0
+
+
+def test_half_a_line_is_passed_over_and_dropped_by_the_next_start(tmp_path):
+    (tmp_path / "events.jsonl").write_bytes(b'{"time": 1.0, "event": "start", "step": 0}\n{"time": 2.0, "ev')
+    assert [event["event"] for event in read_events(tmp_path)] == ["start"]
+    journal = Journal(tmp_path, writes=True)
+    journal.write("start", step=3)
+    assert [event["step"] for event in read_events(tmp_path)] == [0, 3]
+    assert journal.restarts == 1
+    assert all(orjson.loads(line) for line in (tmp_path / "events.jsonl").read_bytes().splitlines())
+
+
+def test_lines_that_cannot_be_written_wait_and_come_in_order(tmp_path, monkeypatch, capfd):
+    file = LineFile(tmp_path / "lines")
+    file.append({"n": 0})
+    real, full = os.fsync, [True]
+
+    def fsync(handle: int) -> None:
+        if full[0]:
+            raise OSError(28, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    file.append({"n": 1})
+    file.append({"n": 2})
+    assert (tmp_path / "lines").read_bytes() == b'{"n":0}\n'  # nothing half-written
+    full[0] = False
+    file.append({"n": 3})
+    assert [orjson.loads(line)["n"] for line in (tmp_path / "lines").read_bytes().splitlines()] == [0, 1, 2, 3]
+    assert capfd.readouterr().err.count("cannot be written now") == 1
