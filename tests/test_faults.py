@@ -340,6 +340,22 @@ def test_a_second_job_in_the_same_directory_is_refused(tmp_path, trajectory_corp
     assert run_ranks(train_with, 1, change(config, train__num_steps=2), "")[0] == (0, "")
 
 
+def test_a_file_system_without_locks_is_a_warning(tmp_path, trajectory_corpus, capfd):
+    assert run_ranks(train_without_locks, 1, tiny_config(trajectory_corpus, tmp_path / "run")) == [(0, "")]
+    assert "cannot be locked here (Function not implemented)" in capfd.readouterr().err
+
+
+def train_without_locks(config) -> tuple[int, str]:
+    import errno
+    import fcntl
+
+    def flock(handle, how):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    fcntl.flock = flock
+    return train_with(config)
+
+
 def test_a_run_whose_launcher_has_died_saves_and_ends(tmp_path, trajectory_corpus, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
     config = tiny_config(trajectory_corpus, tmp_path / "run")

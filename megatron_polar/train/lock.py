@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_polar import log
 from megatron_polar.errors import UserError
 from megatron_polar.parallel.topology import Topology
 
@@ -34,6 +35,10 @@ def lock_run(directory: Path, *, topology: Topology) -> Iterator[None]:
         except BlockingIOError:
             host, _, process = os.pread(handle, 200, 0).decode(errors="replace").strip().partition(" ")
             problem = [f"a job is running in it (host {host or '?'}, process {process or '?'})"]
+        except OSError as error:  # Lustre mounted without flock, for one
+            log.warn(
+                f"{directory}: cannot be locked here ({error.strerror or error}); see to it that one job runs in it"
+            )
     dist.broadcast_object_list(problem, src=0)
     try:
         if problem[0] is not None:
