@@ -189,13 +189,12 @@ def read_manifest(directory: Path, *, format_name: str, format_version: int) -> 
 
 def check_names(directory: Path, files: Iterable[str]) -> None:
     """Refuse names that lead out of `directory`: absolute ones, `..`, and links to elsewhere. Raises Damaged."""
-    root = directory.resolve()
+    root = os.path.realpath(directory)
     for name in files:
         parts = PurePosixPath(name).parts
         if not parts or name.startswith("/") or ".." in parts or "\0" in name or "\\" in name:
             raise Damaged(f"{MANIFEST} names {name!r}, which leads out of the directory")
-        path = directory / name
-        if not path.resolve().is_relative_to(root):
+        if not Path(os.path.realpath(directory / name)).is_relative_to(root):
             raise Damaged(f"{name} is a link out of the directory")
 
 

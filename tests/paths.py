@@ -125,6 +125,9 @@ def _reading() -> list[PathAttack]:
         for kind in ("pipe", "/dev/zero"):
             plant = _special(file, kind, directory=step_of)
             attacks.append(PathAttack(f"checkpoint: {file} is {kind}", "run", "score", plant))
+    for file in ("state.json", "tokenizer/tokenizer.model", MANIFEST):
+        plant = _special(file, Path(file).name, directory=step_of)
+        attacks.append(PathAttack(f"checkpoint: {file} is a link to itself", "run", "score", plant))
     for file in ("corpus.bin", "corpus.idx", MANIFEST):
         plant = _special(file, "pipe")
         attacks.append(PathAttack(f"dataset: {file} is a pipe", "dataset", "train on it", plant))

@@ -243,21 +243,20 @@ class Watchdog:
         if self._error is not None and not self._is_counted:
             self._publish(Verdict(f"{self._me} ended with an error: {self._error}", [self._me], is_patient=True))
         self._beat()
-        num_left = self._count_left()
+        self._count_me()
         self._said.set()
-        if num_left >= self._num_to_leave:
+        if self._have_others_left():
             self._others_left.set()
 
-    def _count_left(self) -> int:
-        """How many ranks have left, this one included."""
-        number = self._store.add("left", 0 if self._is_counted else 1)
-        self._is_counted = True
-        return number
+    def _count_me(self) -> None:
+        if not self._is_counted:
+            self._store.add("left", 1)
+            self._is_counted = True
 
-    @property
-    def _num_to_leave(self) -> int:
+    def _have_others_left(self) -> bool:
+        """Whether all ranks have counted themselves, or all that a verdict does not name."""
         is_final = self._verdict is not None and not self._verdict[0].is_patient
-        return self.world_size - (len(self._verdict[0].processes) if is_final else 0)
+        return self._store.add("left", 0) >= self.world_size - (len(self._verdict[0].processes) if is_final else 0)
 
     def _heed_verdict(self) -> None:
         if self._verdict is None and (published := self._published()):
@@ -267,9 +266,13 @@ class Watchdog:
         verdict, since = self._verdict
         if verdict.is_patient and (self._left or self._seconds_since(since) < self._grace):
             return
-        self._count_left()
-        if self._hosts_the_store:
-            wait_until(lambda: self._count_left() >= self._num_to_leave, _SECONDS_FOR_OTHERS)
+        # All write their stacks before the first one breaks a connection on which another waits; and whoever hosts the
+        # store must not leave before all have read why.
+        self._write(self._write_stacks, verdict)
+        self._finish_writing()
+        if self._me not in verdict.processes:
+            self._count_me()
+        wait_until(self._have_others_left, _SECONDS_FOR_OTHERS, pause=0.1)
         self._end(verdict, says=verdict.is_patient)
 
     def _listen(self) -> None:
@@ -393,7 +396,8 @@ class Watchdog:
                 return
             if says:
                 self._say(verdict)
-            self._write(self._write_stacks, verdict)
+            if self._has_lost_store or self._store is None:
+                self._write(self._write_stacks, verdict)
             kill_all(verdict.processes)
             self._finish_writing()
             for child in psutil.Process().children(recursive=True):
