@@ -261,6 +261,7 @@ class Watchdog:
     def _heed_verdict(self) -> None:
         if self._verdict is None and (published := self._published()):
             self._verdict = (published, self._clock)
+            self._has_said |= not published.is_patient  # whoever has published it has said it
         if self._verdict is None or self._error is not None:
             return
         verdict, since = self._verdict
