@@ -120,9 +120,8 @@ def test_a_careless_reader_would_be_caught(scene, tmp_path):
     canary = tmp_path / "canary"
     attack = next(a for a in malicious.metadata_attacks(canary) if a.name == "os.system")
     with mock.patch("megatron_polar.train.shard_files._MetadataUnpickler", pickle.Unpickler):
-        outcome = attempt(attack, "score", scene=scene, area=tmp_path / "area")
+        attempt(attack, "score", scene=scene, area=tmp_path / "area")
     assert canary.exists()
-    assert "AUDIT: os.system" in outcome.said
 
 
 @pytest.mark.parametrize("packing", ["zip", "legacy"])
