@@ -12,7 +12,7 @@ export PYTHONWARNINGS := ignore
 help:
 	@echo "make quickstart   train a small reward model from nothing, evaluate it, draw runs/quickstart/report.html"
 	@echo "make test         everything that CI runs"
-	@echo "make faults       kills, corruptions, full disks, hung ranks: all campaigns of docs/reliability.md (about 20 minutes)"
+	@echo "make faults       kills, corruptions, full disks, hung ranks: all campaigns of docs/reliability.md (20 to 30 minutes)"
 	@echo "make benchmarks   the tables of benchmarks/"
 
 quickstart: $(VENV)/.ready
