@@ -34,15 +34,22 @@ _FORK = multiprocessing.get_context("fork")
 # --- Using files as a user would -------------------------------------------------------------------------------------
 
 _COMMANDS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "pty.spawn", "socket.connect")
+_AUDIT = "AUDIT: "
 _REFUSED, _CRASHED = 2, 101
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended: `used` what it was given, `refused` it with one line, `crashed`, `hung` or `died`."""
+    """How a command ended: `used` what it was given, `refused` it with one line, `crashed`, `hung` or `died`.
+
+    `said` is that line, or the end of what was printed; `printed` is all of it, `started` the commands that the process
+    itself started.
+    """
 
     how: str
     said: str
+    printed: str
+    started: tuple[str, ...]
 
 
 def use(arguments: list[str], *, log: Path, environment: dict[str, str] | None = None, seconds: float = 60) -> Outcome:
@@ -53,19 +60,21 @@ def use(arguments: list[str], *, log: Path, environment: dict[str, str] | None =
     hung = process.is_alive()
     process.kill()
     process.join()
-    said = log.read_text(errors="replace")
-    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    lines = log.read_text(errors="replace").splitlines()
+    started = tuple(line for line in lines if line.startswith(_AUDIT))
+    printed = "\n".join(line for line in lines if not line.startswith(_AUDIT))
+    errors = [line for line in lines if line.startswith("error: ")]
     if hung:
         how = "hung"
     elif process.exitcode < 0:
         how = "died"
-    elif process.exitcode == _REFUSED and len(errors) == 1 and "Traceback" not in said:
+    elif process.exitcode == _REFUSED and len(errors) == 1 and "Traceback" not in printed:
         how = "refused"
     elif process.exitcode in (0, 1) and not errors:
         how = "used"
     else:
         how = "crashed"
-    return Outcome(how, errors[0] if how == "refused" else said[-3000:])
+    return Outcome(how, errors[0] if how == "refused" else printed[-3000:], printed, started)
 
 
 def _child(arguments: list[str], log: Path, environment: dict[str, str]) -> None:
@@ -96,7 +105,7 @@ _TRAINING_REPORT = report.training_report
 
 def _watch(event: str, arguments: tuple) -> None:
     if event in _COMMANDS:
-        print(f"AUDIT: {event} {arguments!r}"[:300], file=sys.stderr, flush=True)
+        os.write(2, f"\n{_AUDIT}{event} {arguments!r:.300}\n".encode(errors="replace"))
 
 
 # --- Good files, and the doors through which they are used -----------------------------------------------------------
@@ -204,14 +213,15 @@ def malicious_files(workdir: Path, *, every: int = 1, versions: int = 10) -> dic
         name = attack.doors[number % len(attack.doors)]
         outcome = attempt(attack, name, scene=scene, area=area)
         page = area / "place" / "report.html"
-        ran = canary.exists() or "AUDIT: " in outcome.said
+        ran = canary.exists() or bool(outcome.started)
         ran = ran or (page.is_file() and malicious_inputs.SCRIPT in page.read_text(errors="replace"))
         canary.unlink(missing_ok=True)
-        leaked = attack.place.startswith("checkpoint") and SECRET in outcome.said
+        leaked = attack.place.startswith("checkpoint") and SECRET in outcome.printed
         figures.update(["files", outcome.how, *["canaries"] * ran, *["leaks"] * leaked])
         places.add(attack.place)
         if ran or leaked or outcome.how not in ("used", "refused"):
-            bad.append(f"{attack.place}: {attack.name}, {name}: {outcome.how}: {outcome.said}")
+            details = "; ".join([*outcome.started, *["leaked"] * leaked, outcome.said])
+            bad.append(f"{attack.place}: {attack.name}, {name}: {outcome.how}: {details}")
     return {**figures, "places": len(places), "bad": bad}
 
 

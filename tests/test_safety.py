@@ -120,8 +120,10 @@ def test_a_careless_reader_would_be_caught(scene, tmp_path):
     canary = tmp_path / "canary"
     attack = next(a for a in malicious.metadata_attacks(canary) if a.name == "os.system")
     with mock.patch("megatron_polar.train.shard_files._MetadataUnpickler", pickle.Unpickler):
-        attempt(attack, "score", scene=scene, area=tmp_path / "area")
+        outcome = attempt(attack, "score", scene=scene, area=tmp_path / "area")
     assert canary.exists()
+    assert outcome.how == "refused"  # what comes after the payload is no sign of safety
+    assert outcome.started[0].startswith("AUDIT: os.system")
 
 
 @pytest.mark.parametrize("packing", ["zip", "legacy"])
