@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from megatron_polar.data.corpus import preprocess
-from megatron_polar.data.records import read_jsonl
+from megatron_polar.data.lines import read_jsonl
 from megatron_polar.data.shards import UNIT_BYTES
 from megatron_polar.data.tokenizer import train_tokenizer
 

@@ -107,7 +107,8 @@ def _add_tokenizer(verbs) -> None:
 
 
 def _train_tokenizer(options: argparse.Namespace) -> None:
-    from megatron_polar.data.records import list_inputs, read_texts
+    from megatron_polar.data.lines import list_inputs
+    from megatron_polar.data.records import read_texts
     from megatron_polar.data.tokenizer import train_tokenizer
 
     texts = read_texts(list_inputs(options.inputs))

@@ -207,7 +207,7 @@ def fuzz_lines(count: int, workdir: Path, seed: int) -> dict:
                 expected.add((name, line, offset, hashlib.sha256(strip_newline(raw)).hexdigest()))
             else:
                 good += 1
-    with mock.patch("megatron_polar.data.records.MAX_LINE_BYTES", LINE_LIMIT):
+    with mock.patch("megatron_polar.data.lines.MAX_LINE_BYTES", LINE_LIMIT):
         report = preprocess_quietly(
             inputs=[workdir / name for name in files],
             output=workdir / "out",

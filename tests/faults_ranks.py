@@ -295,6 +295,7 @@ def all_cases(workdir: Path) -> dict:
     limit = TIMEOUT_SECONDS + 5
     return {
         "cases": len(found),
+        "missed": {n: f["verdicts"] for n, f in found.items() if not (f["named"] and f["statuses"])},
         "named": sum(figures["named"] and figures["statuses"] for figures in found.values()),
         "within_timeout_plus_5": sum(value is not None and value <= limit for value in seconds.values()),
         "orphans": sum(figures["orphans"] for figures in found.values()),

@@ -31,7 +31,7 @@ from megatron_polar.data.corpus import Corpus
 from megatron_polar.errors import BAD_STEPS, RunStopped, UserError
 from megatron_polar.manifest import MANIFEST, file_entry
 from megatron_polar.train import run as run_module
-from megatron_polar.train.build import build_run
+from megatron_polar.train.build import build_run, join_ranks
 from megatron_polar.train.checkpoint import Checkpointer
 from megatron_polar.train.checkpoint_files import find_checkpoint, list_steps, read_state, verify_checkpoint
 from megatron_polar.train.journal import read_events
@@ -181,6 +181,7 @@ _TRAINING = ("start", "data", "loss", "gradient", "before_update", "after_update
 def kills(corpus: Path, validation: Path, workdir: Path, *, count: int, seed: int) -> dict:
     """Kill training `count` times with SIGKILL, each time start it again, and compare the end with an undisturbed run.
 
+    A run that ends before its random moment is compared as well, but is not one of the `count`.
     Of ten kills four hit the writing of a checkpoint, two its publication, one a write in the background, one the rest
     of training, and two a random moment. Jobs have one rank, every fourth has two.
     """
@@ -195,10 +196,11 @@ def kills(corpus: Path, validation: Path, workdir: Path, *, count: int, seed: in
         directory = workdir / f"whole{world_size}"
         wanted[world_size] = (shards(checkpoint_of(directory, STEPS)), curve(directory))
     figures = Counter(
-        kills=0, recovered=0, identical=0, lost_too_much=0, silent_restarts=0, in_writing=0, in_publishing=0
+        runs=0, kills=0, recovered=0, identical=0, lost_too_much=0, silent_restarts=0, in_writing=0, in_publishing=0
     )
     figures.update(in_background=0, in_training=0, at_random=0)
-    for number in range(count):
+    while figures["kills"] < count and figures["runs"] < 2 * count:
+        number = figures["runs"]
         world_size = 2 if number % 4 == 3 else 1
         kind, fault, moment, background = _choose_kill(choose, number, typical=seconds[world_size])
         directory = workdir / f"kill{number}"
@@ -216,6 +218,7 @@ def kills(corpus: Path, validation: Path, workdir: Path, *, count: int, seed: in
             # In the background one more save may have been under way when the next fell due.
             figures["lost_too_much"] += starts[-1].get("lost_steps", 0) > INTERVAL * (2 if background else 1)
             figures["silent_restarts"] += starts[-1]["step"] < before
+        figures["runs"] += 1
         without_files(directory)
     return dict(figures)
 
@@ -497,7 +500,7 @@ def reshard(corpus: Path, workdir: Path) -> dict:
 
 def _load_and_save(config: RunConfig, saved: Path, target: Path) -> None:
     """Load a checkpoint in this layout and save it again without a step."""
-    run = build_run(config)
+    run = build_run(config, *join_ranks(config))
     with contextlib.redirect_stderr(io.StringIO()):
         load_training(saved, model=run.model, optimizer=run.optimizer, topology=run.topology)
     Checkpointer(

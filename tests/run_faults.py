@@ -56,7 +56,11 @@ def campaigns(corpus: Path, validation: Path, *, quick: bool) -> list[Campaign]:
             f"kill -9, {kills} times, at random and at every fault point",
             "all recover by themselves, end bit-identical, lose at most one interval",
             partial(training.kills, corpus, validation, count=kills, seed=SEED),
-            lambda f: f["recovered"] == f["identical"] == kills and f["lost_too_much"] == f["silent_restarts"] == 0,
+            lambda f: (
+                f["kills"] == kills
+                and f["recovered"] == f["identical"] == f["runs"]
+                and f["lost_too_much"] == f["silent_restarts"] == 0
+            ),
         ),
         Campaign(
             "reshard DP2 → TP2 → PP2 → DP4",

@@ -16,7 +16,7 @@ from tiny_runs import STEPS, change, checkpoint_of, metric_rows, tiny_config, tr
 
 from megatron_polar import faults
 from megatron_polar.config.schema import FaultsSection
-from megatron_polar.errors import BAD_STEPS, CANNOT_SAVE, STOPPED, RunStopped, UserError
+from megatron_polar.errors import BAD_STEPS, CANNOT_SAVE, STALLED, STOPPED, RunStopped, UserError
 from megatron_polar.train.checkpoint_files import find_checkpoint, list_steps, verify_checkpoint
 from megatron_polar.train.guard import GOOD, NOT_FINITE, SPIKE, StepGuard, Verdict
 from megatron_polar.train.journal import read_events
@@ -292,12 +292,30 @@ def test_a_signal_while_the_run_is_built_ends_it_at_once(tmp_path, trajectory_co
 def signal_while_building(config) -> tuple[int, str]:
     from megatron_polar.train import run
 
-    def build_run(config):
+    def build_run(config, device, topology):
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("the signal was not heard")
 
     run.build_run = build_run
     return train_with(config)
+
+
+def test_a_rank_that_fails_while_the_run_is_built_ends_the_others(tmp_path, trajectory_corpus):
+    config = tiny_config(trajectory_corpus, tmp_path / "run", faults__stall_timeout_seconds=3.0)
+    assert faults_training.run_job(config, world_size=2, body=fail_while_building) == [STALLED, 1]
+    assert "ended with an error: no memory" in faults_training.log_of(config).read_text()
+
+
+def fail_while_building(config) -> None:
+    from megatron_polar.train import run
+
+    def build_model(*arguments, topology, **options):
+        if topology.rank == 1:
+            raise MemoryError("no memory")
+        torch.distributed.barrier()
+
+    run.build_run.__globals__["build_model"] = build_model
+    run.train(config)
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, trajectory_corpus):

@@ -8,19 +8,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from megatron_polar.data.records import (
-    Distinct,
-    InputLine,
-    Preference,
-    RecordError,
-    Trajectory,
-    TrajectoryGroup,
-    drop_duplicates,
-    list_inputs,
-    parse_record,
-    read_jsonl,
-    read_lines,
-)
+from megatron_polar.data.lines import InputLine, RecordError, list_inputs, read_jsonl, read_lines
+from megatron_polar.data.records import Distinct, Preference, Trajectory, TrajectoryGroup, drop_duplicates, parse_record
 from megatron_polar.errors import UserError
 
 GROUP = {
@@ -218,7 +207,7 @@ def test_a_byte_order_mark_is_not_part_of_the_first_line(tmp_path):
 
 
 def test_a_line_that_is_too_long_stops_a_reader_with_its_place(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_polar.data.records.MAX_LINE_BYTES", 100)
+    monkeypatch.setattr("megatron_polar.data.lines.MAX_LINE_BYTES", 100)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"{}\n" + b"x" * 101)
     with pytest.raises(UserError, match=r"a\.jsonl:2: the line is longer than 100 bytes"):
@@ -228,8 +217,8 @@ def test_a_line_that_is_too_long_stops_a_reader_with_its_place(tmp_path, monkeyp
 @pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
 @pytest.mark.parametrize("suffix", PACKED)
 def test_every_line_has_its_place_and_a_line_that_is_too_long_its_hash(tmp_path, monkeypatch, suffix, newline):
-    monkeypatch.setattr("megatron_polar.data.records.MAX_LINE_BYTES", 100)
-    monkeypatch.setattr("megatron_polar.data.records._READ_BYTES", 64)
+    monkeypatch.setattr("megatron_polar.data.lines.MAX_LINE_BYTES", 100)
+    monkeypatch.setattr("megatron_polar.data.lines._READ_BYTES", 64)
     path = tmp_path / f"a{suffix}"
     lines = [
         b"a",
@@ -254,7 +243,7 @@ def test_every_line_has_its_place_and_a_line_that_is_too_long_its_hash(tmp_path,
 
 
 def test_lines_that_are_too_long_take_no_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_polar.data.records.MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr("megatron_polar.data.lines.MAX_LINE_BYTES", 1 << 20)
     path = tmp_path / "a.jsonl"
     with path.open("wb") as file:
         file.truncate(100 << 20)  # a hole of NUL bytes

@@ -13,7 +13,8 @@ from pathlib import Path
 import orjson
 import pytest
 
-from megatron_polar.data.records import TrajectoryGroup, parse_record, read_jsonl
+from megatron_polar.data.lines import read_jsonl
+from megatron_polar.data.records import TrajectoryGroup, parse_record
 from megatron_polar.errors import UserError
 from megatron_polar.policies.ngram import split_words
 from megatron_polar.policies.pool import load_pool

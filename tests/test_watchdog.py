@@ -21,8 +21,9 @@ from faults_ranks import join, loop, run_job
 from ranks import run_ranks
 
 from megatron_polar.errors import STALLED, STOPPED, USER_ERROR, RunStopped, UserError
+from megatron_polar.train.stragglers import SlowRank, Stragglers, find_slow
 from megatron_polar.train.verdicts import Beat, find_hung, kill_all
-from megatron_polar.train.watchdog import Process, SlowRank, Stragglers, Watchdog, find_slow
+from megatron_polar.train.watchdog import Process, Watchdog
 
 TIMEOUT = 1.5
 LIMIT = TIMEOUT + 5  # the promise
@@ -108,6 +109,7 @@ HUNG_RANKS = {
     "nobody where all wait": ([WAITING, WAITING], []),
     "nobody where all work": ([beat(0), beat(1)], []),
     "nobody where all have left": ([beat(0, left=True), beat(1, left=True)], None),
+    "nobody while one has just left": ([dataclasses.replace(WAITING, left=True), beat(1, left=True), WAITING], None),
     "nobody while one gets on": ([WAITING, beat(1, still=0.5)], None),
     "nobody while one has not begun": ([WAITING, beat(1), None], None),
     "nobody while one is silent": ([WAITING, beat(1), beat(2, number=8)], None),
@@ -118,6 +120,8 @@ HUNG_RANKS = {
 def test_a_job_waits_for(name):
     beats, hung = HUNG_RANKS[name]
     before = [found and dataclasses.replace(found, number=8) for found in beats]
+    if "just left" in name:
+        before[1] = dataclasses.replace(before[1], left=False)
     assert find_hung(beats, before=before, seconds=2.0) == hung
 
 

@@ -17,7 +17,7 @@ import orjson
 import xxhash
 
 from megatron_polar import faults, log
-from megatron_polar.data.records import RecordError, list_inputs
+from megatron_polar.data.lines import RecordError, list_inputs
 from megatron_polar.data.shards import (
     UNIT_BYTES,
     Merger,

@@ -18,7 +18,7 @@ from itertools import combinations, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_polar.data.records import list_inputs, read_jsonl
+from megatron_polar.data.lines import list_inputs, read_jsonl
 from megatron_polar.data.template import prompt_text
 from megatron_polar.errors import UserError
 from megatron_polar.manifest import HashedFile

@@ -25,16 +25,8 @@ import orjson
 import xxhash
 
 from megatron_polar import faults, log
-from megatron_polar.data.records import (
-    InputLine,
-    Preference,
-    RecordError,
-    TrajectoryGroup,
-    drop_duplicates,
-    parse_record,
-    read_lines,
-    too_long,
-)
+from megatron_polar.data.lines import InputLine, RecordError, read_lines, too_long
+from megatron_polar.data.records import Preference, TrajectoryGroup, drop_duplicates, parse_record
 from megatron_polar.data.storage import COUNTS, HEADER_FIELDS, INDEX, KINDS, MAXIMA, QUARANTINE, TOKENS, write_index
 from megatron_polar.data.template import WRAPPERS, encode_half
 from megatron_polar.data.tokenizer import Tokenizer, load_tokenizer

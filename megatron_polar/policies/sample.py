@@ -12,7 +12,7 @@ from typing import Literal
 
 import orjson
 
-from megatron_polar.data.records import read_jsonl
+from megatron_polar.data.lines import read_jsonl
 from megatron_polar.data.template import prompt_text
 from megatron_polar.errors import UserError
 from megatron_polar.log import Progress, info

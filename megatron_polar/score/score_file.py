@@ -8,7 +8,7 @@ from pathlib import Path
 import orjson
 
 from megatron_polar import log
-from megatron_polar.data.records import read_jsonl
+from megatron_polar.data.lines import read_jsonl
 from megatron_polar.data.template import prompt_text
 from megatron_polar.errors import UserError
 from megatron_polar.manifest import HashedFile

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from megatron_polar import log
 from megatron_polar.data import public
-from megatron_polar.data.records import Preference, Trajectory, TrajectoryGroup, list_inputs, parse_record, read_jsonl
+from megatron_polar.data.lines import list_inputs, read_jsonl
+from megatron_polar.data.records import Preference, Trajectory, TrajectoryGroup, parse_record
 from megatron_polar.errors import UserError
 
 SUITES = ("preferences", "policies", "gsm8k", "gsm8k-all", "rmb")

@@ -91,14 +91,19 @@ class Run:
         }
 
 
-def build_run(config: RunConfig) -> Run:
-    """Join the other ranks, open the data, build model, optimizer and schedule. Raises UserError."""
+def join_ranks(config: RunConfig) -> tuple[Device, Topology]:
+    """Choose this rank's device and meet the other ranks. Raises UserError."""
     refuse_planted_outputs(Path(config.run.directory))
     device = select_device(config.run.device, local_rank=ranks.local_rank())
     if config.run.deterministic:
         make_deterministic(device)
     topology = ranks.initialize(config.parallel, device=device)
     ranks.seed_ranks(topology, seed=config.run.seed)
+    return device, topology
+
+
+def build_run(config: RunConfig, device: Device, topology: Topology) -> Run:
+    """Open the data, build model, optimizer and schedule. Collective; raises UserError."""
     data = _open_on_all_ranks(config, topology=topology)
     num_steps = count_steps(config, data=data)
     model = build_model(config, topology=topology, device=device, vocab_size=data.vocab_size)

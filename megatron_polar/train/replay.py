@@ -11,7 +11,7 @@ from megatron_polar import log
 from megatron_polar.config.schema import RunConfig
 from megatron_polar.data.loader import StepDataset
 from megatron_polar.errors import DONE, FAILED, UserError
-from megatron_polar.train.build import Run, build_run
+from megatron_polar.train.build import Run, build_run, join_ranks
 from megatron_polar.train.checkpoint_files import find_checkpoint, list_steps, read_state, verify_checkpoint
 from megatron_polar.train.gradients import gather_updated_weights
 from megatron_polar.train.objective import SUMS
@@ -43,7 +43,7 @@ def replay_step(config: RunConfig, *, step: int) -> int:
     """
     # Overlapping would mix gradients of ranks before they can be looked at.
     alone = dataclasses.replace(config.optimizer, overlap_grad_reduce=False, overlap_param_gather=False)
-    run = build_run(dataclasses.replace(config, optimizer=alone))
+    run = build_run(dataclasses.replace(config, optimizer=alone), *join_ranks(config))
     checkpoint = _checkpoint_for(run, step=step)
     load_training(checkpoint, model=run.model, optimizer=run.optimizer, topology=run.topology)
     gather_updated_weights(run.model)

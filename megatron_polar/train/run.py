@@ -14,7 +14,8 @@ from megatron_polar.data.loader import Step, StepDataset, load_steps
 from megatron_polar.data.tokenizer import load_tokenizer
 from megatron_polar.errors import CANNOT_SAVE, FAILED, INTERRUPTED, STALLED, STOPPED, USER_ERROR, RunStopped, UserError
 from megatron_polar.manifest import write_durably
-from megatron_polar.train.build import Run, build_run, describe_run
+from megatron_polar.parallel.topology import Topology
+from megatron_polar.train.build import Run, build_run, describe_run, join_ranks
 from megatron_polar.train.checkpoint import Checkpointer, SaveReport, agree_on_checkpoint
 from megatron_polar.train.checkpoint_files import TrainingState, read_state, remove_remains, set_aside_newer
 from megatron_polar.train.evaluation import evaluate_held_out
@@ -26,7 +27,8 @@ from megatron_polar.train.optimizer import current_learning_rate
 from megatron_polar.train.signals import StopSignals
 from megatron_polar.train.state_dict import layout_of, load_training, load_weights
 from megatron_polar.train.step import StepResult, train_step
-from megatron_polar.train.watchdog import Stragglers, Watchdog
+from megatron_polar.train.stragglers import Stragglers
+from megatron_polar.train.watchdog import Watchdog
 
 
 @dataclass
@@ -52,24 +54,27 @@ def train(config: RunConfig) -> dict[str, float]:
     Raises RunStopped when the run ends before that: asked to by a signal, or because it cannot go on.
     """
     with StopSignals() as signals:
-        run = build_run(config)
-        signals.wait_for_step()
-        with _watchdog(run) as watchdog, lock_run(run.directory, topology=run.topology):
+        device, topology = join_ranks(config)
+        with _watchdog(config, topology) as watchdog:
             try:
-                return _train(run, signals=signals, watchdog=watchdog)
-            except UserError as error:
-                # Refused before its first step: what status.json says of the job before is no longer so.
-                if not isinstance(error, RunStopped) and (run.directory / STATUS).exists():
-                    journal = Journal(run.directory, writes=run.topology.rank == 0)
-                    journal.status("refused", step=0, exit_status=USER_ERROR, reason=str(error))
-                raise
+                run = build_run(config, device, topology)
+                signals.wait_for_step()
+                with lock_run(run.directory, topology=topology):
+                    return _train(run, signals=signals, watchdog=watchdog)
             except RuntimeError as error:
                 raise _lost_peer(error, watchdog=watchdog) or error from None
 
 
 def _train(run: Run, *, signals: StopSignals, watchdog: Watchdog) -> dict[str, float]:
     faults.point("start")
-    training = _open(run, signals=signals, watchdog=watchdog)
+    try:
+        training = _open(run, signals=signals, watchdog=watchdog)
+    except UserError as error:
+        # Refused before its first step: what status.json says of the job before is no longer so.
+        if (run.directory / STATUS).exists():
+            journal = Journal(run.directory, writes=run.topology.rank == 0)
+            journal.status("refused", step=0, exit_status=USER_ERROR, reason=str(error))
+        raise
     dataset = StepDataset(
         run.data.train,
         global_batch_size=run.config.train.global_batch_size,
@@ -94,6 +99,9 @@ def _train(run: Run, *, signals: StopSignals, watchdog: Watchdog) -> dict[str, f
         training.checkpointer.finish()
     except RunStopped as stop:
         _write_down_end(training, "stopped", status=stop.status, reason=str(stop))
+        raise
+    except UserError as error:
+        _write_down_end(training, "failed", status=USER_ERROR, reason=str(error))
         raise
     except KeyboardInterrupt:
         reason = f"interrupted after step {training.done}; step {training.saved} is saved"
@@ -170,13 +178,13 @@ def _due(step: int, interval: int, *, last: int) -> bool:
 # --- Starting --------------------------------------------------------------------------------------------------------
 
 
-def _watchdog(run: Run) -> Watchdog:
+def _watchdog(config: RunConfig, topology: Topology) -> Watchdog:
     return Watchdog(
-        run.topology.store if run.topology.world_size > 1 else None,
-        rank=run.topology.rank,
-        world_size=run.topology.world_size,
-        timeout_seconds=run.config.faults.stall_timeout_seconds,
-        directory=run.directory,
+        topology.store if topology.world_size > 1 else None,
+        rank=topology.rank,
+        world_size=topology.world_size,
+        timeout_seconds=config.faults.stall_timeout_seconds,
+        directory=Path(config.run.directory),
     )
 
 

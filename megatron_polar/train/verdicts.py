@@ -11,9 +11,10 @@ from pathlib import Path
 
 import orjson
 
-SHOW_STACKS = signal.SIGUSR2
-"""While a watchdog is at work, this signal writes the stacks of all threads to the log."""
-_SECONDS_FOR_STACKS = 1.0
+SHOW_STACK = signal.SIGUSR2
+"""While a watchdog is at work, this signal writes the main thread's stack to the log."""
+_SECONDS_TO_END_ITSELF = 1.0
+_SECONDS_FOR_A_STACK = 0.3
 
 PHASES = ("start", "load", "data", "step", "evaluation", "save")
 """In the order in which a rank passes them; of two ranks in one step the earlier phase is the one that is behind."""
@@ -82,15 +83,24 @@ def _machine() -> str:
 
 
 def kill_all(processes: Sequence[Process]) -> None:
-    """End those of the processes that are on this machine, and not this one. One that is not stopped shows its stacks
-    first, even if it does not let go of Python's lock."""
+    """End those of the processes that are on this machine, and not this one.
+
+    One whose watchdog is alive ends by itself and gets the time for it. One that never lets go of Python's lock shows
+    its stack first.
+    """
     others = [process for process in processes if process.is_here and process.pid != os.getpid()]
-    for number, seconds in ((SHOW_STACKS, _SECONDS_FOR_STACKS), (signal.SIGKILL, 0.0)):
+
+    def cannot_show_more() -> bool:
+        return all(process.is_gone or process.state == "T" for process in others)
+
+    wait_until(cannot_show_more, _SECONDS_TO_END_ITSELF)
+    for number in (SHOW_STACK, signal.SIGKILL):
         for process in others:
             if not process.is_gone:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process.pid, number)
-        wait_until(lambda: all(process.is_gone or process.state == "T" for process in others), seconds)
+        if number == SHOW_STACK:
+            wait_until(cannot_show_more, _SECONDS_FOR_A_STACK)
 
 
 def wait_until(is_so: Callable[[], bool], seconds: float, *, pause: float = 0.02) -> None:
@@ -152,14 +162,18 @@ def find_hung(beats: Sequence[Beat | None], *, before: Sequence[Beat | None], se
     """Ranks for which the others wait in a job that stands still: of those that do not wait themselves the ones that
     are furthest behind. Empty: all are alike. None: the job does not stand still.
 
-    `beats` are all ranks' newest, `before` those of about a second ago. A rank that has got on in the last `seconds`
-    keeps a job moving; of one that does not beat nothing is known, and it is left to the rank that listens to it.
+    `beats` are all ranks' newest, `before` those of about a second ago. A rank that has got on in the last `seconds`,
+    or has left since, keeps a job moving; of one that does not beat nothing is known, and it is left to the rank that
+    listens to it.
     """
-    running = {rank: beat for rank, beat in enumerate(beats) if beat is None or not beat.left}
-    for rank, beat in running.items():
-        is_silent = beat is None or before[rank] is None or beat.number == before[rank].number
-        if is_silent or beat.still < seconds:
+    running = {}
+    for rank, (beat, old) in enumerate(zip(beats, before, strict=True)):
+        if beat is None or old is None or beat.left != old.left:
             return None
+        if not beat.left:
+            if beat.number == old.number or beat.still < seconds:
+                return None
+            running[rank] = beat
     if not running:
         return None
     busy = {rank: beat for rank, beat in running.items() if not beat.waits} or running

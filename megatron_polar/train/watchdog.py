@@ -1,4 +1,4 @@
-"""Hung, dead and slow ranks: noticed, named, and not allowed to keep a job waiting.
+"""Hung and dead ranks: noticed, named, and not allowed to keep a job waiting.
 
 Every rank beats into the store through which the ranks found each other, and listens to one other rank's beat, its
 successor in a ring: that is three small requests a rank and interval, whatever the number of ranks. Whoever comes to a
@@ -13,18 +13,15 @@ which is named but has to be killed by the launcher.
 import contextlib
 import faulthandler
 import os
-import statistics
 import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import orjson
 import psutil
-import torch
 import torch.distributed as dist
 
 from megatron_polar import log
@@ -32,7 +29,7 @@ from megatron_polar.errors import STALLED
 from megatron_polar.manifest import write_durably
 from megatron_polar.train.journal import STATUS
 from megatron_polar.train.verdicts import (
-    SHOW_STACKS,
+    SHOW_STACK,
     Beat,
     Process,
     Verdict,
@@ -113,7 +110,8 @@ class Watchdog:
             self._store.set_timeout(timedelta(seconds=max(self.timeout, 5.0)))
             self._beat()
         if self.timeout > 0:
-            faulthandler.register(SHOW_STACKS, file=2, all_threads=True)
+            # Not all threads: to walk the frames of a thread that runs would crash the process now and then.
+            faulthandler.register(SHOW_STACK, file=2, all_threads=False)
             for target in [self._keep_time, *([self._talk] if self._store is not None else [])]:
                 self._threads.append(threading.Thread(target=target, name=f"watchdog {target.__name__}", daemon=True))
                 self._threads[-1].start()
@@ -136,7 +134,7 @@ class Watchdog:
             self._wake.set()
             for thread in self._threads:  # one that is in a store call when the interpreter ends would abort it
                 thread.join(_SECONDS_FOR_OTHERS)
-            faulthandler.unregister(SHOW_STACKS)
+            faulthandler.unregister(SHOW_STACK)
         elif self._store is not None:
             with contextlib.suppress(RuntimeError):
                 self._say_goodbye()
@@ -202,6 +200,8 @@ class Watchdog:
             if self._has_lost_store:
                 self._do_without_store()
             pause = min(2 * pause, self.interval) if self._left else self.interval
+            if self._host is None and not self._launcher_hosts:  # once the store is silent it is too late to ask
+                pause = 0.02
             if self._wake.wait(pause):
                 self._wake.clear()
                 pause = 0.005
@@ -313,6 +313,7 @@ class Watchdog:
         beats = self._beats_of(range(self.world_size))
         hung = find_hung(beats, before=before, seconds=self.timeout - 3 * self.interval)
         if hung is None:
+            self._before = (beats, self._clock)
             return
         who = "; ".join(f"{beats[rank].process} hangs in {beats[rank]}" for rank in hung)
         self._conclude(
@@ -436,55 +437,3 @@ class Watchdog:
 
 def _is_dead(beat: Beat) -> str:
     return f"{beat.process} is dead; it was last in {beat}"
-
-
-# --- Slow ranks ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SlowRank:
-    """A rank (global) that takes `ratio` times as long as the others for a step: `seconds`."""
-
-    rank: int
-    ratio: float
-    seconds: float
-
-
-class Stragglers:
-    """Compares how long replicas work before they have to wait for each other; `ratio` 0 compares nothing."""
-
-    def __init__(self, *, ratio: float, fewest_steps: int = 10):
-        self.ratio, self.fewest_steps = ratio, fewest_steps
-        self._seconds: list[float] = []
-
-    def add(self, busy_seconds: float) -> None:
-        """Take note of one step of this rank."""
-        self._seconds.append(busy_seconds)
-
-    def report(self, group: dist.ProcessGroup, *, device: torch.device | str = "cpu") -> list[SlowRank]:
-        """Ranks of `group` that were slow since the last report, slowest first. Collective: one small all_gather."""
-        if not self.ratio or len(self._seconds) < self.fewest_steps or group.size() == 1:
-            return []
-        own = torch.tensor(self._seconds, dtype=torch.float64, device=device)
-        self._seconds = []
-        gathered = [torch.empty_like(own) for _ in range(group.size())]
-        dist.all_gather(gathered, own, group=group)
-        seconds = [values.tolist() for values in gathered]
-        return find_slow(seconds, ranks=dist.get_process_group_ranks(group), ratio=self.ratio)
-
-
-def find_slow(seconds: list[list[float]], *, ranks: list[int], ratio: float) -> list[SlowRank]:
-    """Ranks that took more than `ratio` times as long as the median of the others in three quarters of the steps,
-    slowest first; `seconds[i]` are the steps of `ranks[i]`.
-
-    Step by step, and not medians over the window: a busy machine holds up now this rank and now that one, and on two
-    cores with a load of 30 medians of ten steps raised a false alarm in every tenth window, this in none.
-    """
-    found = []
-    for position, (rank, own) in enumerate(zip(ranks, seconds, strict=True)):
-        others = [statistics.median(step) for step in zip(*seconds[:position], *seconds[position + 1 :], strict=True)]
-        ratios = sorted(mine / max(theirs, 1e-9) for mine, theirs in zip(own, others, strict=True))
-        typical = ratios[len(ratios) // 4]
-        if typical > ratio:
-            found.append(SlowRank(rank, typical, statistics.median(own)))
-    return sorted(found, key=lambda slow: -slow.ratio)
