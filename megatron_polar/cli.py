@@ -1,7 +1,6 @@
 """The console command and its verbs. Each verb imports what it needs: a login node starts in under a second."""
 
 import argparse
-import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -9,10 +8,10 @@ from pathlib import Path
 
 import megatron_polar
 from megatron_polar import log
-from megatron_polar.errors import INTERRUPTED, STALLED, USER_ERROR, RunStopped, UserError
+from megatron_polar.errors import ENVIRONMENT_ERRORS, INTERRUPTED, STALLED, USER_ERROR, RunStopped, UserError
 
-_ENVIRONMENT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
-_ENVIRONMENT_ERRORS |= {errno.ELOOP, errno.EISDIR, errno.ENXIO}  # links, directories and pipes in the place of a file
+_GO_ON = ("sample", "preprocess", "train")
+"""Verbs that, started again, keep what an interrupted call has finished."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,13 +33,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error{rank}: {error}", file=sys.stderr, flush=True)
         return USER_ERROR
     except OSError as error:
-        if error.errno not in _ENVIRONMENT_ERRORS:
+        if error.errno not in ENVIRONMENT_ERRORS:
             raise
         where = error.filename or options.verb
         print(f"error: {where}: {os.strerror(error.errno)}; make room, or check the path", file=sys.stderr, flush=True)
         return USER_ERROR
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
+    except KeyboardInterrupt as interrupt:
+        if log.is_first_rank():
+            goes_on = ": nothing is lost, the same command goes on from here" if options.verb in _GO_ON else ""
+            print(str(interrupt) or f"interrupted{goes_on}", file=sys.stderr, flush=True)
         return INTERRUPTED
 
 
@@ -48,7 +49,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megatron-polar", description=megatron_polar.__doc__)
     parser.add_argument("--version", action="version", version=megatron_polar.__version__)
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB", dest="verb")
-    for add in (_add_sample, _add_tokenizer, _add_preprocess, _add_train, _add_evaluate, _add_score, _add_report):
+    for add in (
+        _add_sample,
+        _add_tokenizer,
+        _add_preprocess,
+        _add_train,
+        _add_evaluate,
+        _add_score,
+        _add_report,
+        _add_convert,
+    ):
         add(verbs)
     return parser
 
@@ -173,9 +183,11 @@ def _train(options: argparse.Namespace) -> int | None:
     from megatron_polar.config.load import dump_config, load_config
 
     config = load_config(options.config, options.overrides)
+    _refuse_another_place(options, run_directory=Path(config.run.directory))
     if options.dry_run:
         print(dump_config(config), end="")
         return None
+    log.info("starting: loading torch and megatron-core")  # 7 to 20 seconds
     if options.replay_step is not None:
         from megatron_polar.train.replay import replay_step
 
@@ -188,6 +200,19 @@ def _train(options: argparse.Namespace) -> int | None:
 
         log.info(f"report: {training_report(Path(config.run.directory))}")
     return None
+
+
+def _refuse_another_place(options: argparse.Namespace, *, run_directory: Path) -> None:
+    """A run directory that was moved or copied still names its old place, where the run would start over."""
+    home = options.config.parent
+    home = home.parent.parent if home.parent.name == "checkpoints" else home
+    is_of_a_run = options.config.name == "config.yaml" and (home / "checkpoints").is_dir()
+    is_chosen = any(override.startswith("run.directory=") for override in options.overrides)
+    if is_of_a_run and not is_chosen and run_directory.resolve() != home.resolve():
+        raise UserError(
+            f"{options.config}: names run.directory={run_directory}, and lies in {home}; add run.directory={home} to "
+            f"go on there, or another directory to start a new run"
+        )
 
 
 # --- evaluate and score ----------------------------------------------------------------------------------------------
@@ -235,7 +260,14 @@ def _evaluate(options: argparse.Namespace) -> int:
         options.suite, options.data, limit=options.limit, seed=options.seed, default_wrapper=options.wrapper
     )
     scorer = _load_scorer(options)
-    summary = evaluate(scorer, items, output=options.output, suite=options.suite, seed=options.seed)
+    summary = evaluate(
+        scorer,
+        items,
+        output=options.output,
+        suite=options.suite,
+        seed=options.seed,
+        checkpoint=str(scorer.checkpoint),
+    )
     if log.is_first_rank():
         from megatron_polar.score.report import evaluation_report
 
@@ -284,3 +316,62 @@ def _report(options: argparse.Namespace) -> None:
             raise UserError(f"--evaluation {entry!r} is not of the form HEADING=DIR")
         evaluations[heading] = Path(directory)
     log.info(f"report: {training_report(options.run_directory, evaluations=evaluations)}")
+
+
+# --- convert ---------------------------------------------------------------------------------------------------------
+
+
+def _add_convert(verbs) -> None:
+    verb = verbs.add_parser("convert", help="checkpoints in and out of Hugging Face's formats")
+    ways = verb.add_subparsers(title="directions", required=True, metavar="from-hf|to-hf", dest="way")
+    way = ways.add_parser("from-hf", help="a Hugging Face directory to a checkpoint that training starts from")
+    way.add_argument("--model", type=Path, required=True, help="directory with config.json and *.safetensors")
+    way.add_argument("--output", type=Path, required=True, help="run directory that gets checkpoints/step_00000000")
+    way.add_argument("--head", choices=("load", "init"), help="the reward head (default: load it if there is one)")
+    way.add_argument("--dtype", choices=("bf16", "fp32"), help="of the weights (default: the model's; fp32 for fp16)")
+    way.add_argument("--tokenizer", type=Path, help="tokenizer's file or directory (default: the model's)")
+    way.add_argument("--separator-token", help="control token between the halves (default: POLAR's <|reward|>)")
+    way.add_argument("--reward-token", help="control token of the reward (default: POLAR's [UNUSED_TOKEN_130])")
+    way.set_defaults(run=_from_hf)
+    way = ways.add_parser("to-hf", help="a checkpoint to a directory for transformers, vLLM, SGLang and LMDeploy")
+    way.add_argument("--checkpoint", type=Path, required=True, help="run directory, or one step of it")
+    way.add_argument("--output", type=Path, required=True, help="directory to make")
+    way.add_argument("--layout", choices=("internlm2", "sequence-classification"), required=True)
+    way.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of the weights (default: the checkpoint's)")
+    way.add_argument("--max-shard-size-gb", type=float, default=2.0, help="largest file, in GiB")
+    way.add_argument("--verify", action="store_true", help="compare rewards with transformers' on sample texts")
+    way.set_defaults(run=_to_hf)
+
+
+def _from_hf(options: argparse.Namespace) -> None:
+    from megatron_polar.convert.convert import from_hf
+
+    from_hf(
+        options.model,
+        output=options.output,
+        head=options.head,
+        dtype=options.dtype,
+        tokenizer=options.tokenizer,
+        separator_token=options.separator_token,
+        reward_token=options.reward_token,
+    )
+
+
+def _to_hf(options: argparse.Namespace) -> int:
+    from megatron_polar.convert.convert import to_hf
+
+    if not options.max_shard_size_gb > 0:
+        raise UserError(f"--max-shard-size-gb {options.max_shard_size_gb} must be above 0")
+    max_bytes = int(options.max_shard_size_gb * 2**30)
+    to_hf(
+        options.checkpoint,
+        output=options.output,
+        layout=options.layout,
+        dtype=options.dtype,
+        max_shard_bytes=max_bytes,
+    )
+    if options.verify:
+        from megatron_polar.score.verify_export import verify_export
+
+        return verify_export(options.checkpoint, options.output)
+    return 0

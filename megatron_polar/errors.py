@@ -1,16 +1,23 @@
 """The exceptions that mean "you, the user, can mend this", and the exit statuses that a launcher can tell apart."""
 
+import errno
+
 DONE, FAILED, USER_ERROR = 0, 1, 2
 BAD_STEPS = 17
-"""Steps kept failing (or a replica's weights differ): starting again unchanged will not help."""
+"""Steps kept failing: look into them first; the same command would go on behind them."""
 CANNOT_SAVE = 73
 """Checkpoints could not be written several times in a row."""
+ENVIRONMENT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+ENVIRONMENT_ERRORS |= {errno.ELOOP, errno.EISDIR, errno.ENXIO}  # links, directories and pipes in the place of a file
+"""What the operating system says when the user can mend it; the command line exits with USER_ERROR."""
 STALLED = 74
 """A rank hung or died: start again."""
 INTERRUPTED = 130
 """Ctrl-C, without a checkpoint."""
 STOPPED = 75
 """Asked to stop by a signal, with a checkpoint written: start again to go on."""
+REPLICAS_DIFFER = 76
+"""Weights that must be equal are not, and were not saved: start again, without the machine that is named."""
 
 
 class UserError(ValueError):

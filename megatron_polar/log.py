@@ -10,6 +10,8 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 _PLAIN_INTERVAL_SECONDS = 10.0
+_LEAST_SHARE_FOR_ETA = 0.03
+"""Of the work: before that an ETA tells more of how the work began than of what is left."""
 
 
 def is_first_rank() -> bool:
@@ -82,11 +84,9 @@ class Progress:
     def _line(self) -> str:
         elapsed = time.monotonic() - self._start
         of_total = f"/{self.total}" if self.total else ""
-        eta = (
-            f", ETA {format_seconds(elapsed / self.done * (self.total - self.done))}"
-            if self.total and self.done
-            else ""
-        )
+        eta = ""
+        if self.total and self.done >= _LEAST_SHARE_FOR_ETA * self.total:
+            eta = f", ETA {format_seconds(elapsed / self.done * (self.total - self.done))}"
         return f"{self.description}: {self.done}{of_total} {self.unit}, {format_seconds(elapsed)} elapsed{eta}"
 
     def __exit__(self, *exception) -> None:

@@ -6,7 +6,7 @@ directory with one is complete, and no byte of it or of the files that it names 
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,6 +23,10 @@ _READ_BYTES = 1 << 20
 
 class Damaged(Exception):
     """A file or directory is not what its manifest says: one line with the file, what is wrong, and both hashes."""
+
+
+class OtherVersion(Damaged):
+    """Whole, but written by a program that this one does not know."""
 
 
 @contextmanager
@@ -138,11 +142,12 @@ def sync_directory(directory: Path) -> None:
         os.close(handle)
 
 
-def hash_file(path: Path, digest: Any) -> str:
-    """Hash a file in constant memory with a fresh hash object; returns hex."""
+def hash_file(path: Path, digest: Any, *, after_each: Callable[[], None] = lambda: None) -> str:
+    """Hash a file in constant memory with a fresh hash object; returns hex. `after_each` MiB it calls."""
     with _naming(path), path.open("rb", buffering=0) as stream:
         while data := stream.read(_READ_BYTES):
             digest.update(data)
+            after_each()
     return digest.hexdigest()
 
 
@@ -175,8 +180,6 @@ def read_manifest(directory: Path, *, format_name: str, format_version: int) -> 
         raise Damaged(f"{MANIFEST} is damaged: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or content.get("format") != format_name:
         raise Damaged(f"{MANIFEST} is not the manifest of a {format_name}")
-    if content.get("format_version") != format_version:
-        raise Damaged(f"{MANIFEST} has format_version={content.get('format_version')}, this program {format_version}")
     try:
         again = encode_manifest(content)
     except TypeError as error:
@@ -184,6 +187,9 @@ def read_manifest(directory: Path, *, format_name: str, format_version: int) -> 
     if again != data:
         found, wanted = hashlib.sha256(data).hexdigest(), hashlib.sha256(again).hexdigest()
         raise Damaged(f"{MANIFEST} was changed: its SHA-256 is {found[:12]}..., its content's {wanted[:12]}...")
+    version = content.get("format_version")
+    if version != format_version:
+        raise OtherVersion(f"{MANIFEST} has format_version={version}, this program {format_version}")
     return content
 
 
@@ -224,9 +230,9 @@ def check_nothing_else(directory: Path, files: dict[str, dict], *, allowed: Iter
             raise Damaged(f"{name} is not in {MANIFEST}: it does not belong here")
 
 
-def check_hash(directory: Path, name: str, entry: dict) -> None:
+def check_hash(directory: Path, name: str, entry: dict, *, after_each: Callable[[], None] = lambda: None) -> None:
     """Compare a file's SHA-256 with its manifest entry; raises Damaged with both."""
-    found = hash_file(directory / name, hashlib.sha256())
+    found = hash_file(directory / name, hashlib.sha256(), after_each=after_each)
     if found != entry["sha256"]:
         raise Damaged(f"{name} has SHA-256 {found[:12]}... instead of {entry['sha256'][:12]}...")
 

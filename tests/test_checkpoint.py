@@ -263,6 +263,16 @@ def test_a_path_without_checkpoints_is_refused_by_name(tmp_path):
         find_checkpoint(tmp_path)
 
 
+def test_a_directory_beside_a_runs_checkpoints_leads_to_the_run(tmp_path):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    aside = checkpoints / "damaged-step_00000006-0a1b2c3d"
+    for path in (aside, checkpoints / "step_00000004"):
+        path.mkdir(parents=True)
+    for path, why in ((aside, "was set aside because it did not verify"), (checkpoints, "holds the checkpoints")):
+        with pytest.raises(UserError, match=f"{path}: {why}.*; give the run directory, {tmp_path / 'run'}$"):
+            find_checkpoint(path)
+
+
 @pytest.mark.parametrize(("keep", "left"), [(1, [6]), (2, [4, 6]), (0, [2, 4, 6])])
 def test_only_the_newest_checkpoints_are_kept(keep, left, finished, tmp_path):
     run = killed_after(finished, tmp_path / "run", step=4)

@@ -182,6 +182,48 @@ def test_a_dry_run_prints_the_resolved_configuration_and_starts_nothing(config_f
     assert not (tmp_path / "run").exists()
 
 
+class Loaded:
+    """In the place of a module that takes long to load: each of its functions ends as by Ctrl-C."""
+
+    def __init__(self, *sentence):
+        self.sentence = sentence
+
+    def __getattr__(self, name):
+        def interrupted(*arguments, **options):
+            raise KeyboardInterrupt(*self.sentence)
+
+        return interrupted
+
+
+@pytest.mark.parametrize(
+    ("verb", "module", "sentence", "said"),
+    [
+        ("train", "train.run", (), "interrupted: nothing is lost, the same command goes on from here"),
+        ("train", "train.run", ("interrupted after step 2",), "interrupted after step 2"),
+        ("preprocess", "data.preprocess", (), "interrupted: nothing is lost, the same command goes on from here"),
+        ("sample", "policies.sample", (), "interrupted: nothing is lost, the same command goes on from here"),
+        ("score", "score.score_file", (), "interrupted"),
+        ("evaluate", "score.suites", (), "interrupted"),
+    ],
+)
+def test_ctrl_c_is_one_line_of_the_first_rank(verb, module, sentence, said, config_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, f"megatron_polar.{module}", Loaded(*sentence))
+    arguments = {
+        "train": [config_file],
+        "preprocess": ["in.jsonl", "--output", "out", "--tokenizer", "t.model"],
+        "sample": ["--pool", "pool.yaml", "--output", "out"],
+        "score": ["--checkpoint", "run", "--input", "in.jsonl", "--output", "out.jsonl"],
+        "evaluate": ["--checkpoint", "run", "--suite", "preferences", "--data", "in.jsonl", "--output", "out"],
+    }[verb]
+    command = [verb, *map(str, arguments)]
+    assert cli.main(command) == 130
+    start = ["starting: loading torch and megatron-core"] * (verb == "train")
+    assert capsys.readouterr().err.splitlines() == [*start, said]
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(command) == 130
+    assert capsys.readouterr().err == ""
+
+
 def test_overrides_may_stand_behind_an_option_and_other_leftovers_are_refused(tmp_path, capsys):
     from megatron_polar import cli
 

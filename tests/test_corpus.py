@@ -283,6 +283,39 @@ def test_a_complete_output_is_left_alone_and_another_call_is_refused(inputs, tok
         preprocess(files, **call)
 
 
+def test_every_difference_to_the_call_that_made_an_output_is_named(inputs, tokenizer_path, tmp_path):
+    source = Path(shutil.copytree(inputs, tmp_path / "in"))
+    call = {"output": tmp_path / "out", "tokenizer_path": tokenizer_path}
+    preprocess([source], **call)
+
+    def refusal(files=(source,), **changes):
+        with pytest.raises(UserError) as caught:
+            preprocess(files, **call, **changes)
+        return str(caught.value)
+
+    reverse = sorted(source.iterdir(), reverse=True)
+    assert "was made with other inputs (in another order); choose" in refusal(reverse)
+    gone, longer = (source / name for name in ("a.jsonl.gz", "b.jsonl"))
+    was = gone.stat().st_size, longer.stat().st_size
+    gone.unlink()
+    write_lines(longer, lines(1, seed=9))
+    changes = {"wrapper": "pretrain", "max_response_length": 9, "max_bad_fraction": 0.5}
+    said = refusal(**changes, separator_token=REWARD_TOKEN, reward_token=SEPARATOR_TOKEN)
+    for part in (
+        "wrapper='sft', not 'pretrain'; max_response_length=4096, not 9; max_bad_fraction=0.0, not 0.5; another tok",
+        f"separator_token='{SEPARATOR_TOKEN}', not '{REWARD_TOKEN}'; reward_token=",
+        f"only then: 'a.jsonl.gz' of {was[0]} bytes, 'b.jsonl' of {was[1]} bytes; only now: 'b.jsonl' of ",
+    ):
+        assert part in said
+    shutil.rmtree(source)
+    shutil.copytree(inputs, source)
+    for path in source.glob("[bc].*"):
+        data = bytearray(path.read_bytes())
+        data[-3] ^= 1
+        path.write_bytes(data)
+    assert f"was made with other content of {source / 'b.jsonl'}, {source / 'c.jsonl.zst'}; choose" in refusal()
+
+
 def start(inputs, *, output, tokenizer_path, num_workers):
     code = (
         "import sys; from pathlib import Path; from megatron_polar.data.corpus import preprocess\n"
@@ -382,8 +415,23 @@ def test_a_bad_line_stops_the_run_with_its_place(tokenizer_path, tmp_path, name,
 def test_an_empty_input_is_an_error(tokenizer_path, tmp_path, content):
     path = tmp_path / "in.jsonl"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"in\.jsonl:1: empty input"):
-        preprocess([path], output=tmp_path / "out", tokenizer_path=tokenizer_path)
+    other = tmp_path / "b.jsonl"
+    other.write_bytes(b"")
+    for files, given in (([path], "the one file given holds"), ([path, other], "all 2 files given hold")):
+        with pytest.raises(UserError, match=rf"in\.jsonl: empty input: {given} only blank lines or nothing; check"):
+            preprocess(files, output=tmp_path / "out", tokenizer_path=tokenizer_path)
+
+
+def test_a_warning_counts_quarantined_lines_and_says_why_most_often(tokenizer_path, tmp_path, capfd):
+    path, output = tmp_path / "in.jsonl", tmp_path / "out"
+    names = ["empty prompt", "not UTF-8", "malformed", "not UTF-8", "malformed", "malformed"]
+    path.write_bytes(b"\n".join([GOOD.encode()] + [b" " * place + BAD_LINES[name] for place, name in enumerate(names)]))
+    preprocess([path], output=output, tokenizer_path=tokenizer_path, max_bad_fraction=0.9)
+    (said,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert said == (
+        f"warning: {output / 'quarantine.jsonl'}: 6 of 7 lines are not in the dataset; most often: malformed JSON "
+        "(3 times), not UTF-8 (2 times)"
+    )
 
 
 def test_allowed_bad_lines_are_quarantined_with_place_reason_and_hash(tokenizer_path, tmp_path):
@@ -546,19 +594,59 @@ def test_preprocess_needs_no_torch(inputs, tokenizer_path, tmp_path):
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, check=True)
 
 
-def test_the_verify_tool_says_what_is_wrong(corpus_copy):
-    def verify():
-        command = [sys.executable, str(REPOSITORY / "tools" / "verify_dataset.py"), "--deep", str(corpus_copy)]
+def test_a_path_that_was_mistaken_for_a_dataset_is_told_what_it_is(corpus_path, tmp_path):
+    run, parent, empty, file = (tmp_path / name for name in ("run", "parent", "empty", "file"))
+    (run / "checkpoints" / "step_00000001").mkdir(parents=True)
+    (run / "data" / "train").mkdir(parents=True)
+    empty.mkdir()
+    file.write_bytes(b"")
+    shutil.copytree(corpus_path, parent / "train")
+    said = {
+        tmp_path / "nowhere": "no such directory; check the path",
+        file: "not a directory; check the path",
+        run: "a run directory of `train`, no dataset; give a directory that `preprocess` has written",
+        parent: f"no dataset itself, but holds some; give {parent / 'train'}",
+        empty: "no dataset (manifest.json is missing); give a directory that `preprocess` has written",
+    }
+    for path, problem in said.items():
+        with pytest.raises(UserError) as caught:
+            Corpus(path)
+        assert str(caught.value) == f"{path}: {problem}"
+    (empty / ".work").mkdir()
+    with pytest.raises(UserError, match="the directory was never finished"):
+        Corpus(empty)
+
+
+def test_a_progress_line_has_no_eta_before_a_few_percent_are_done(capfd, monkeypatch):
+    from megatron_polar import log
+
+    now = [0.0]
+    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
+    with log.Progress("verify", total=1000, unit="documents") as bar:
+        for done in (1, 28, 1, 20):
+            now[0] += 10.0
+            bar.advance(done)
+    before, *_, at_last, later = capfd.readouterr().err.splitlines()
+    assert before == "verify: 1/1000 documents, 0:10 elapsed"
+    assert at_last == "verify: 30/1000 documents, 0:30 elapsed, ETA 16:10"
+    assert later == "verify: 50/1000 documents, 0:40 elapsed, ETA 12:40"
+
+
+def test_the_verify_tool_says_what_is_wrong(corpus_copy, corpus_path):
+    def verify(*paths):
+        command = [sys.executable, str(REPOSITORY / "tools" / "verify_dataset.py"), "--deep", *map(str, paths)]
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
         return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
-    good = verify()
+    good = verify(corpus_copy)
     assert good.returncode == 0, good.stderr
     assert "120 documents" in good.stdout + good.stderr
     path = corpus_copy / "corpus.bin"
     data = path.read_bytes()
     path.write_bytes(data[:100] + bytes([data[100] ^ 4]) + data[101:])
-    bad = verify()
+    bad = verify(corpus_copy, corpus_copy / "nowhere", corpus_path)
     assert bad.returncode == 2
     assert "corpus.bin has SHA-256" in bad.stderr
+    assert f"error: {corpus_copy / 'nowhere'}: no such directory" in bad.stderr
+    assert f"{corpus_path}: hashes and documents are right" in bad.stderr
     assert "Traceback" not in bad.stderr

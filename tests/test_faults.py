@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -16,10 +17,11 @@ from tiny_runs import STEPS, change, checkpoint_of, metric_rows, tiny_config, tr
 
 from megatron_polar import faults
 from megatron_polar.config.schema import FaultsSection
-from megatron_polar.errors import BAD_STEPS, CANNOT_SAVE, STALLED, STOPPED, RunStopped, UserError
+from megatron_polar.errors import BAD_STEPS, CANNOT_SAVE, REPLICAS_DIFFER, STALLED, STOPPED, RunStopped, UserError
+from megatron_polar.manifest import encode_manifest
 from megatron_polar.train.checkpoint_files import find_checkpoint, list_steps, verify_checkpoint
 from megatron_polar.train.guard import GOOD, NOT_FINITE, SPIKE, StepGuard, Verdict
-from megatron_polar.train.journal import read_events
+from megatron_polar.train.journal import goodput_table, read_events
 from megatron_polar.train.replay import replay_step
 from megatron_polar.train.run import train
 
@@ -226,15 +228,103 @@ def test_a_flipped_bit_on_one_replica_is_found_within_the_interval_with_its_rank
         checkpoint__save_interval=100,
     )
     for status, message in run_ranks(train_with, 4, config, f"step_end:3@{rank}=flip"):
-        assert status == BAD_STEPS
+        assert status == REPLICAS_DIFFER
         assert message.startswith("iteration 4: weights that must be equal on all replicas differ:")
         assert f"of rank {rank};" in message
     assert not list_steps(tmp_path / "run")  # spoilt weights are never saved
 
 
+def test_no_save_evades_the_comparison_of_replicas(tmp_path, trajectory_corpus):
+    config = tiny_config(
+        trajectory_corpus,
+        tmp_path / "run",
+        optimizer__use_distributed_optimizer=False,
+        checkpoint__save_interval=100,
+    )
+    outcomes = run_ranks(train_with, 3, config, "step_end:3@1=flip,after_update:3@0=term")
+    assert {status for status, _ in outcomes} == {REPLICAS_DIFFER}
+    assert not list_steps(tmp_path / "run")
+
+
 def test_healthy_replicas_raise_no_alarm(tmp_path, trajectory_corpus):
     config = tiny_config(trajectory_corpus, tmp_path / "run", faults__replica_check_interval=1)
     assert run_ranks(train_with, 2, config, "") == [(0, "")] * 2
+
+
+# --- what is written down ---
+
+
+def status_of(run: Path) -> tuple[str, int, int]:
+    content = orjson.loads((run / "status.json").read_bytes())
+    return content["state"], content["exit_status"], content["step"]
+
+
+def events_of(run: Path) -> list[str]:
+    return [event["event"] for event in read_events(run)]
+
+
+def test_status_says_how_a_run_ended_whichever_way(tmp_path, trajectory_corpus):
+    run = tmp_path / "run"
+    config = tiny_config(trajectory_corpus, run)
+    faults_training.run_job(config, fault="after_save:2=kill")
+    assert orjson.loads((run / "status.json").read_bytes())["state"] == "running"
+    run_ranks(train_with, 1, config, "")  # finds nothing left to do
+    assert status_of(run) == ("done", 0, STEPS)
+    run_ranks(train_with, 1, config, "")
+    assert events_of(run).count("done") == 1
+    nowhere = tiny_config(tmp_path / "nowhere", run)
+    assert "no such directory" in training_refusal(nowhere)
+    assert status_of(run) == ("refused", 2, STEPS)
+    more = change(config, train__num_steps=STEPS + 6)
+    assert faults_training.run_job(more, fault="data:2=eio") == [1]
+    assert status_of(run) == ("failed", 2, STEPS + 2)
+    assert events_of(run)[-3:] == ["refused", "start", "failed"]
+
+
+def test_a_refused_start_in_a_fresh_directory_leaves_nothing(tmp_path):
+    assert "no such directory" in training_refusal(tiny_config(tmp_path / "nowhere", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_under_another_name_is_not_trusted(tmp_path, trajectory_corpus, capfd):
+    run = tmp_path / "run"
+    config = tiny_config(trajectory_corpus, run)
+    run_ranks(train_with, 1, config, "")
+    for name in ("step_00000098", "step_00000099"):
+        shutil.copytree(checkpoint_of(run, 3), run / "checkpoints" / name)
+    run_ranks(train_with, 1, change(config, train__num_steps=9, checkpoint__keep=2), "")
+    assert "step_00000099: skipped: holds step 3 under the name of step 99" in capfd.readouterr().err
+    assert find_checkpoint(run) == checkpoint_of(run, 9)
+    damaged = [event for event in read_events(run) if event["event"] == "damaged"]
+    assert [event["name"][:21] for event in damaged] == ["damaged-step_00000099", "damaged-step_00000098"]
+
+
+def test_a_checkpoint_of_another_run_is_said_to_be_one(tmp_path, trajectory_corpus, capfd):
+    config = tiny_config(trajectory_corpus, tmp_path / "long", train__num_steps=9)
+    run_ranks(train_with, 1, config, "")
+    run_ranks(train_with, 1, change(config, run__directory=str(tmp_path / "run"), train__num_steps=3), "")
+    shutil.copytree(checkpoint_of(tmp_path / "long", 9), checkpoint_of(tmp_path / "run", 9))
+    run_ranks(train_with, 1, change(config, run__directory=str(tmp_path / "run"), train__num_steps=12), "")
+    assert "resumes at step 9, and metrics.jsonl ends at 3" in capfd.readouterr().err
+    assert [event.get("lost_steps") for event in read_events(tmp_path / "run") if event["event"] == "start"][-1] == 0
+
+
+def test_another_optimizer_and_a_newer_program_are_named(tmp_path, trajectory_corpus):
+    config = tiny_config(trajectory_corpus, tmp_path / "run")
+    run_ranks(train_with, 1, config, "")
+    message = training_refusal(change(config, optimizer__use_distributed_optimizer=False))
+    assert "saved by the distributed optimizer, and optimizer.use_distributed_optimizer now asks" in message
+    path = checkpoint_of(tmp_path / "run", STEPS) / "manifest.json"
+    path.write_bytes(encode_manifest(orjson.loads(path.read_bytes()) | {"format_version": 99}))
+    assert "has format_version=99" in training_refusal(config)
+    assert checkpoint_of(tmp_path / "run", STEPS).is_dir()
+
+
+def test_skipped_steps_of_an_undone_timeline_do_not_count(tmp_path, trajectory_corpus):
+    config = tiny_config(trajectory_corpus, tmp_path / "run", checkpoint__save_interval=4)
+    faults_training.run_job(config, fault="gradient:3=nan,step_end:3=kill")
+    run_ranks(train_with, 1, config, "gradient:3=nan")
+    assert goodput_table(tmp_path / "run")["skipped_steps"] == 1
 
 
 # --- signals ---------------------------------------------------------------------------------------------------------
@@ -395,10 +485,10 @@ def lose_the_launcher(config) -> tuple[int, str]:
     return train_with(config)
 
 
-def test_ctrl_c_says_what_is_saved_and_leaves_a_status(tmp_path, trajectory_corpus, capfd):
+def test_ctrl_c_says_what_is_saved_and_leaves_a_status(tmp_path, trajectory_corpus):
     config = tiny_config(trajectory_corpus, tmp_path / "run", checkpoint__save_interval=2)
-    assert run_ranks(interrupt, 1, config) == ["interrupted"]
-    assert "interrupted after step 2; step 2 is saved: start the same command again" in capfd.readouterr().err
+    (said,) = run_ranks(interrupt, 1, config)
+    assert said == "interrupted after step 2; step 2 is saved: start the same command again to go on from there"
     recorded = orjson.loads((tmp_path / "run" / "status.json").read_bytes())
     assert (recorded["state"], recorded["exit_status"], recorded["step"]) == ("interrupted", 130, 2)
 
@@ -414,8 +504,8 @@ def interrupt(config) -> str:
     faults.point = point
     try:
         train(config)
-    except KeyboardInterrupt:
-        return "interrupted"
+    except KeyboardInterrupt as interrupted:
+        return str(interrupted)
     return "finished"
 
 
@@ -466,9 +556,11 @@ def test_room_taken_by_killed_saves_is_freed_before_the_next(tmp_path, trajector
 def test_a_checkpoint_that_cannot_be_read_now_is_skipped_and_kept(tmp_path, trajectory_corpus, capfd):
     config = tiny_config(trajectory_corpus, tmp_path / "run")
     run_ranks(train_with, 1, config, "")
-    assert run_ranks(train_while_the_newest_is_unreadable, 1, config) == [(0, "")]
+    again = change(config, checkpoint__keep=1, checkpoint__save_interval=2, train__num_steps=5)
+    assert run_ranks(train_while_the_newest_is_unreadable, 1, again) == [(0, "")]
     assert "step_00000006: skipped: cannot be read now" in capfd.readouterr().err
-    assert not list((tmp_path / "run" / "checkpoints").glob("damaged-*"))
+    left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("*step_*"))
+    assert left == ["step_00000005", "step_00000006"]  # what was just written is kept, however little is to be kept
 
 
 def train_while_the_newest_is_unreadable(config) -> tuple[int, str]:
@@ -476,10 +568,10 @@ def train_while_the_newest_is_unreadable(config) -> tuple[int, str]:
 
     original = checkpoint_files.check_hash
 
-    def check_hash(directory, name, entry):
+    def check_hash(directory, name, entry, **options):
         if directory.name == "step_00000006":
             raise OSError(5, "Input/output error", str(directory / name))
-        original(directory, name, entry)
+        original(directory, name, entry, **options)
 
     checkpoint_files.check_hash = check_hash
     return train_with(config)

@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,46 @@ def test_the_quickstart_runs_end_to_end_and_a_second_run_resumes(quickstart, tmp
     assert again.returncode == 0
     assert "resumed from runs/quickstart/checkpoints/step_00000004 at step 4" in again.stderr
     assert " iteration " not in again.stderr
+
+
+def test_ctrl_c_waits_for_the_step_and_says_how_to_go_on(tmp_path):
+    (tmp_path / "step.py").write_text(
+        textwrap.dedent("""
+        import sys, time
+
+        try:
+            print("begun", flush=True)
+            time.sleep(60)
+        except KeyboardInterrupt:
+            time.sleep(1.0)  # as torchrun waits for its ranks
+            print("ended", flush=True)
+            sys.exit(130)
+        """)
+    )
+    (tmp_path / "quickstart.py").write_text(
+        textwrap.dedent(f"""
+        import sys
+
+        sys.path.insert(0, {str(REPOSITORY / "examples" / "quickstart")!r})
+        import run
+
+        run.steps = lambda: [("Sleep", "python", "step.py")]
+        sys.exit(run.main())
+        """)
+    )
+    process = subprocess.Popen(
+        [sys.executable, "quickstart.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a terminal sends Ctrl-C to a whole process group
+    )
+    while process.stdout.readline() != "begun\n":
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said == "ended\n"
+    assert errors == "interrupted; `make quickstart` goes on from here\n"

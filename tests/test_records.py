@@ -95,7 +95,7 @@ BAD = {
     "deeper than the writer": (b'{"prompt": ' + b"[" * 500 + b"]" * 500 + b"}", "nested deeper than 100 levels"),
     "a huge number": (b'{"prompt": ' + b"9" * 5000 + b"}", "malformed JSON (number is infinity"),
     "a large number": (changed(PREFERENCE, chosen=2**64), "'chosen' is a JSON number"),
-    "a key twice": (b'{"prompt": "a", "x": 1, "prompt": "b"}', 'the key a JSON string "prompt" is there twice'),
+    "a key twice": (b'{"prompt": "a", "x": 1, "prompt": "b"}', '7: the key "prompt" is there twice'),
     "a key twice, once escaped": (b'{"prompt": "a", "\\u0070rompt": "b"}', "is there twice"),
     "a key of a trajectory twice": (b'{"trajectories": [{"text": "a", "text": "a"}]}', "is there twice"),
     "a byte order mark within the file": (b'\xef\xbb\xbf{"prompt": "x"}', "byte order mark"),

@@ -203,13 +203,21 @@ def test_a_resumed_run_counts_its_later_lines(tmp_path):
     assert [row["rm/loss"] for row in read_metrics(path)] == [0.7, 0.6]
 
 
-def test_an_unfinished_last_line_is_skipped_and_other_damage_is_named(tmp_path):
+def test_lines_that_cannot_be_read_are_left_out_named_and_counted(tmp_path, capfd):
     path = write_metrics(tmp_path, metrics_rows(3))
-    path.write_text(path.read_text() + '{"iteration": 4, "rm/lo')
+    events = tmp_path / "events.jsonl"
+    events.write_text('{"time": 1.0, "event": "start", "step": 0, "origin": "random weights"}\n')
+    training_report(tmp_path)
+    assert capfd.readouterr().err == ""
+    path.write_text("what\n" + path.read_text() + '{"iteration": 4, "rm/lo')
+    events.write_text(events.read_text() + '{"time": 2.0}\n{"time": 3.0, "ev')
+    assert "Reliability" in Page(training_report(tmp_path)).headings
     assert [row["iteration"] for row in read_metrics(path)] == [1, 2, 3]
-    path.write_text("what\n" + path.read_text())
-    with pytest.raises(UserError, match=r"metrics\.jsonl:1: not a line of metrics"):
-        read_metrics(path)
+    first, second, third = capfd.readouterr().err.splitlines()
+    assert first == third  # of the second reading
+    assert first.startswith(f"warning: {path}:1: not a line of metrics (JSONDecodeError: ")
+    assert first.endswith("; left out: 2 of 5 lines")
+    assert second == f"warning: {events}: holds lines that are no events; left out: 2 of 3 lines"
 
 
 def test_a_directory_without_metrics_is_named(tmp_path):

@@ -4,6 +4,7 @@ Every step prints its command and can be run by hand. Finished steps are kept: a
 again.
 """
 
+import contextlib
 import json
 import os
 import shlex
@@ -11,7 +12,10 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+
+from megatron_polar.errors import INTERRUPTED
 
 HERE = Path("examples/quickstart")
 RUN = Path("runs/quickstart")
@@ -20,15 +24,26 @@ EVALUATIONS = {
     "New prompts, policies seen in training": RUN / "evaluate-heldout",
     "New prompts, policies never seen": RUN / "evaluate-unseen",
 }
+END_SECONDS = 30
+"""How long a step may take to end by itself after Ctrl-C: torchrun waits for its ranks."""
 
 
 def main() -> int:
-    """Run all steps; returns the exit status of the first that fails."""
+    """Run all steps; returns the exit status of the first that fails, or 130 after Ctrl-C."""
+    try:
+        return run_steps()
+    except KeyboardInterrupt:
+        print("interrupted; `make quickstart` goes on from here", file=sys.stderr)
+        return INTERRUPTED
+
+
+def run_steps() -> int:
+    """Run one step after the other, and sum up; returns the exit status of the first that fails."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two ranks on two cores
     start = time.monotonic()
     for title, *command in steps():
         print(f"\n== {title}\n$ {shlex.join(command).replace(sys.executable, 'python')}", flush=True)
-        status = subprocess.run([sys.executable, *command[1:]], check=False).returncode
+        status = run_step(command)
         if status:
             print(f"error: the step {title!r} failed with exit status {status}; its message is above", file=sys.stderr)
             return status
@@ -39,6 +54,18 @@ def main() -> int:
     print(f"\nOpen {RUN / 'report.html'} in a browser. `source .venv/bin/activate` gives you the commands above, and")
     print(f"`tensorboard --logdir {RUN}`.")
     return 0
+
+
+def run_step(command: Sequence[str]) -> int:
+    """Run the command of a step; returns its exit status. Ctrl-C reaches the step, too: it is given time to end."""
+    process = subprocess.Popen([sys.executable, *command[1:]])
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            process.wait(timeout=END_SECONDS)
+        process.terminate()  # does nothing to one that has ended
+        raise
 
 
 def steps() -> list[tuple[str, ...]]:

@@ -17,10 +17,10 @@ from megatron_polar.config.validate import validate
 from megatron_polar.errors import UserError
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, for_training: bool = True) -> RunConfig:
     """Read a run's YAML, apply `section.key=value` overrides, and check every value and every pair that must fit.
 
-    Raises UserError naming the key, the value, the reason and the remedy.
+    Not `for_training`: it may name no data. Raises UserError naming the key, the value, the reason and the remedy.
     """
     path = Path(path)
     if path.exists() and not path.is_file() and not path.is_dir():
@@ -51,7 +51,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             f"{path}: the top level must be a mapping of sections (run, model, data, train, optimizer, ...)"
         )
     config = _build(RunConfig, container, key="", source=str(path))
-    validate(config)
+    validate(config, for_training=for_training)
     return config
 
 
@@ -70,7 +70,7 @@ def load_saved_config(path: str | Path) -> RunConfig:
     if "${" in text or aliases:
         what = f"the alias *{aliases[0]}" if aliases else "an interpolation, ${...}"
         raise UserError(f"{path}: has {what}, which no saved configuration has; do not use this checkpoint")
-    return load_config(path)
+    return load_config(path, for_training=False)
 
 
 def dump_config(config: RunConfig) -> str:

@@ -19,6 +19,7 @@ class Architecture:
     num_query_groups: int
     kv_channels: int
     rotary_base: float = 10000.0
+    rope_scaling_factor: float | None = None
     layernorm_epsilon: float = 1e-5
     add_qkv_bias: bool = False
     qk_layernorm: bool = False

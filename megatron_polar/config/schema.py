@@ -38,6 +38,8 @@ class ModelSection:
     """Dimension of one head; default `hidden_size / num_attention_heads`."""
     rotary_base: float | None = None
     """RoPE base (theta)."""
+    rope_scaling_factor: float | None = None
+    """Llama 3.1's scaling of RoPE frequencies by this factor (low 1, high 4, 8192 original positions); null: none."""
     layernorm_epsilon: float | None = None
     """Epsilon of RMSNorm."""
     add_qkv_bias: bool | None = None
@@ -46,6 +48,8 @@ class ModelSection:
     """RMSNorm on queries and keys (Qwen3)."""
     vocab_size: int | None = None
     """Rows of the embedding before padding; default: the tokenizer's vocabulary size."""
+    max_position_embeddings: int | None = None
+    """Positions that the exported configuration promises; default: `data.max_sequence_length`. Changes no weights."""
     make_vocab_size_divisible_by: int = 128
     """The embedding is padded to a multiple of this, independent of the layout."""
     init_method_std: float | None = None

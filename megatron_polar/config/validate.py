@@ -5,13 +5,16 @@ from megatron_polar.config.schema import ParallelSection, RunConfig
 from megatron_polar.errors import UserError
 
 
-def validate(config: RunConfig) -> None:
-    """Raise UserError for values that are out of range or do not fit each other."""
+def validate(config: RunConfig, *, for_training: bool = True) -> None:
+    """Raise UserError for values that are out of range or do not fit each other.
+
+    Not `for_training`: data may be missing, as in a checkpoint that was converted from another format.
+    """
     architecture = architecture_of(config.model)
     _check_ranges(config)
     check_layout(config.parallel, architecture)
     _check_training(config)
-    if not config.data.train:
+    if for_training and not config.data.train:
         raise UserError("data.train is empty; name at least one dataset made by `megatron-polar preprocess`")
     for name in ("train", "validation"):
         weights = [source.weight for source in getattr(config.data, name)]

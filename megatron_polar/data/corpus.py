@@ -1,6 +1,7 @@
 """A preprocessed dataset, opened and checked; `preprocess` writes one. The format is in docs/data.md."""
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from megatron_polar.data.storage import (
     INDEX,
     KINDS,
     TOKENS,
+    WORK,
     check_content,
     check_dataset,
     read_dataset_manifest,
@@ -26,7 +28,7 @@ from megatron_polar.data.storage import (
 from megatron_polar.data.template import WRAPPERS, ControlTokens, Half
 from megatron_polar.data.tokenizer import Tokenizer
 from megatron_polar.errors import UserError
-from megatron_polar.manifest import Damaged, check_hash
+from megatron_polar.manifest import MANIFEST, Damaged, check_hash
 
 __all__ = ["Corpus", "PreprocessReport", "StoredDocument", "preprocess"]
 
@@ -55,6 +57,22 @@ def _refusing_damage(path: Path) -> Iterator[None]:
         raise UserError(f"{error.filename or path}: cannot be read ({error.strerror}); check the disk") from error
 
 
+def _check_place(path: Path) -> None:
+    """Refuse a path that was mistaken for a dataset, and say what is there instead."""
+    if not path.is_dir():
+        raise UserError(f"{path}: {'not a' if path.exists() else 'no such'} directory; check the path")
+    if any(os.path.lexists(path / name) for name in (MANIFEST, TOKENS, INDEX, WORK)):
+        return  # a dataset, or what is left of one
+    inside = sorted(str(entry.parent) for entry in path.glob(f"*/{TOKENS}"))
+    if (path / "checkpoints").is_dir() or (path / "status.json").is_file():
+        problem = "a run directory of `train`, no dataset; give a directory that `preprocess` has written"
+    elif inside:
+        problem = f"no dataset itself, but holds some; give {', '.join(inside[:4])}{', ...' if inside[4:] else ''}"
+    else:
+        problem = f"no dataset ({MANIFEST} is missing); give a directory that `preprocess` has written"
+    raise UserError(f"{path}: {problem}")
+
+
 class Corpus:
     """A dataset directory made by `preprocess`.
 
@@ -66,6 +84,7 @@ class Corpus:
     def __init__(self, path: Path | str):
         self.path = Path(path)
         with _refusing_damage(self.path):
+            _check_place(self.path)
             self.manifest = read_dataset_manifest(self.path)
             check_dataset(self.path, self.manifest)
         self.policies: tuple[str, ...] = tuple(self.manifest["policies"])
@@ -153,6 +172,7 @@ class Corpus:
         with _refusing_damage(self.path):
             for name in log.progress(sorted(files), "verify", unit="files"):
                 check_hash(self.path, name, files[name])
+        self._open()  # before the documents' clock starts: it imports torch
         found: Counter = Counter()
         for index in log.progress(range(len(self)), "verify", unit="documents"):
             document = self.document(index)

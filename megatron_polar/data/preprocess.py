@@ -6,9 +6,10 @@ written below `output/.work` and renamed into its place at the end, the manifest
 
 import fcntl
 import os
+import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,9 @@ from megatron_polar.manifest import (
     sync_directory,
     sync_file,
 )
+
+_MOST_NAMES = 20  # of inputs, in a message of one line
+_MOST_KINDS = 1000
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,8 @@ def preprocess(
         f"{report.duplicates_dropped} duplicates and {report.identical_candidates} texts of an earlier policy dropped, "
         f"{report.bad_lines} of {report.lines} lines quarantined"
     )
+    if report.bad_lines:
+        _warn_of_quarantine(output / QUARANTINE, report=report)
     return report
 
 
@@ -256,20 +262,9 @@ def _complete_output(output: Path, *, files: Sequence[Path], tokenizer: Tokenize
         check_nothing_else(output, manifest["files"], allowed=[WORK])
     except Damaged as error:
         raise UserError(f"{output}/{error}; {remedy}") from error
-    for key, value in settings.items():
-        if manifest["settings"].get(key) != value:
-            raise UserError(f"{output}: was made with {key}={manifest['settings'].get(key)}, not {value}; {remedy}")
-    if manifest["tokenizer"] != _describe_tokenizer(tokenizer):
-        raise UserError(f"{output}: was made with another tokenizer; {remedy}")
-    # Sizes first: hashing terabytes to learn that a size differs would be a pity.
-    entries = [
-        {"name": name, "size": file.stat().st_size} for name, file in zip(_short_names(files), files, strict=True)
-    ]
-    if entries != [{"name": entry["name"], "size": entry["size"]} for entry in manifest["inputs"]]:
-        raise UserError(f"{output}: was made from other inputs; {remedy}")
-    for file, entry in zip(files, manifest["inputs"], strict=True):
-        if hash_file(file, xxhash.xxh3_128()) != entry["xxh3_128"]:
-            raise UserError(f"{output}: was made from other content of {file}; {remedy}")
+    different = _differences(manifest, files=files, tokenizer=tokenizer, settings=settings)
+    if different:
+        raise UserError(f"{output}: was made with {'; '.join(different)}; {remedy}")
     try:
         check_dataset(output, manifest)
         check_content(output, manifest)
@@ -280,6 +275,39 @@ def _complete_output(output: Path, *, files: Sequence[Path], tokenizer: Tokenize
         return None
     shutil.rmtree(output / WORK, ignore_errors=True)  # of a run that was killed just after its manifest
     return manifest
+
+
+def _differences(manifest: dict, *, files: Sequence[Path], tokenizer: Tokenizer, settings: dict) -> list[str]:
+    """How the call that made an output differs from this one: all settings and inputs.
+
+    The content of inputs is compared only where nothing else differs: reading terabytes to learn more would be a pity.
+    """
+    different = _unequal(manifest["settings"], settings)
+    codec = _unequal(manifest["tokenizer"], _describe_tokenizer(tokenizer))
+    if codec:
+        different.append(f"another tokenizer ({'; '.join(codec)})")
+    then = [f"{entry.get('name')!r} of {entry.get('size')!r} bytes" for entry in manifest["inputs"]]
+    named = zip(_short_names(files), files, strict=True)
+    now = [f"{name!r} of {file.stat().st_size} bytes" for name, file in named]
+    if then != now:
+        sides = {"only then": set(then) - set(now), "only now": set(now) - set(then)}
+        parts = [f"{side}: {_listed(entries)}" for side, entries in sides.items() if entries]
+        different.append(f"other inputs ({'; '.join(parts) or 'in another order'})")
+    if not different:
+        pairs = zip(files, manifest["inputs"], strict=True)
+        changed = [str(f) for f, entry in pairs if hash_file(f, xxhash.xxh3_128()) != entry.get("xxh3_128")]
+        different += [f"other content of {_listed(changed)}"] if changed else []
+    return different
+
+
+def _unequal(then: dict, now: dict) -> list[str]:
+    names = [name for name in {**now, **then} if then.get(name) != now.get(name)]
+    return [f"{name}={then.get(name)!r:.40}, not {now.get(name)!r:.40}" for name in names]
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {len(names) - _MOST_NAMES} more" if names[_MOST_NAMES:] else "")
 
 
 @contextmanager
@@ -305,7 +333,8 @@ def _locked(work: Path) -> Iterator[None]:
 def _check_counts(merger: Merger, *, files: Sequence[Path], output: Path, max_bad_fraction: float) -> None:
     lines, bad = merger.counts["lines"], merger.counts["bad_lines"]
     if not lines:
-        raise UserError(f"{files[0]}:1: empty input, no line in {len(files)} file(s); check the path")
+        given = "the one file given holds" if len(files) == 1 else f"all {len(files)} files given hold"
+        raise UserError(f"{files[0]}: empty input: {given} only blank lines or nothing; check the path")
     if bad > max_bad_fraction * lines or not merger.counts["documents"]:
         quarantine = output / QUARANTINE
         merger.quarantine.path.replace(quarantine)
@@ -313,6 +342,18 @@ def _check_counts(merger: Merger, *, files: Sequence[Path], output: Path, max_ba
             f"{quarantine}: names {bad} bad lines of {lines} ({bad / lines:.2%}), more than "
             f"max_bad_fraction={max_bad_fraction} allows; mend them or raise the fraction"
         )
+
+
+def _warn_of_quarantine(quarantine: Path, *, report: PreprocessReport) -> None:
+    """Say how many lines are not in the dataset, and the two most frequent kinds of reasons."""
+    kinds: Counter = Counter()
+    with quarantine.open("rb") as file:
+        for line in file:
+            kind = re.split(r" \(|; ", orjson.loads(line)["reason"], maxsplit=1)[0]  # without details and remedy
+            if kind in kinds or len(kinds) < _MOST_KINDS:  # in constant memory
+                kinds[kind] += 1
+    often = ", ".join(f"{kind} ({count} times)" for kind, count in kinds.most_common(2))
+    log.warn(f"{quarantine}: {report.bad_lines} of {report.lines} lines are not in the dataset; most often: {often}")
 
 
 def _publish(merger: Merger, manifest: dict, *, tokenizer: Tokenizer, output: Path) -> dict:

@@ -134,7 +134,7 @@ def _check_depth(value: Any, *, levels: int) -> None:
 def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> None:
     if len(dict(pairs)) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise _Reason(f"the key {_describe(twice)} is there twice, so it is not clear what is meant; keep one of them")
+        raise _Reason(f"the key {_quoted(twice)} is there twice, so it is not clear what is meant; keep one of them")
 
 
 # orjson keeps the last of two equal keys without a word; the standard parser shows all of them.
@@ -219,7 +219,11 @@ def _refuse_nul(text: str, *, key: str) -> None:
 
 
 def _describe(value: Any) -> str:
-    return f"a JSON {_json_type(value)} {_printable(orjson.dumps(value).decode('utf-8'))}"
+    return f"a JSON {_json_type(value)} {_quoted(value)}"
+
+
+def _quoted(value: Any) -> str:
+    return _printable(orjson.dumps(value).decode("utf-8"))
 
 
 def _keys(value: dict) -> str:

@@ -16,6 +16,8 @@ from megatron_polar.errors import UserError
 
 WRAPPERS = ("sft", "pretrain")
 
+POLAR_RESPONSE_TOKENS = 4096
+"""Tokens kept of an answer by POLAR's fine-tuning and its client (pre-training: 5120)."""
 # POLAR reserves four places: BOS, separator, reward token and one to spare.
 _RESERVED_TOKENS = 4
 

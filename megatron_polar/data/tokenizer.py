@@ -26,6 +26,7 @@ SEPARATOR_TOKEN = "<|reward|>"
 REWARD_TOKEN = "[UNUSED_TOKEN_130]"
 
 _SAVED_CHOICE = "polar_tokens.json"
+_FILES = ("tokenizer.json", "tokenizer.model")
 _CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 # Text long enough to meet a tokenizer that treats the first word of a text apart from the first word after a control
 # token.
@@ -73,6 +74,11 @@ class Tokenizer:
             bos_id=self.bos_id, separator_id=self.separator_id, reward_id=self.reward_id, pad_id=self.pad_id
         )
 
+    @property
+    def added_tokens(self) -> dict[str, int]:
+        """Names that tokenizer_config.json gives to ids, beside those of the vocabulary."""
+        return self._codec.added_tokens
+
     def encode(self, text: str) -> list[int]:
         """Encode plain text: no BOS, and never a control id, whatever the text spells."""
         ids = self._codec.encode(text)
@@ -103,6 +109,7 @@ class Tokenizer:
         directory.mkdir(parents=True, exist_ok=True)
         self._codec.save(directory)
         choice = {"separator_token": self.separator_token, "reward_token": self.reward_token}
+        choice["file"] = self._codec.path.name if self._codec.path.suffix == ".json" else "tokenizer.model"
         (directory / _SAVED_CHOICE).write_text(json.dumps(choice, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -121,7 +128,9 @@ def load_tokenizer(
             raise UserError(f"{path / _SAVED_CHOICE}: tokens that are no text; delete it, or make the dataset again")
         separator_token = separator_token or saved.get("separator_token")
         reward_token = reward_token or saved.get("reward_token")
-        file = next((path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()), None)
+        # An export has both: what it was made from, which gives the ids of training, and what engines read.
+        names = [name for name in _FILES if name == saved.get("file")] or _FILES
+        file = next((path / name for name in names if (path / name).is_file()), None)
         if file is None:
             raise UserError(
                 f"{path}: neither tokenizer.json nor tokenizer.model in this directory; give a tokenizer's directory"
@@ -242,7 +251,7 @@ class _SentencePiece:
     def __init__(self, path: Path, settings: _Settings):
         from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
-        self.path, self._settings = path, settings
+        self.path, self._settings, self.added_tokens = path, settings, settings.added_tokens
         self._bytes = path.read_bytes()
         self._model = sentencepiece_model_pb2.ModelProto()
         try:
@@ -310,7 +319,7 @@ class _HuggingFace:
     kind = "huggingface"
 
     def __init__(self, path: Path, settings: _Settings):
-        self.path, self._settings = path, settings
+        self.path, self._settings, self.added_tokens = path, settings, settings.added_tokens
         self._bytes = path.read_bytes()
         try:
             self._json = orjson.loads(self._bytes)

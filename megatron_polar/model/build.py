@@ -87,6 +87,8 @@ def build_model(
             post_process=topology.is_last_stage and vp_stage in (None, (topology.vpp_size or 1) - 1),
             share_embeddings_and_output_weights=False,
             rotary_base=architecture.rotary_base,
+            rope_scaling=architecture.rope_scaling_factor is not None,
+            rope_scaling_factor=architecture.rope_scaling_factor or 1.0,
             vp_stage=vp_stage,
         )
         model.to(device.torch_device)

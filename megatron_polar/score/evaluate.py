@@ -29,6 +29,7 @@ def evaluate(
     suite: str,
     seed: int = 0,
     items_per_request: int = 256,
+    checkpoint: str | None = None,
 ) -> dict[str, Any]:
     """Score all items, once as they are and once for the label-swap self-check; write and return the summary.
 
@@ -52,6 +53,7 @@ def evaluate(
     figures = dataclasses.asdict(statistics)
     summary = {
         "suite": suite,
+        "checkpoint": checkpoint,
         "num_items": len(items),
         **{name: figures["micro"][name] for name in ("num_pairs", "num_ties", "accuracy", "low", "high")},
         **{name: value for name, value in figures.items() if name not in ("micro", "categories")},

@@ -22,7 +22,7 @@ from megatron_polar.score.page import (
     table,
     write_report,
 )
-from megatron_polar.train.journal import goodput, read_events, read_rows
+from megatron_polar.train.journal import EVENTS, goodput, read_events, read_rows
 
 _MOST_EVENTS = 200
 
@@ -54,8 +54,8 @@ _LARGEST = 1e300
 def read_metrics(path: Path) -> list[dict]:
     """Read `metrics.jsonl` in order of iteration: the training and held-out rows of one iteration become one.
 
-    Where a resumed run wrote a figure twice, the later line counts. A last line that a killed run left unfinished is
-    skipped. UserError with `file:line` for any other damage.
+    Where a resumed run wrote a figure twice, the later line counts. Lines that cannot be read, such as the half line
+    that a killed run leaves, are left out with a warning. UserError where no line is left.
     """
     if not path.is_file():
         raise UserError(
@@ -63,6 +63,7 @@ def read_metrics(path: Path) -> list[dict]:
         )
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     rows: dict[int, dict] = {}
+    unreadable = []
     for line_number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
@@ -70,10 +71,9 @@ def read_metrics(path: Path) -> list[dict]:
                 raise TypeError("iteration is not a number of steps")
             rows.setdefault(row["iteration"], {}).update(row)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            if line_number < len(lines):
-                raise UserError(
-                    f"{path}:{line_number}: not a line of metrics ({type(error).__name__}: {error}); delete it"
-                ) from None
+            unreadable.append(f"{path}:{line_number}: not a line of metrics ({type(error).__name__}: {error})")
+    if unreadable:
+        log.warn(f"{unreadable[0]}; left out: {len(unreadable)} of {len(lines)} lines")
     if not rows:
         raise UserError(f"{path}: holds no finished iteration, so there is nothing to report; train for longer")
     return [rows[iteration] for iteration in sorted(rows)]
@@ -122,10 +122,18 @@ def _metrics_table(rows: Sequence[dict]) -> str:
     return table(headers, lines, caption="Every number of metrics.jsonl, rounded to four significant digits.")
 
 
-def _reliability(run_directory: Path) -> str:
+def _read_events(run_directory: Path) -> list[dict]:
+    """`read_events`, with a warning of lines that are none."""
+    events, path = read_events(run_directory), run_directory / EVENTS
+    num_lines = len(path.read_bytes().splitlines()) if path.is_file() else 0
+    if num_lines > len(events):
+        log.warn(f"{path}: holds lines that are no events; left out: {num_lines - len(events)} of {num_lines} lines")
+    return events
+
+
+def _reliability(events: Sequence[dict], *, rows: Sequence[dict]) -> str:
     """Where the time went, and what happened, over all restarts of a run."""
-    events = read_events(run_directory)
-    found = goodput(events, read_rows(run_directory))
+    found = goodput(events, rows)
     cards_shown = {
         "effective training time": f"{found.ettr:.1%}",
         "wall clock": log.format_seconds(found.wall_seconds),
@@ -136,13 +144,13 @@ def _reliability(run_directory: Path) -> str:
         "standing still to save": log.format_seconds(found.stall_seconds),
     }
     first = events[0]["time"]
-    rows = [
+    lines = [
         (log.format_seconds(event["time"] - first), event["event"], event.get("step", ""), _describe_event(event))
         for event in events
     ]
     headers = ("after", "event", "iteration", "")
-    shown = table(headers, rows[-_MOST_EVENTS:], caption="Hours, minutes and seconds since the first start.")
-    count = f"the last {_MOST_EVENTS} of {len(rows)}" if len(rows) > _MOST_EVENTS else str(len(rows))
+    shown = table(headers, lines[-_MOST_EVENTS:], caption="Hours, minutes and seconds since the first start.")
+    count = f"the last {_MOST_EVENTS} of {len(lines)}" if len(lines) > _MOST_EVENTS else str(len(lines))
     return f"{cards(cards_shown)}<details><summary>events ({count})</summary>{shown}</details>\n"
 
 
@@ -214,6 +222,8 @@ def evaluation_report(summary: dict, *, rewards: Path | None, output: Path) -> P
     groups = None if rewards is None else read_rewards(rewards)
     sections = [Section("Accuracy", _evaluation_body(summary, groups))]
     subtitle = f"{summary['num_items']:,} items, {summary['num_pairs']:,} pairs"
+    if summary.get("checkpoint"):
+        subtitle += f"; {summary['checkpoint']}"
     return write_report(output, title=f"Evaluation: {summary['suite']}", subtitle=subtitle, sections=sections)
 
 
@@ -249,8 +259,9 @@ def training_report(run_directory: Path, *, evaluations: Mapping[str, Path] | No
             evaluation = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
             sections.append(Section(name, _evaluation_body(evaluation, read_rewards(directory / "rewards.jsonl"))))
     sections.append(Section("Curves", _curves(rows)))
-    if read_events(run_directory):
-        sections.append(Section("Reliability", _reliability(run_directory)))
+    events = _read_events(run_directory)
+    if events:
+        sections.append(Section("Reliability", _reliability(events, rows=read_rows(run_directory))))
     sections.append(Section("Figures", _metrics_table(rows)))
     if config_path.is_file():
         config = html.escape(config_path.read_text(encoding="utf-8", errors="replace"))

@@ -3,6 +3,7 @@ outputs."""
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
@@ -12,9 +13,12 @@ from megatron_polar.config.load import load_saved_config
 from megatron_polar.config.presets import architecture_of
 from megatron_polar.config.schema import ParallelSection, RunConfig
 from megatron_polar.config.validate import check_layout
+from megatron_polar.convert.hugging_face import HuggingFaceModel, config_of, is_hugging_face, open_model
+from megatron_polar.convert.load import load_hugging_face
 from megatron_polar.data.loader import lay_out, row_shape
 from megatron_polar.data.template import ControlTokens, Half, TokenizedComparison, assemble_comparison, encode_half
 from megatron_polar.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_polar.errors import UserError
 from megatron_polar.model.build import BuiltModel, build_model
 from megatron_polar.parallel import topology as ranks
 from megatron_polar.parallel.device import Device, select_device
@@ -26,6 +30,14 @@ from megatron_polar.train.state_dict import load_weights
 from megatron_polar.train.step import compute_rewards
 
 _RESERVED_TOKENS_OF_AN_ANSWER = 6
+
+
+@dataclass(frozen=True)
+class TokenizedRequest:
+    """A request in tokens. `truncated[i]`: the prompt, the reference or output i itself was cut."""
+
+    comparison: TokenizedComparison
+    truncated: tuple[bool, ...]
 
 
 class Scorer:
@@ -44,7 +56,9 @@ class Scorer:
         topology: Topology,
         device: Device,
         max_response_length: int,
+        checkpoint: Path,
     ):
+        self.checkpoint = checkpoint
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.topology, self.device = topology, device
         # Two answers must fit beside the control tokens; joined to a prompt, an answer may gain a few tokens.
@@ -60,9 +74,12 @@ class Scorer:
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
         """Rewards of each request's outputs, in order; higher means closer to the reference's policy."""
-        if not requests:
+        return self.score_tokens([self.tokenize(request).comparison for request in requests])
+
+    def score_tokens(self, comparisons: Sequence[TokenizedComparison]) -> list[list[float]]:
+        """Rewards of each comparison's candidates, in order; what they share with their prefix is computed once."""
+        if not comparisons:
             return []
-        comparisons = [self._tokenize(request) for request in requests]
         rows = lay_out(comparisons, shape=self._shape, rank=self.topology.dp_rank, pad_id=self.control.pad_id)
         rewards = compute_rewards(
             self.model, micro_batches=rows.micro_batches, topology=self.topology, device=self.device
@@ -76,9 +93,12 @@ class Scorer:
             everyone = [None] * self.topology.dp_size
             dist.all_gather_object(everyone, mine, group=self.topology.groups.dp)
         found = {index: values for part in everyone for index, values in part.items()}
-        return [found[index] for index in range(len(requests))]
+        return [found[index] for index in range(len(comparisons))]
 
-    def _tokenize(self, request: ScoreRequest) -> TokenizedComparison:
+    def tokenize(self, request: ScoreRequest) -> TokenizedRequest:
+        """A request's tokens, cut as in training. Raises UserError for texts that cannot be made to fit."""
+        prompt_length = len(self.tokenizer.encode(request.prompt))
+
         def half(text: str) -> Half:
             return encode_half(
                 self.tokenizer,
@@ -86,35 +106,47 @@ class Scorer:
                 trajectory=text,
                 wrapper=request.wrapper,
                 max_response_length=self.max_response_length,
+                prompt_length=prompt_length,
             )
 
-        return assemble_comparison(
-            half(request.reference),
-            [half(output) for output in request.outputs],
-            levels=(0,) * len(request.outputs),
+        reference, outputs = half(request.reference), [half(output) for output in request.outputs]
+        comparison = assemble_comparison(
+            reference,
+            outputs,
+            levels=(0,) * len(outputs),
             control=self.control,
             max_length=self.config.data.max_sequence_length,
         )
+        all_cut = comparison.prompt_tokens_cut + reference.response_tokens_cut > 0
+        return TokenizedRequest(comparison, tuple(all_cut or output.response_tokens_cut > 0 for output in outputs))
 
 
 def load_scorer(
     checkpoint: str | Path, *, parallel: ParallelSection | None = None, device_kind: str = "auto"
 ) -> Scorer:
-    """Load a run directory's newest complete checkpoint, or one step of it; `parallel` defaults to one rank a model.
+    """Load a run directory's newest complete checkpoint, one step of it, or a Hugging Face directory; `parallel`
+    defaults to one rank a model.
 
     The tokenizer and the configuration are the checkpoint's own. Raises UserError when there is none that verifies.
     """
     parallel = parallel or ParallelSection()
     device = select_device(device_kind, local_rank=ranks.local_rank())
     topology = ranks.initialize(parallel, device=device)
-    directory = agree_on_checkpoint(checkpoint, topology=topology).path
-    config = load_saved_config(directory / "config.yaml")
+    source = open_model(checkpoint) if is_hugging_face(checkpoint) else None
+    if source is None:
+        directory = agree_on_checkpoint(checkpoint, topology=topology).path
+        config = load_saved_config(directory / "config.yaml")
+        tokenizer = load_tokenizer(directory / "tokenizer")
+    else:
+        directory, config, tokenizer = source.directory, _config_of(source), load_tokenizer(checkpoint)
     run = dataclasses.replace(config.run, device=device_kind)
     config = dataclasses.replace(config, parallel=parallel, run=run)
     check_layout(parallel, architecture_of(config.model))
-    tokenizer = load_tokenizer(directory / "tokenizer")
     model = build_model(config, topology=topology, device=device, vocab_size=tokenizer.vocab_size, for_training=False)
-    load_weights(directory, model=model)
+    if source is None:
+        load_weights(directory, model=model)
+    else:
+        load_hugging_face(source, model=model)
     log.info(f"scoring with {directory} ({model.transformer_impl} layers, {model.attention}) on {device.name}")
     return Scorer(
         config=config,
@@ -122,5 +154,13 @@ def load_scorer(
         tokenizer=tokenizer,
         topology=topology,
         device=device,
-        max_response_length=read_state(directory).max_response_length,
+        checkpoint=directory,
+        max_response_length=source.max_response_length if source else read_state(directory).max_response_length,
     )
+
+
+def _config_of(source: HuggingFaceModel) -> RunConfig:
+    if not source.has_head:
+        named = source.config["architectures"][0]
+        raise UserError(f"{source.directory}: {named} has no reward head, so it cannot score; train one from it first")
+    return config_of(source, run_directory=str(source.directory), dtype=source.dtype)

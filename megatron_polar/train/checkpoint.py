@@ -213,11 +213,11 @@ class Checkpointer:
         try:
             sync_file(pending.directory / ".metadata")
             entries[".metadata"] = file_entry(pending.directory / ".metadata")
-            publish(pending.directory, step=pending.state.step, entries=entries)
+            newest = publish(pending.directory, step=pending.state.step, entries=entries)
         except OSError as error:
             return f"rank 0: {_describe(error)}"
         try:
-            prune(self.run_directory, keep=self.section.keep, keep_every=self.section.keep_every)
+            prune(self.run_directory, newest=newest, keep=self.section.keep, keep_every=self.section.keep_every)
         except OSError as error:
             log.warn(f"old checkpoints of {self.run_directory} could not be deleted: {_describe(error)}")
         faults.point("after_save")
@@ -260,14 +260,17 @@ def _describe(error: OSError) -> str:
 
 @dataclass(frozen=True)
 class Found:
-    """The checkpoint to load, and the newer ones that are damaged beyond doubt."""
+    """The checkpoint to load, and the newer ones that are damaged beyond doubt, with the reasons."""
 
     path: Path
-    damaged: list[Path]
+    damaged: dict[Path, str]
 
 
-def agree_on_checkpoint(path: str | Path, *, topology: Topology, required: bool = True) -> Found | None:
-    """The newest checkpoint of `path` that verifies, the same on every rank; the ranks share the hashing.
+def agree_on_checkpoint(
+    path: str | Path, *, topology: Topology, required: bool = True, after_each: Callable[[], None] = lambda: None
+) -> Found | None:
+    """The newest checkpoint of `path` that verifies, the same on every rank; the ranks share the hashing, and call
+    `after_each` MiB of it.
 
     Says which it skips and why. Not `required`: None for a directory in which no save was ever finished. Raises
     UserError when there is none, or none that verifies.
@@ -285,15 +288,16 @@ def agree_on_checkpoint(path: str | Path, *, topology: Topology, required: bool 
         raise found[0]
     if found[0] is None:
         return None
-    damaged = []
+    damaged = {}
     for candidate in found[0]:
         problems: list[str | None] = [None] * topology.world_size
-        dist.all_gather_object(problems, verify_checkpoint(candidate, part=topology.rank, of=topology.world_size))
+        part = {"part": topology.rank, "of": topology.world_size}
+        dist.all_gather_object(problems, verify_checkpoint(candidate, **part, after_each=after_each))
         problem = next(filter(None, problems), None)
         if problem is None:
             return Found(candidate, damaged)
         if not any(text.startswith(UNREADABLE) for text in filter(None, problems)):
-            damaged.append(candidate)
+            damaged[candidate] = problem
         if topology.rank == 0:
             log.warn(f"{candidate}: skipped: {problem}")
     raise none_verifies(path, len(found[0]))

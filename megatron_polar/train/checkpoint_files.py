@@ -10,7 +10,7 @@ A save always gets a fresh directory, and no complete checkpoint is ever written
 import os
 import shutil
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from megatron_polar.errors import UserError
 from megatron_polar.manifest import (
     MANIFEST,
     Damaged,
+    OtherVersion,
     check_hash,
     check_nothing_else,
     check_sizes,
@@ -48,6 +49,8 @@ class TrainingState:
     """gloo or nccl: random-number states of one device mean nothing on another."""
     precision: str = ""
     """`train.precision`: the optimizer's state of one is not that of another."""
+    optimizer: str = ""
+    """"distributed" or "replicated": nor are their states the same."""
     guard: dict = field(default_factory=dict)
     """What the guard against bad steps remembers (train/guard.py)."""
 
@@ -120,11 +123,16 @@ def publish(saved: Path, *, step: int, entries: dict[str, dict]) -> Path:
     saved.rename(target)
     sync_directory(target.parent)
     faults.point("after_publish")
+    _point_latest_if_possible(target)
+    return target
+
+
+def _point_latest_if_possible(target: Path) -> None:
+    """A hint for people: resuming looks at the checkpoints themselves."""
     try:
         point_latest(target)
-    except OSError as error:  # a hint for people; resuming looks at the checkpoints themselves
+    except OSError as error:
         log.warn(f"{target.parent / 'latest'}: cannot be moved to {target.name} ({error.strerror or error})")
-    return target
 
 
 def point_latest(target: Path) -> None:
@@ -140,12 +148,13 @@ def sync_tree(directory: Path) -> None:
         sync_directory(path)
 
 
-def prune(run_directory: Path, *, keep: int, keep_every: int) -> None:
-    """Delete all but the newest `keep` checkpoints (0: keep all) and multiples of `keep_every`, and what killed saves
-    have left."""
+def prune(run_directory: Path, *, newest: Path, keep: int, keep_every: int) -> None:
+    """Delete all but `newest`, the `keep` - 1 checkpoints before it (0: keep all) and multiples of `keep_every`, and
+    what killed saves have left. What is newer than `newest` was not written by this run, and stays."""
     faults.point("in_prune")
     checkpoints = run_directory / "checkpoints"
-    for old in list_steps(run_directory)[keep:] if keep else []:
+    known = [path for path in list_steps(run_directory) if _number(path) <= _number(newest)]
+    for old in known[keep:] if keep else []:
         if not (keep_every and _number(old) % keep_every == 0):
             # It vanishes as a whole; a kill in between leaves remains that nobody reads.
             old.rename(checkpoints / f"{_REMOVED}{old.name}-{os.urandom(4).hex()}")
@@ -159,16 +168,26 @@ def remove_remains(run_directory: Path) -> None:
         shutil.rmtree(remains, ignore_errors=True)
 
 
-def set_aside_newer(run_directory: Path, *, than: Path, damaged: Iterable[Path]) -> None:
-    """Rename the damaged checkpoints newer than the one that a run resumes from, so that none is counted as kept."""
+def set_aside_newer(than: Path, *, damaged: Iterable[Path]) -> dict[Path, str]:
+    """Rename the damaged checkpoints newer than the one that a run resumes from, so that none is counted as kept;
+    returns their new names."""
+    renamed = {}
     for path in damaged:
         if _number(path) > _number(than):
             aside = path.with_name(f"{_DAMAGED}{path.name}-{os.urandom(4).hex()}")
             path.rename(aside)
             log.warn(f"{path}: renamed to {aside.name}; look at it, then delete it")
+            renamed[path] = aside.name
     latest = than.parent / "latest"
-    if not latest.is_file() or latest.read_text(errors="replace").strip() != than.name:
-        point_latest(than)
+    named = latest.read_text(errors="replace").strip() if latest.is_file() else None
+    if named != than.name:
+        if named is not None:
+            log.warn(
+                f"{latest}: named {named:.40}, and {than.name} is the newest intact one; to go back, move newer ones "
+                f"out of the way"
+            )
+        _point_latest_if_possible(than)
+    return renamed
 
 
 # --- Finding and verifying -------------------------------------------------------------------------------------------
@@ -178,21 +197,28 @@ UNREADABLE = "cannot be read now"
 """How `verify_checkpoint` begins what may be the file system's fault and not the checkpoint's."""
 
 
-def verify_checkpoint(directory: Path, *, part: int = 0, of: int = 1) -> str | None:
+def verify_checkpoint(
+    directory: Path, *, part: int = 0, of: int = 1, after_each: Callable[[], None] = lambda: None
+) -> str | None:
     """Why the checkpoint cannot be trusted, in one line; None when every file has its size and SHA-256.
 
-    `of` ranks share the hashing: each takes its `part`, of about equal size.
+    `of` ranks share the hashing: each takes its `part`, of about equal size, and calls `after_each` MiB of it.
     """
     if directory.is_symlink():
         return "is a link, and checkpoints are directories"
     try:
-        files = read_manifest(directory, format_name=FORMAT, format_version=FORMAT_VERSION)["files"]
+        manifest = read_manifest(directory, format_name=FORMAT, format_version=FORMAT_VERSION)
+        files, number = manifest["files"], _number(directory)
+        if number is not None and manifest["step"] != number:
+            return f"holds step {manifest['step']} under the name of step {number}: it was renamed or copied"
         if part == 0:
             check_sizes(directory, files)
             check_nothing_else(directory, files)
         for name in _share(files, part=part, of=of):
             check_sizes(directory, {name: files[name]})
-            check_hash(directory, name, files[name])
+            check_hash(directory, name, files[name], after_each=after_each)
+    except OtherVersion as other:
+        raise UserError(f"{directory}: {other}; use the program that wrote it, or move it out of the way") from None
     except Damaged as damage:
         return str(damage)
     except OSError as error:
@@ -220,14 +246,24 @@ def candidates(path: str | Path) -> list[Path]:
         return list_steps(path)
     if path.is_dir() and _number(path) is not None:
         return [path.resolve() if path.is_symlink() else path]
+    if path.is_dir() and path.name.startswith(_DAMAGED):
+        remedy = f"give the run directory, {path.parent.parent}"
+        raise UserError(f"{path}: was set aside because it did not verify; {remedy}")
+    if path.name == "checkpoints" and list_steps(path.parent):
+        raise UserError(f"{path}: holds the checkpoints of a run; give the run directory, {path.parent}")
     raise UserError(f"{path}: no checkpoint here; give a run directory or one of its checkpoints/step_... directories")
 
 
 def none_verifies(path: str | Path, count: int) -> UserError:
     """The error of a run directory whose checkpoints are all unusable: a run never starts over silently."""
+    path = Path(path)
+    if _number(path) is not None:
+        older = [p for p in list_steps(path.parent.parent) if _number(p) != _number(path)]
+        remedy = f"give {path.parent.parent} to take the newest that is intact" if older else "restore it"
+        return UserError(f"{path}: is not complete and intact; {remedy}")
     return UserError(
-        f"{path}: none of its {count} checkpoints is complete and intact; restore one, or remove the directory to "
-        f"start again"
+        f"{path}: none of its {count} checkpoints is complete and intact; restore one, or choose another run.directory "
+        f"to start again"
     )
 
 

@@ -66,8 +66,12 @@ class Journal:
         self._file = LineFile(directory / EVENTS)
         if writes:
             self._file.end_with_a_whole_line()
-        starts = [event["time"] for event in read_events(directory) if event["event"] == "start"] if writes else []
+        events = read_events(directory) if writes else []
+        starts = [event["time"] for event in events if event["event"] == "start"]
         self.restarts, self.first_start = len(starts), min(starts, default=time.time())
+        self.step = last_step(directory)
+        """Finished steps, as far as this process knows."""
+        self._is_done = bool(events) and events[-1]["event"] == "done"
 
     def write(self, event: str, **fields) -> None:
         """Append one event with the time in seconds since 1970."""
@@ -78,10 +82,18 @@ class Journal:
         """All events so far."""
         return read_events(self.directory)
 
-    def status(self, state: str, *, step: int, exit_status: int | None = None, reason: str = "") -> None:
+    def end(self, state: str, *, exit_status: int, reason: str = "") -> None:
+        """Write down how this process ends, unless it ends before the run has begun, or finds it done as it was."""
+        if (self.directory / STATUS).exists() or (self.directory / EVENTS).exists():
+            if not (state == "done" and self._is_done):
+                self.write(state, step=self.step, **({"reason": reason} if reason else {}))
+            self.status(state, exit_status=exit_status, reason=reason)
+
+    def status(self, state: str, *, exit_status: int | None = None, reason: str = "") -> None:
         """Say in `status.json` where the run stands: a launcher behind torchrun cannot see our exit status."""
         if self._writes:
-            content = {"state": state, "step": step, "exit_status": exit_status, "reason": reason, "time": time.time()}
+            content = {"state": state, "step": self.step, "exit_status": exit_status, "reason": reason}
+            content["time"] = time.time()
             content |= {"host": socket.gethostname(), "pid": os.getpid()}
             try:
                 write_durably(self.directory / STATUS, orjson.dumps(content, option=orjson.OPT_INDENT_2))
@@ -98,6 +110,17 @@ def read_events(directory: Path) -> list[dict]:
     ]
 
 
+def bad_steps(events: Iterable[dict]) -> list[dict]:
+    """Events of skipped steps that still count: those behind the step from which a later start went on were undone."""
+    found: list[dict] = []
+    for event in events:
+        if event["event"] == "start":
+            found = [bad for bad in found if bad["step"] <= event.get("step", 0)]
+        elif event["event"] == "bad_step" and "step" in event:
+            found.append(event)
+    return found
+
+
 def last_sign_of_life(directory: Path, *, resumed_at: int) -> dict:
     """What the process before this one left behind: when it was last heard of, and steps that have to be done again."""
     events = read_events(directory)
@@ -110,9 +133,18 @@ def last_sign_of_life(directory: Path, *, resumed_at: int) -> dict:
     kept = [row for row in rows if row["iteration"] <= resumed_at]
     return {
         "last_sign": max(signs),
-        "lost_steps": max((row["iteration"] for row in rows), default=resumed_at) - resumed_at,
+        "lost_steps": max(0, max((row["iteration"] for row in rows), default=resumed_at) - resumed_at),
         "lost_seconds": productive_seconds(rows) - productive_seconds(kept),
     }
+
+
+def last_step(directory: Path) -> int:
+    """The step that `status.json` names; 0 where it cannot be read."""
+    try:
+        step = orjson.loads((directory / STATUS).read_bytes())["step"]
+    except (OSError, orjson.JSONDecodeError, KeyError, TypeError):
+        return 0
+    return step if isinstance(step, int) else 0
 
 
 def read_rows(directory: Path) -> list[dict]:
@@ -186,7 +218,7 @@ def goodput(events: Sequence[dict], rows: Sequence[dict]) -> Goodput:
         stall_seconds=sum(event.get("stalled_seconds", 0.0) for event in saves),
         restarts=len(starts) - 1,
         lost_steps=sum(event.get("lost_steps", 0) for event in starts),
-        skipped_steps=sum(event["event"] == "bad_step" for event in events),
+        skipped_steps=len(bad_steps(events)),
         failed_saves=sum(bool(event.get("problem")) for event in saves),
     )
 

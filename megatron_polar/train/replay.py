@@ -15,6 +15,7 @@ from megatron_polar.train.build import Run, build_run, join_ranks
 from megatron_polar.train.checkpoint_files import find_checkpoint, list_steps, read_state, verify_checkpoint
 from megatron_polar.train.gradients import gather_updated_weights
 from megatron_polar.train.objective import SUMS
+from megatron_polar.train.resume import check_same_data
 from megatron_polar.train.state_dict import load_training
 from megatron_polar.train.step import run_schedule
 
@@ -44,7 +45,10 @@ def replay_step(config: RunConfig, *, step: int) -> int:
     # Overlapping would mix gradients of ranks before they can be looked at.
     alone = dataclasses.replace(config.optimizer, overlap_grad_reduce=False, overlap_param_gather=False)
     run = build_run(dataclasses.replace(config, optimizer=alone), *join_ranks(config))
+    if not 1 <= step <= run.num_steps:
+        raise UserError(f"--replay-step {step}: this run has steps 1 to {run.num_steps}")
     checkpoint = _checkpoint_for(run, step=step)
+    check_same_data(checkpoint, run=run)
     load_training(checkpoint, model=run.model, optimizer=run.optimizer, topology=run.topology)
     gather_updated_weights(run.model)
     start = read_state(checkpoint).step

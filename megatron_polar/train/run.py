@@ -1,31 +1,44 @@
 """train(config): build, resume, loop. Reads as the table of contents of a run."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import orjson
-import torch
 
 from megatron_polar import faults, log
 from megatron_polar.config.load import dump_config
 from megatron_polar.config.schema import RunConfig
 from megatron_polar.data.loader import Step, StepDataset, load_steps
-from megatron_polar.data.tokenizer import load_tokenizer
-from megatron_polar.errors import CANNOT_SAVE, FAILED, INTERRUPTED, STALLED, STOPPED, USER_ERROR, RunStopped, UserError
+from megatron_polar.errors import (
+    CANNOT_SAVE,
+    DONE,
+    ENVIRONMENT_ERRORS,
+    FAILED,
+    INTERRUPTED,
+    STALLED,
+    STOPPED,
+    USER_ERROR,
+    RunStopped,
+    UserError,
+)
 from megatron_polar.manifest import write_durably
 from megatron_polar.parallel.topology import Topology
 from megatron_polar.train.build import Run, build_run, describe_run, join_ranks
-from megatron_polar.train.checkpoint import Checkpointer, SaveReport, agree_on_checkpoint
-from megatron_polar.train.checkpoint_files import TrainingState, read_state, remove_remains, set_aside_newer
+from megatron_polar.train.checkpoint import Checkpointer, SaveReport
+from megatron_polar.train.checkpoint_files import TrainingState
 from megatron_polar.train.evaluation import evaluate_held_out
 from megatron_polar.train.guard import check_replicas, flip_a_bit
-from megatron_polar.train.journal import STATUS, Journal, last_sign_of_life
+from megatron_polar.train.journal import Journal, bad_steps, last_sign_of_life
 from megatron_polar.train.lock import lock_run
 from megatron_polar.train.metrics import Metrics, StepTimer, peak_tflops
 from megatron_polar.train.optimizer import current_learning_rate
+from megatron_polar.train.resume import on_first_rank, optimizer_kind, start_or_resume, warn_of_a_stranger
 from megatron_polar.train.signals import StopSignals
-from megatron_polar.train.state_dict import layout_of, load_training, load_weights
+from megatron_polar.train.state_dict import layout_of
 from megatron_polar.train.step import StepResult, train_step
 from megatron_polar.train.stragglers import Stragglers
 from megatron_polar.train.watchdog import Watchdog
@@ -53,28 +66,52 @@ def train(config: RunConfig) -> dict[str, float]:
 
     Raises RunStopped when the run ends before that: asked to by a signal, or because it cannot go on.
     """
+    directory = Path(config.run.directory)
     with StopSignals() as signals:
         device, topology = join_ranks(config)
-        with _watchdog(config, topology) as watchdog:
-            try:
-                run = build_run(config, device, topology)
-                signals.wait_for_step()
-                with lock_run(run.directory, topology=topology):
-                    return _train(run, signals=signals, watchdog=watchdog)
-            except RuntimeError as error:
-                raise _lost_peer(error, watchdog=watchdog) or error from None
+        with (
+            _watchdog(config, topology) as watchdog,
+            lock_run(directory, topology=topology),
+            _written_down(directory, topology=topology, watchdog=watchdog) as journal,
+        ):
+            run = build_run(config, device, topology)
+            signals.wait_for_step()
+            faults.point("start")
+            training = _open(run, signals=signals, watchdog=watchdog, journal=journal)
+            _train(training)
+            return training.metrics.last_row
 
 
-def _train(run: Run, *, signals: StopSignals, watchdog: Watchdog) -> dict[str, float]:
-    faults.point("start")
+@contextmanager
+def _written_down(directory: Path, *, topology: Topology, watchdog: Watchdog) -> Iterator[Journal]:
+    """Write down how the run ends, whichever way it does: launchers read `status.json`."""
+    journal = Journal(directory, writes=topology.rank == 0)
     try:
-        training = _open(run, signals=signals, watchdog=watchdog)
-    except UserError as error:
-        # Refused before its first step: what status.json says of the job before is no longer so.
-        if (run.directory / STATUS).exists():
-            journal = Journal(run.directory, writes=run.topology.rank == 0)
-            journal.status("refused", step=0, exit_status=USER_ERROR, reason=str(error))
+        yield journal
+    except RunStopped as stop:
+        journal.end("stopped", exit_status=stop.status, reason=str(stop))
         raise
+    except UserError as error:
+        journal.end("refused", exit_status=USER_ERROR, reason=str(error))
+        raise
+    except KeyboardInterrupt:
+        journal.end("interrupted", exit_status=INTERRUPTED, reason=f"interrupted after step {journal.step}")
+        raise
+    except RuntimeError as error:
+        stop = _lost_peer(error, watchdog=watchdog)
+        reason = str(stop or " ".join(str(error).split())[:500])
+        journal.end("failed", exit_status=stop.status if stop else FAILED, reason=reason)
+        raise stop or error from None
+    except BaseException as error:
+        known = isinstance(error, OSError) and error.errno in ENVIRONMENT_ERRORS
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        journal.end("failed", exit_status=USER_ERROR if known else FAILED, reason=reason)
+        raise
+    journal.end("done", exit_status=DONE)
+
+
+def _train(training: Training) -> None:
+    run, watchdog = training.run, training.watchdog
     dataset = StepDataset(
         run.data.train,
         global_batch_size=run.config.train.global_batch_size,
@@ -97,26 +134,12 @@ def _train(run: Run, *, signals: StopSignals, watchdog: Watchdog) -> dict[str, f
                 faults.point("data")
         watchdog.enter("save", training.done)
         training.checkpointer.finish()
-    except RunStopped as stop:
-        _write_down_end(training, "stopped", status=stop.status, reason=str(stop))
-        raise
-    except UserError as error:
-        _write_down_end(training, "failed", status=USER_ERROR, reason=str(error))
-        raise
     except KeyboardInterrupt:
-        reason = f"interrupted after step {training.done}; step {training.saved} is saved"
-        _write_down_end(training, "interrupted", status=INTERRUPTED, reason=reason)
-        log.info(f"{reason}: start the same command again to go on from there")
-        raise
-    except RuntimeError as error:
-        stop = _lost_peer(error, watchdog=watchdog)
-        reason = str(stop or " ".join(str(error).split())[:500])
-        _write_down_end(training, "failed", status=stop.status if stop else FAILED, reason=reason)
-        raise stop or error from None
-    training.journal.write("done", step=training.done)
-    training.journal.status("done", step=training.done, exit_status=0)
+        raise KeyboardInterrupt(
+            f"interrupted after step {training.done}; step {training.saved} is saved: start the same command again to "
+            f"go on from there"
+        ) from None
     training.metrics.close()
-    return training.metrics.last_row
 
 
 def _lost_peer(error: RuntimeError, *, watchdog: Watchdog) -> RunStopped | None:
@@ -144,7 +167,7 @@ def _one_step(training: Training, step: Step, *, timer: StepTimer) -> None:
         in_order=run.config.train.canonical_reduction,
     )
     run.schedule.step(increment=1)
-    training.done = step.number + 1
+    training.done = training.journal.step = step.number + 1
     training.metrics.add(step, result, seconds=timer.lap(), learning_rate=learning_rate)
     training.stragglers.add(result.busy_seconds)
     if result.skipped is not None:
@@ -164,7 +187,7 @@ def _after_step(training: Training) -> None:
     if run.data.validation is not None and _due(done, config.evaluation.interval, last=run.num_steps):
         _evaluate(training)
     interval = config.faults.replica_check_interval
-    if interval and (done % interval == 0 or save_is_due):
+    if interval and done % interval == 0 and not save_is_due:
         _check_replicas(training)
     if save_is_due:
         _save(training)
@@ -188,18 +211,24 @@ def _watchdog(config: RunConfig, topology: Topology) -> Watchdog:
     )
 
 
-def _open(run: Run, *, signals: StopSignals, watchdog: Watchdog) -> Training:
+def _open(run: Run, *, signals: StopSignals, watchdog: Watchdog, journal: Journal) -> Training:
     """Resume or start; open what a run writes."""
-    config, is_first = run.config, run.topology.rank == 0
+    config = run.config
     watchdog.enter("load", 0)
     run.data.verify(run.topology, how=config.data.verify, after_each=watchdog.progress)
-    start, origin = _start(run)
-    run.schedule.step(increment=start)
-    _announce(run)
-    journal = Journal(run.directory, writes=is_first and start < run.num_steps)  # a finished run has no more to tell
-    lost = last_sign_of_life(run.directory, resumed_at=start) if is_first else {}
-    journal.write("start", step=start, origin=origin, world_size=run.topology.world_size, **lost)
-    journal.status("running", step=start)
+    start = start_or_resume(run, watchdog=watchdog)
+    run.schedule.step(increment=start.step)
+    on_first_rank(run.topology, partial(_announce, run))
+    for line in describe_run(run, layout=layout_of(run.topology)):
+        log.info(line)
+    journal.step = start.step
+    if run.topology.rank == 0 and start.step < run.num_steps:  # a finished run has no more to tell
+        lost = last_sign_of_life(run.directory, resumed_at=start.step)
+        for name, reason in start.damaged.items():
+            journal.write("damaged", name=name, reason=reason)
+        warn_of_a_stranger(run.directory, start=start.step)
+        journal.write("start", step=start.step, origin=start.origin, world_size=run.topology.world_size, **lost)
+        journal.status("running")
     metrics = Metrics(
         run.directory,
         num_steps=run.num_steps,
@@ -209,7 +238,7 @@ def _open(run: Run, *, signals: StopSignals, watchdog: Watchdog) -> Training:
         peak_tflops=peak_tflops(run.device.name, config.logging.hardware_peak_tflops),
         tensorboard=config.logging.tensorboard,
         global_batch_size=config.train.global_batch_size,
-        resumed_at=start,
+        resumed_at=start.step,
         started_at=journal.first_start,
     )
 
@@ -217,7 +246,7 @@ def _open(run: Run, *, signals: StopSignals, watchdog: Watchdog) -> Training:
         journal.write("save", **vars(report))
         if report.problem is None:
             training.saved = report.step
-            journal.status("running", step=report.step)
+            journal.status("running")
 
     checkpointer = Checkpointer(
         run.directory,
@@ -230,75 +259,17 @@ def _open(run: Run, *, signals: StopSignals, watchdog: Watchdog) -> Training:
         on_end=note_save,
     )
     stragglers = Stragglers(ratio=config.faults.straggler_ratio)
-    training = Training(run, signals, metrics, journal, checkpointer, watchdog, stragglers, done=start, saved=start)
+    parts = (run, signals, metrics, journal, checkpointer, watchdog, stragglers)
+    training = Training(*parts, done=start.step, saved=start.step)
     return training
 
 
-def _start(run: Run) -> tuple[int, str]:
-    """Resume, start from a checkpoint's weights, or start afresh; returns the finished steps, and from where."""
-    config = run.config
-    found = agree_on_checkpoint(run.directory, topology=run.topology, required=False)
-    if found is not None:
-        checkpoint = found.path
-        if not config.checkpoint.resume:
-            raise UserError(
-                f"{run.directory} has checkpoints and checkpoint.resume=false; choose another run.directory, or resume"
-            )
-        _check_same_data(checkpoint, run=run)
-        state = load_training(checkpoint, model=run.model, optimizer=run.optimizer, topology=run.topology)
-        run.guard.restore(state.guard)
-        if run.topology.rank == 0:
-            set_aside_newer(run.directory, than=checkpoint, damaged=found.damaged)
-            remove_remains(run.directory)
-        rest = "" if state.step < run.num_steps else "; all steps are done, nothing is left to train"
-        log.info(f"resumed from {checkpoint} at step {state.step}{rest}")
-        return state.step, checkpoint.name
-    if config.train.init_from is not None:
-        checkpoint = agree_on_checkpoint(config.train.init_from, topology=run.topology).path
-        tokenizer = load_tokenizer(checkpoint / "tokenizer")
-        for corpus in run.data.train.corpora:
-            corpus.check_tokenizer(tokenizer)
-        load_weights(checkpoint, model=run.model)
-        run.optimizer.reload_model_params()
-        log.info(f"starting at step 0 from the weights of {checkpoint}")
-        return 0, "init_from"
-    log.info(f"no checkpoint in {run.directory}: starting at step 0 from random weights")
-    return 0, "random weights"
-
-
-def _check_same_data(checkpoint: Path, *, run: Run) -> None:
-    state = read_state(checkpoint)
-    consumed = state.step * run.config.train.global_batch_size
-    remedy = f"use {checkpoint}/config.yaml, or start a new run with train.init_from"
-    if state.data_fingerprint != run.data.train.fingerprint:
-        raise UserError(
-            f"{checkpoint}: was trained on other data, or with another seed, K or data.max_sequence_length (data "
-            f"fingerprint {state.data_fingerprint[:12]}, now {run.data.train.fingerprint[:12]}); {remedy}"
-        )
-    if state.precision != run.config.train.precision:
-        raise UserError(
-            f"{checkpoint}: was trained with train.precision={state.precision}, now {run.config.train.precision}: the "
-            f"optimizer's state does not fit; {remedy}"
-        )
-    if state.consumed_comparisons != consumed:
-        before = state.consumed_comparisons // max(state.step, 1)
-        raise UserError(
-            f"{checkpoint}: was trained with train.global_batch_size={before}, now "
-            f"{run.config.train.global_batch_size}: step {state.step} would be another place in the data "
-            f"({state.consumed_comparisons} comparisons consumed, now {consumed}); {remedy}"
-        )
-
-
 def _announce(run: Run) -> None:
-    """Say once what runs, and write the resolved configuration: the file that rebuilds the run."""
-    if run.topology.rank == 0:
-        run.directory.mkdir(parents=True, exist_ok=True)
-        write_durably(run.directory / "config.yaml", dump_config(run.config).encode())
-        environment = orjson.dumps(run.environment | layout_of(run.topology), option=orjson.OPT_INDENT_2)
-        write_durably(run.directory / "environment.json", environment)
-    torch.distributed.barrier()
-    for line in describe_run(run, layout=layout_of(run.topology)):
-        log.info(line)
+    """Write the resolved configuration, the file that rebuilds the run, and what it runs on. First rank only."""
+    run.directory.mkdir(parents=True, exist_ok=True)
+    write_durably(run.directory / "config.yaml", dump_config(run.config).encode())
+    environment = orjson.dumps(run.environment | layout_of(run.topology), option=orjson.OPT_INDENT_2)
+    write_durably(run.directory / "environment.json", environment)
 
 
 # --- Between steps ---------------------------------------------------------------------------------------------------
@@ -330,6 +301,8 @@ def _check_replicas(training: Training) -> None:
 def _save(training: Training, *, blocking: bool = False) -> None:
     run, done = training.run, training.done
     training.watchdog.enter("save", done)
+    if run.config.faults.replica_check_interval:
+        _check_replicas(training)  # whatever the save is for: spoilt weights would look like good ones afterwards
     state = TrainingState(
         step=done,
         consumed_comparisons=done * run.config.train.global_batch_size,
@@ -338,6 +311,7 @@ def _save(training: Training, *, blocking: bool = False) -> None:
         layout=layout_of(run.topology),
         backend=run.device.backend,
         precision=run.config.train.precision,
+        optimizer=optimizer_kind(run.config),
         guard=run.guard.state(),
     )
     training.checkpointer.save(state, blocking=blocking)
@@ -387,11 +361,6 @@ def _write_down_bad_step(training: Training, result: StepResult) -> None:
         )
 
 
-def _write_down_end(training: Training, state: str, *, status: int, reason: str) -> None:
-    training.journal.write("stop", step=training.done, reason=reason)
-    training.journal.status(state, step=training.done, exit_status=status, reason=reason)
-
-
 # --- Stopping --------------------------------------------------------------------------------------------------------
 
 
@@ -423,7 +392,7 @@ def _stop_if_steps_keep_failing(training: Training) -> None:
     first = done - run.guard.in_a_row + 1
     command = f"megatron-polar train {run.directory}/config.yaml --replay-step {first}"
     if run.topology.rank == 0:
-        bad = [event for event in training.journal.read() if event["event"] == "bad_step" and event["step"] >= first]
+        bad = [event for event in bad_steps(training.journal.read()) if event["step"] >= first]
         report = {"steps": bad, "replay": command, "time": time.time()}
         write_durably(run.directory / "bad_steps.json", orjson.dumps(report, option=orjson.OPT_INDENT_2))
     remedy = f"see {run.directory}/bad_steps.json, and look into the first of them, with as many ranks: {command}"

@@ -72,7 +72,12 @@ def load_training(
 def _check_shapes(directory: Path, *, model: BuiltModel) -> None:
     saved = dist_checkpointing.load_tensors_metadata(str(directory))
     for tensor in _flat_shards(_sharded_weights(model)):
-        if tensor.key in saved and tuple(saved[tensor.key].global_shape) != tuple(tensor.global_shape):
+        if tensor.key not in saved:
+            raise UserError(
+                f"{directory}: has no {tensor.key}, which this model has; use the model section of "
+                f"{directory}/config.yaml"
+            )
+        if tuple(saved[tensor.key].global_shape) != tuple(tensor.global_shape):
             raise UserError(
                 f"{directory}: {tensor.key} has shape {tuple(saved[tensor.key].global_shape)} in the checkpoint and "
                 f"{tuple(tensor.global_shape)} in this model; use the model section of {directory}/config.yaml"

@@ -1,0 +1,73 @@
+"""A checkpoint's tokenizer in the form that transformers, vLLM, SGLang and LMDeploy read: tokenizer.json."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import orjson
+
+from megatron_polar import log
+from megatron_polar.data.tokenizer import Tokenizer
+
+_PROBES = ("Hello world", " two  spaces", "line\nbreak\n\n", "Zürich 東京 🙂", "x = 1234.5e-6;\t# tab", "")
+_SPECIAL = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+
+
+def export_tokenizer(tokenizer: Tokenizer, target: Path, *, max_length: int) -> None:
+    """Write a tokenizer into an export. Its control tokens are active in text there, and BOS comes by itself, as in
+    POLAR's own. Warns when transformers encodes a probe differently from training."""
+    from transformers import AutoTokenizer
+
+    tokenizer.save(target)
+    if tokenizer.kind == "sentencepiece":
+        _write_fast(tokenizer, target, max_length=max_length)
+    fast = AutoTokenizer.from_pretrained(target)
+    different = [probe for probe in _PROBES if not _agrees(fast, tokenizer, probe)]
+    if different:
+        log.warn(
+            f"{target}: transformers encodes {different[0]!r} differently from training; send token ids to engines, as "
+            f"the client of this package does"
+        )
+
+
+def _write_fast(tokenizer: Tokenizer, target: Path, *, max_length: int) -> None:
+    """tokenizer.json and tokenizer_config.json beside a sentencepiece model; engines need no sentencepiece then."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    with tempfile.TemporaryDirectory() as bare:  # its own configuration may name a class that is remote code
+        shutil.copyfile(target / "tokenizer.model", Path(bare) / "tokenizer.model")
+        content = orjson.loads(AutoTokenizer.from_pretrained(bare).backend_tokenizer.to_str())
+    names = {id: token for token, id in content["model"]["vocab"].items()}
+    names |= {id: token for token, id in tokenizer.added_tokens.items()}
+    named = [id for id in (tokenizer.bos_id, tokenizer.pad_id) if id is not None]
+    special = {*tokenizer.added_tokens.values(), tokenizer.separator_id, tokenizer.reward_id, *named}
+    renamed = set(tokenizer.added_tokens.values())
+    content["model"]["vocab"] = {t: id for t, id in content["model"]["vocab"].items() if id not in renamed}
+    content["model"]["vocab"] |= tokenizer.added_tokens
+    content["added_tokens"] = [entry for entry in content["added_tokens"] if entry["id"] not in special]
+    content["added_tokens"] += [{"id": id, "content": names[id], **_SPECIAL} for id in special]
+    content["added_tokens"].sort(key=lambda entry: entry["id"])
+    content |= {"truncation": None, "padding": None}
+    backend = Backend.from_str(orjson.dumps(content).decode())
+    if tokenizer.bos_id is not None:
+        bos = names[tokenizer.bos_id]
+        backend.post_processor = TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos_id)]
+        )
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=names.get(tokenizer.bos_id),
+        pad_token=names[tokenizer.pad_id],
+        model_max_length=max_length,
+        padding_side="left",
+    ).save_pretrained(target)
+
+
+def _agrees(fast, tokenizer: Tokenizer, text: str) -> bool:
+    """Whether a whole text of two halves has the ids that training gives it."""
+    whole = text + tokenizer.separator_token + text + tokenizer.reward_token
+    bos = [tokenizer.bos_id] if tokenizer.bos_id is not None else []
+    half = tokenizer.encode(text)
+    return fast(whole).input_ids == [*bos, *half, tokenizer.separator_id, *half, tokenizer.reward_id]

@@ -1,0 +1,96 @@
+"""Rewards of a checkpoint here and of its export in transformers, side by side."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_polar import log
+from megatron_polar.convert.hugging_face import open_model
+from megatron_polar.score.requests import ScoreRequest
+from megatron_polar.score.scorer import Scorer, load_scorer
+
+SAMPLES = (
+    ScoreRequest(
+        "What is the capital of China?", "Beijing.", ("Beijing.", "Shanghai.", "", "东京是日本的首都。"), "sft"
+    ),
+    ScoreRequest(
+        "Once upon a time", " there was a king.", (" there was a queen.", "\n\n1. a list\n2. of two"), "pretrain"
+    ),
+    ScoreRequest("Count the r in strawberry.\n" * 20, "3", ("3", "2", "There are three: st(r)awbe(r)(r)y 🙂"), "sft"),
+)
+"""Texts of several lengths, scripts and wrappers."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One output's reward here and there."""
+
+    output: str
+    here: float
+    there: float
+
+    @property
+    def difference(self) -> float:
+        return abs(self.here - self.there)
+
+
+def compare_rewards(scorer: Scorer, export: Path, *, requests: Sequence[ScoreRequest] = SAMPLES) -> list[Side]:
+    """Score the token ids of `requests` with both. Warns when the export's tokenizer makes other ids of a text."""
+    from transformers import PreTrainedTokenizerFast
+
+    here = [reward for rewards in scorer.score(requests) for reward in rewards]
+    fast = PreTrainedTokenizerFast.from_pretrained(export)
+    sequences, outputs = [], []
+    for request in requests:
+        tokenized = scorer.tokenize(request)
+        prefix, candidates = tokenized.comparison.prefix, tokenized.comparison.candidates
+        for output, candidate, is_cut in zip(request.outputs, candidates, tokenized.truncated, strict=True):
+            ids = [*prefix.tolist(), *candidate.tolist()]
+            sequences.append(ids)
+            outputs.append(output)
+            if not is_cut and fast(_text(scorer, request, output)).input_ids != ids:
+                log.warn(
+                    f"{export}: its tokenizer gives other ids than training for {output[:40]!r}; send ids to engines"
+                )
+    return [Side(*row) for row in zip(outputs, here, score_with_transformers(export, sequences), strict=True)]
+
+
+def _text(scorer: Scorer, request: ScoreRequest, output: str) -> str:
+    joint = "\n" if request.wrapper == "sft" else ""
+    halves = [request.prompt + (joint if text else "") + text for text in (request.reference, output)]
+    return scorer.tokenizer.separator_token.join(halves) + scorer.tokenizer.reward_token
+
+
+@torch.no_grad()
+def score_with_transformers(export: Path, sequences: Sequence[Sequence[int]]) -> list[float]:
+    """Rewards of token ids by the export's model, in one batch, padded on the left."""
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    if open_model(export).family.name == "InternLM2":
+        from megatron_polar.convert.internlm2.modeling_internlm2 import InternLM2ForRewardModel as Model
+    else:
+        Model = AutoModelForSequenceClassification
+    logging.disable_progress_bar()
+    model = Model.from_pretrained(export, dtype="auto").eval()
+    width = max(map(len, sequences))
+    pad = model.config.pad_token_id
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in sequences])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in sequences])
+    return model(input_ids=ids, attention_mask=mask).logits.flatten().tolist()
+
+
+def verify_export(checkpoint: Path, export: Path) -> int:
+    """Print the table and the largest difference; returns 1 when it is more than rounding explains."""
+    scorer = load_scorer(checkpoint, device_kind="cpu")
+    sides = compare_rewards(scorer, export)
+    for side in sides:
+        log.info(f"  here {side.here:+.6f}  transformers {side.there:+.6f}  {side.output[:40]!r}")
+    largest = max(side.difference for side in sides)
+    is_fp32 = open_model(export).dtype == torch.float32 and scorer.config.train.precision == "fp32"
+    allowed = 1e-4 if is_fp32 else 0.05
+    verdict = "as close as rounding allows" if largest <= allowed else f"more than {allowed:g}: do not use this export"
+    log.info(f"largest difference of {len(sides)} rewards: {largest:.2g}, {verdict}")
+    return 0 if largest <= allowed else 1

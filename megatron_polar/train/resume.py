@@ -1,0 +1,148 @@
+"""Where a run starts: from its newest checkpoint, from another run's weights, or from nothing."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from megatron_polar import log
+from megatron_polar.config.load import load_saved_config
+from megatron_polar.config.presets import architecture_of
+from megatron_polar.config.schema import RunConfig
+from megatron_polar.data.tokenizer import load_tokenizer
+from megatron_polar.errors import CANNOT_SAVE, RunStopped, UserError
+from megatron_polar.parallel.topology import Topology
+from megatron_polar.train.build import Run
+from megatron_polar.train.checkpoint import Found, agree_on_checkpoint
+from megatron_polar.train.checkpoint_files import read_state, remove_remains, set_aside_newer
+from megatron_polar.train.journal import read_rows
+from megatron_polar.train.state_dict import load_training, load_weights
+from megatron_polar.train.watchdog import Watchdog
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Finished steps, where the weights come from, and the new names of damaged checkpoints with what is wrong."""
+
+    step: int
+    origin: str
+    damaged: dict[str, str]
+
+
+def optimizer_kind(config: RunConfig) -> str:
+    """What `TrainingState.optimizer` says of a configuration."""
+    return "distributed" if config.optimizer.use_distributed_optimizer else "replicated"
+
+
+def start_or_resume(run: Run, *, watchdog: Watchdog) -> Start:
+    """Resume, start from a checkpoint's weights, or start afresh. Collective; raises UserError."""
+    config = run.config
+    found = agree_on_checkpoint(run.directory, topology=run.topology, required=False, after_each=watchdog.progress)
+    if found is not None:
+        checkpoint = found.path
+        if not config.checkpoint.resume:
+            raise UserError(
+                f"{run.directory} has checkpoints and checkpoint.resume=false; choose another run.directory, or resume"
+            )
+        check_same_data(checkpoint, run=run)
+        state = load_training(checkpoint, model=run.model, optimizer=run.optimizer, topology=run.topology)
+        run.guard.restore(state.guard)
+        damaged = on_first_rank(run.topology, partial(_tidy, run.directory, found=found)) or {}
+        rest = "" if state.step < run.num_steps else "; all steps are done, nothing is left to train"
+        log.info(f"resumed from {checkpoint} at step {state.step}{rest}")
+        return Start(state.step, checkpoint.name, damaged)
+    if config.train.init_from is not None:
+        source = agree_on_checkpoint(config.train.init_from, topology=run.topology, after_each=watchdog.progress)
+        checkpoint = source.path
+        _check_same_function(checkpoint, run=run)
+        tokenizer = load_tokenizer(checkpoint / "tokenizer")
+        for corpus in run.data.train.corpora:
+            corpus.check_tokenizer(tokenizer)
+        load_weights(checkpoint, model=run.model)
+        run.optimizer.reload_model_params()
+        log.info(f"starting at step 0 from the weights of {checkpoint}")
+        return Start(0, f"weights of {checkpoint}", {})
+    log.info(f"no checkpoint in {run.directory}: starting at step 0 from random weights")
+    return Start(0, "random weights", {})
+
+
+def _tidy(run_directory: Path, *, found: Found) -> dict[str, str]:
+    remove_remains(run_directory)  # first: it may make the room that the rest needs
+    renamed = set_aside_newer(found.path, damaged=found.damaged)
+    return {name: found.damaged[path] for path, name in renamed.items()}
+
+
+def on_first_rank(topology: Topology, function: Callable[[], T]) -> T | None:
+    """Call a function on the first rank alone; what the operating system refuses it stops all ranks. Collective.
+
+    Returns its result on the first rank, None on the others. Raises RunStopped.
+    """
+    problem: list[str | None] = [None]
+    result = None
+    if topology.rank == 0:
+        try:
+            result = function()
+        except OSError as error:
+            problem = [f"{error.filename or 'a file'}: {error.strerror or error}; make room, or check the path"]
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise RunStopped(problem[0], status=CANNOT_SAVE)
+    return result
+
+
+def _check_same_function(checkpoint: Path, *, run: Run) -> None:
+    """Shapes are compared when the weights are loaded; here is what else makes the same weights another function."""
+    saved, now = architecture_of(load_saved_config(checkpoint / "config.yaml").model), run.model.architecture
+    for name in ("rotary_base", "rope_scaling_factor", "layernorm_epsilon"):
+        if getattr(saved, name) != getattr(now, name):
+            raise UserError(
+                f"train.init_from={checkpoint}: was made with model.{name}={getattr(saved, name)}, and this run has "
+                f"{getattr(now, name)}, which would make another model of its weights; use the model section of "
+                f"{checkpoint}/config.yaml"
+            )
+
+
+def check_same_data(checkpoint: Path, *, run: Run) -> None:
+    """Raise UserError where a step of this run is not the same step of the run that wrote the checkpoint."""
+    state = read_state(checkpoint)
+    consumed = state.step * run.config.train.global_batch_size
+    remedy = f"use {checkpoint}/config.yaml with run.directory={run.directory}, or start a new run with train.init_from"
+    if state.data_fingerprint != run.data.train.fingerprint:
+        raise UserError(
+            f"{checkpoint}: was trained on other data, or with another seed, K or data.max_sequence_length (data "
+            f"fingerprint {state.data_fingerprint[:12]}, now {run.data.train.fingerprint[:12]}); {remedy}"
+        )
+    if state.precision != run.config.train.precision:
+        raise UserError(
+            f"{checkpoint}: was trained with train.precision={state.precision}, now {run.config.train.precision}: the "
+            f"optimizer's state does not fit; {remedy}"
+        )
+    kind = optimizer_kind(run.config)
+    if state.optimizer not in ("", kind):
+        flag = "optimizer.use_distributed_optimizer"
+        raise UserError(
+            f"{checkpoint}: was saved by the {state.optimizer} optimizer, and {flag} now asks for the {kind} one, "
+            f"whose state is another; keep {flag}, or start a new run with train.init_from"
+        )
+    if state.consumed_comparisons != consumed:
+        before = state.consumed_comparisons // max(state.step, 1)
+        raise UserError(
+            f"{checkpoint}: was trained with train.global_batch_size={before}, now "
+            f"{run.config.train.global_batch_size}: step {state.step} would be another place in the data "
+            f"({state.consumed_comparisons} comparisons consumed, now {consumed}); {remedy}"
+        )
+
+
+def warn_of_a_stranger(run_directory: Path, *, start: int) -> None:
+    """A checkpoint beyond all that the run has done is another run's: metrics are written before every save."""
+    rows = read_rows(run_directory)
+    if rows and start > rows[-1]["iteration"]:
+        log.warn(
+            f"{run_directory}: resumes at step {start}, and metrics.jsonl ends at {rows[-1]['iteration']}; if the "
+            f"checkpoint was copied here from another run, curves and counts of steps mean nothing"
+        )
