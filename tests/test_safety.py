@@ -291,6 +291,16 @@ def test_the_package_has_no_way_to_run_what_it_reads():
     assert found == []
 
 
+MAY_USE_TRANSFORMERS = {
+    "examples/quickstart/score_with_transformers.py",
+    "megatron_polar/convert/internlm2/configuration_internlm2.py",
+    "megatron_polar/convert/internlm2/modeling_internlm2.py",
+    "megatron_polar/convert/tokenizer.py",
+    "megatron_polar/score/verify_export.py",
+}
+"""What reads or is part of an export that was just written here. What comes from elsewhere never meets transformers."""
+
+
 def test_remote_code_is_never_trusted():
     for path in [*PACKAGE.rglob("*.py"), *PACKAGE.parent.glob("tools/*.py"), *PACKAGE.parent.glob("examples/**/*.py")]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -300,4 +310,5 @@ def test_remote_code_is_never_trusted():
         assert "trust_remote_code" not in names, path
         imports = [n.name for node in ast.walk(tree) if isinstance(node, ast.Import) for n in node.names]
         imports += [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-        assert not any(module.split(".")[0] == "transformers" for module in imports), path
+        uses = any(module.split(".")[0] == "transformers" for module in imports)
+        assert uses == (path.relative_to(PACKAGE.parent).as_posix() in MAY_USE_TRANSFORMERS), path

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from megatron_polar.errors import INTERRUPTED
 
 HERE = Path("examples/quickstart")
 RUN = Path("runs/quickstart")
-DATA = RUN / "data"
+DATA, EXPORT = RUN / "data", RUN / "export"
 EVALUATIONS = {
     "New prompts, policies seen in training": RUN / "evaluate-heldout",
     "New prompts, policies never seen": RUN / "evaluate-unseen",
@@ -41,6 +42,7 @@ def run_steps() -> int:
     """Run one step after the other, and sum up; returns the exit status of the first that fails."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two ranks on two cores
     start = time.monotonic()
+    shutil.rmtree(EXPORT, ignore_errors=True)  # of an earlier run; nothing is ever exported over something else
     for title, *command in steps():
         print(f"\n== {title}\n$ {shlex.join(command).replace(sys.executable, 'python')}", flush=True)
         status = run_step(command)
@@ -112,6 +114,16 @@ def steps() -> list[tuple[str, ...]]:
             *(*polar, "score", "--checkpoint", str(RUN), "--wrapper", "pretrain"),
             *("--input", str(RUN / "example.jsonl"), "--output", str(RUN / "example_scores.jsonl")),
         ),
+        (
+            "Export to Hugging Face",
+            *(*polar, "convert", "to-hf", "--checkpoint", str(RUN), "--layout", "sequence-classification"),
+            *("--output", str(EXPORT)),
+        ),
+        (
+            "Score the same lines with transformers alone",
+            *("python", str(HERE / "score_with_transformers.py"), str(EXPORT)),
+            *(str(RUN / "example_scores.jsonl"), str(RUN / "example_both.jsonl")),
+        ),
     ]
 
 
@@ -127,12 +139,21 @@ def report_command() -> tuple[str, ...]:
 
 
 def print_example() -> None:
-    """Rewards of the example, side by side: the same policy's trajectory should mostly get the higher one."""
-    lines = [json.loads(line) for line in (RUN / "example_scores.jsonl").read_text().splitlines()]
-    print(f"\n{'prompt':42s} {'same policy':>12s} {'another':>12s}")
+    """Rewards of the example, side by side: the same policy's trajectory should mostly get the higher one, and
+    transformers should give what this package gives."""
+    lines = [json.loads(line) for line in (RUN / "example_both.jsonl").read_text().splitlines()]
+    print(f"\n{'':34s} {'same policy':^25s} {'another':^25s}")
+    print(f"{'prompt':34s}" + 2 * f" {'here':>12s} {'transformers':>12s}")
     for same, other in zip(lines[::2], lines[1::2], strict=True):
+        rewards = [line[key] for line in (same, other) for key in ("reward", "transformers_reward")]
         verdict = "" if same["reward"] > other["reward"] else "  wrong"
-        print(f"{same['prompt'][:42]:42s} {same['reward']:12.3f} {other['reward']:12.3f}{verdict}")
+        print(f"{same['prompt'][:34]:34s}" + "".join(f" {reward:12.6f}" for reward in rewards) + verdict)
+
+
+def largest_difference() -> float:
+    """How far the export's rewards in transformers are from those of the checkpoint here."""
+    lines = [json.loads(line) for line in (RUN / "example_both.jsonl").read_text().splitlines()]
+    return max(abs(line["reward"] - line["transformers_reward"]) for line in lines)
 
 
 def write_summary() -> dict:
@@ -149,6 +170,7 @@ def write_summary() -> dict:
         "unseen_policy_accuracy": unseen["accuracy"],
         "unseen_policy_comparisons": unseen["num_pairs"],
         "unseen_policy_word_overlap_accuracy": unseen["word_overlap_accuracy"],
+        "largest_difference_to_transformers": largest_difference(),
         "train_seconds": sum(n * row["iteration-time"] for n, row in zip(intervals, training, strict=True)),
         "comparisons_per_second": statistics.median(row["comparisons/s"] for row in training),
     }

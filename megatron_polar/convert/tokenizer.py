@@ -16,12 +16,12 @@ _SPECIAL = {"single_word": False, "lstrip": False, "rstrip": False, "normalized"
 def export_tokenizer(tokenizer: Tokenizer, target: Path, *, max_length: int) -> None:
     """Write a tokenizer into an export. Its control tokens are active in text there, and BOS comes by itself, as in
     POLAR's own. Warns when transformers encodes a probe differently from training."""
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
     tokenizer.save(target)
     if tokenizer.kind == "sentencepiece":
         _write_fast(tokenizer, target, max_length=max_length)
-    fast = AutoTokenizer.from_pretrained(target)
+    fast = PreTrainedTokenizerFast.from_pretrained(target)
     different = [probe for probe in _PROBES if not _agrees(fast, tokenizer, probe)]
     if different:
         log.warn(

@@ -68,6 +68,12 @@ class TokenizedComparison:
     prompt_tokens_cut: int
 
 
+def fitting_response_length(max_response_length: int, max_sequence_length: int) -> int:
+    """Tokens of an answer to keep so that two of them fit beside the control tokens; joined to a prompt, an answer may
+    gain a few tokens."""
+    return max(1, min(max_response_length, max_sequence_length // 2 - 6))
+
+
 def prompt_text(messages_or_str: Any) -> str:
     """Return the text of a prompt or answer: itself, or a message list's contents joined by newlines, roles dropped.
 

@@ -16,7 +16,14 @@ from megatron_polar.config.validate import check_layout
 from megatron_polar.convert.hugging_face import HuggingFaceModel, config_of, is_hugging_face, open_model
 from megatron_polar.convert.load import load_hugging_face
 from megatron_polar.data.loader import lay_out, row_shape
-from megatron_polar.data.template import ControlTokens, Half, TokenizedComparison, assemble_comparison, encode_half
+from megatron_polar.data.template import (
+    ControlTokens,
+    Half,
+    TokenizedComparison,
+    assemble_comparison,
+    encode_half,
+    fitting_response_length,
+)
 from megatron_polar.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_polar.errors import UserError
 from megatron_polar.model.build import BuiltModel, build_model
@@ -28,8 +35,6 @@ from megatron_polar.train.checkpoint import agree_on_checkpoint
 from megatron_polar.train.checkpoint_files import read_state
 from megatron_polar.train.state_dict import load_weights
 from megatron_polar.train.step import compute_rewards
-
-_RESERVED_TOKENS_OF_AN_ANSWER = 6
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,7 @@ class Scorer:
         self.checkpoint = checkpoint
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.topology, self.device = topology, device
-        # Two answers must fit beside the control tokens; joined to a prompt, an answer may gain a few tokens.
-        fitting = config.data.max_sequence_length // 2 - _RESERVED_TOKENS_OF_AN_ANSWER
-        self.max_response_length = max(1, min(max_response_length, fitting))
+        self.max_response_length = fitting_response_length(max_response_length, config.data.max_sequence_length)
         self.control = ControlTokens(
             bos_id=tokenizer.bos_id,
             separator_id=tokenizer.separator_id,

@@ -209,14 +209,14 @@ def verify_checkpoint(
     try:
         manifest = read_manifest(directory, format_name=FORMAT, format_version=FORMAT_VERSION)
         files, number = manifest["files"], _number(directory)
-        if number is not None and manifest["step"] != number:
-            return f"holds step {manifest['step']} under the name of step {number}: it was renamed or copied"
         if part == 0:
             check_sizes(directory, files)
             check_nothing_else(directory, files)
         for name in _share(files, part=part, of=of):
             check_sizes(directory, {name: files[name]})
             check_hash(directory, name, files[name], after_each=after_each)
+        if number is not None and manifest["step"] != number:
+            return f"holds step {manifest['step']} under the name of step {number}: it was renamed or copied"
     except OtherVersion as other:
         raise UserError(f"{directory}: {other}; use the program that wrote it, or move it out of the way") from None
     except Damaged as damage:

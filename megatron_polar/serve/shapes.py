@@ -1,0 +1,317 @@
+"""What clients ask and what they get: the JSON of our own endpoint, vLLM, SGLang, LMDeploy and OpenRLHF.
+
+Reading checks types and counts and names the field that is wrong; texts are tokenised elsewhere (tokens.py). Sources of
+the shapes: vLLM's /pooling and /classify, SGLang's native /classify, LMDeploy's /pooling, OpenRLHF's utils/agent.py.
+"""
+
+import math
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import orjson
+
+from megatron_polar.data.template import WRAPPERS, prompt_text
+from megatron_polar.score.requests import ScoreRequest
+
+PoolingShape = Literal["vllm", "lmdeploy"]
+POOLING_SHAPES = ("vllm", "lmdeploy")
+
+
+class RequestError(Exception):
+    """A request that gets an error for its reply: HTTP `status`, a stable word for programs, a sentence for people."""
+
+    def __init__(self, status: int, kind: str, message: str, *, retry_after: int | None = None):
+        super().__init__(message)
+        self.status, self.kind, self.message, self.retry_after = status, kind, message, retry_after
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": self.message, "type": self.kind, "code": self.status}}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What reading a request depends on."""
+
+    model: str
+    wrapper: str
+    max_items: int
+    pooling_shape: PoolingShape
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Prompts, references and outputs in words, to be cut as in training; `field` names their list in errors."""
+
+    requests: tuple[ScoreRequest, ...]
+    field: str
+
+    @property
+    def num_sequences(self) -> int:
+        return sum(len(request.outputs) for request in self.requests)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Whole POLAR texts, or their token ids: one reward each, nothing is cut."""
+
+    inputs: tuple[str | list[int], ...]
+    field: str
+    is_single: bool
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.inputs)
+
+    def name(self, index: int) -> str:
+        """How input `index` is called in an error."""
+        return self.field if self.is_single else f"{self.field}[{index}]"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One entry per output or input, in the order of the request; lengths in tokens."""
+
+    rewards: list[float]
+    truncated: list[bool]
+    lengths: list[int]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be scored, and how the answer is written down."""
+
+    asks: Texts | Sequences
+    reply: Callable[[Scored], Any]
+
+
+def read_json(body: bytes) -> dict[str, Any]:
+    """Parse a body. Raises RequestError: 400 for what is no JSON (NaN, lone surrogates), 422 for what is no object."""
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise RequestError(400, "invalid_json", f"the body is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise _refusal(f"the body is {_kind(value)}; it must be a JSON object")
+    return value
+
+
+# --- Our own endpoint ------------------------------------------------------------------------------------------------
+
+
+def read_score(body: dict[str, Any], settings: Settings) -> Question:
+    """POST /v1/score. Fields that it does not know are refused: a misspelt `wrapper` would change rewards silently."""
+    _check_model(body, settings)
+    _only(body, ("items", "model"), where="")
+    items = _list(body.get("items"), "items")
+    requests = tuple(_item(item, f"items[{i}]", settings=settings) for i, item in enumerate(items))
+    counts = [len(request.outputs) for request in requests]
+    _check_count(sum(counts), "items", what="outputs", settings=settings)
+    return Question(Texts(requests, "items"), partial(_score_reply, counts, settings.model))
+
+
+def _item(item: Any, where: str, *, settings: Settings) -> ScoreRequest:
+    if not isinstance(item, dict):
+        raise _refusal(f"{where} is {_kind(item)}; it must be an object with prompt, reference and outputs")
+    _only(item, ("prompt", "reference", "outputs", "wrapper"), where=f"{where}.")
+    outputs = _list(item.get("outputs"), f"{where}.outputs")
+    wrapper = item.get("wrapper", settings.wrapper)
+    if wrapper not in WRAPPERS:
+        raise _refusal(f"{where}.wrapper must be one of {', '.join(WRAPPERS)}")
+    return ScoreRequest(
+        prompt=_text(item.get("prompt"), f"{where}.prompt"),
+        reference=_text(item.get("reference"), f"{where}.reference"),
+        outputs=tuple(_text(output, f"{where}.outputs[{k}]") for k, output in enumerate(outputs)),
+        wrapper=wrapper,
+    )
+
+
+def _score_reply(counts: Sequence[int], model: str, scored: Scored) -> dict[str, Any]:
+    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+    rows = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+    rewards, truncated = [scored.rewards[row] for row in rows], [scored.truncated[row] for row in rows]
+    return {"model": model, "rewards": rewards, "truncated": truncated}
+
+
+# --- Engines ---------------------------------------------------------------------------------------------------------
+
+
+def read_pooling(body: dict[str, Any], settings: Settings) -> Question:
+    """POST /pooling: vLLM's (one row, that of the reward token) or by `--pooling-shape` LMDeploy's (a bare number)."""
+    _check_model(body, settings)
+    asks = _inputs(body, "input", settings=settings)
+    if settings.pooling_shape == "lmdeploy":  # it knows no activation
+        return Question(asks, partial(_list_reply, "pool", settings.model, _bare_entry))
+    entry = partial(_pooling_entry, _activation(body))
+    return Question(asks, partial(_list_reply, "pool", settings.model, entry))
+
+
+def read_classify(body: dict[str, Any], settings: Settings) -> Question:
+    """POST /classify: SGLang's where the body has `text` or `input_ids`, vLLM's where it has `input`."""
+    given = [field for field in ("text", "input_ids", "input") if body.get(field) is not None]
+    if len(given) != 1:
+        raise _refusal("give exactly one of text or input_ids (SGLang's form) and input (vLLM's)")
+    asks = _inputs(body, given[0], settings=settings)
+    if given[0] != "input":
+        if given[0] == "text" and not all(isinstance(entry, str) for entry in asks.inputs):
+            raise _refusal("text must be a string or a list of strings; token ids go into input_ids")
+        if given[0] == "input_ids" and any(isinstance(entry, str) for entry in asks.inputs):
+            raise _refusal("input_ids must be a list of token ids or a list of such lists; texts go into text")
+        return Question(asks, partial(_sglang_reply, asks.is_single))
+    _check_model(body, settings)
+    entry = partial(_classify_entry, _activation(body))
+    return Question(asks, partial(_list_reply, "classify", settings.model, entry))
+
+
+def _inputs(body: dict[str, Any], field: str, *, settings: Settings) -> Sequences:
+    """A text, texts, a list of token ids, or lists of them."""
+    value = body.get(field)
+    if isinstance(value, str):
+        return Sequences((value,), field, is_single=True)
+    entries = _list(value, field)
+    kinds = {type(entry) for entry in entries}
+    if kinds == {int}:
+        return Sequences((entries,), field, is_single=True)
+    _check_count(len(entries), field, what="inputs", settings=settings)
+    if kinds == {list}:
+        for index, ids in enumerate(entries):
+            if {type(id) for id in ids} != {int}:
+                raise _refusal(f"{field}[{index}] must be a non-empty list of whole numbers, token ids")
+    elif kinds != {str}:
+        raise _refusal(f"{field} must be a text, a list of texts, a list of token ids or a list of such lists, unmixed")
+    return Sequences(tuple(entries), field, is_single=False)
+
+
+def _activation(body: dict[str, Any]) -> bool:
+    """Whether vLLM would squash the reward: it does, unless it is told not to."""
+    if body.get("encoding_format", "float") != "float":
+        raise _refusal("encoding_format must be float; other encodings are not served here")
+    value = body.get("use_activation")
+    if value is not None and not isinstance(value, bool):
+        raise _refusal(f"use_activation is {_kind(value)}; it must be true or false")
+    return value is not False
+
+
+def _list_reply(prefix: str, model: str, entry: Callable[[float], dict[str, Any]], scored: Scored) -> dict[str, Any]:
+    num_tokens = sum(scored.lengths)
+    return {
+        "id": f"{prefix}-{secrets.token_hex(16)}",
+        "object": "list",
+        "created": int(time.time()),
+        "model": model,
+        "data": [{"index": i, **entry(reward)} for i, reward in enumerate(scored.rewards)],
+        "usage": {
+            "prompt_tokens": num_tokens,
+            "total_tokens": num_tokens,
+            "completion_tokens": 0,
+            "prompt_tokens_details": None,
+        },
+    }
+
+
+def _pooling_entry(activation: bool, reward: float) -> dict[str, Any]:
+    return {"object": "pooling", "data": [[sigmoid(reward) if activation else reward]]}
+
+
+def _bare_entry(reward: float) -> dict[str, Any]:
+    return {"object": "pooling", "data": reward}
+
+
+def _classify_entry(activation: bool, reward: float) -> dict[str, Any]:
+    return {"label": "LABEL_0", "probs": [sigmoid(reward) if activation else reward], "num_classes": 1}
+
+
+def _sglang_reply(is_single: bool, scored: Scored) -> Any:
+    """A list, or for a single text the object itself, as SGLang does."""
+    replies = [
+        {"embedding": [reward], "meta_info": {"id": secrets.token_hex(16), "prompt_tokens": length}}
+        for reward, length in zip(scored.rewards, scored.lengths, strict=True)
+    ]
+    return replies[0] if is_single else replies
+
+
+# --- OpenRLHF --------------------------------------------------------------------------------------------------------
+
+
+def read_openrlhf(body: dict[str, Any], settings: Settings) -> Question:
+    """POST /get_reward: the reference is the label, the output is the query without its prompt."""
+    columns = [_list(body.get(name), name) for name in ("query", "prompts", "labels")]
+    if len({len(column) for column in columns}) != 1:
+        sizes = ", ".join(map(str, map(len, columns)))
+        raise _refusal(f"query, prompts and labels have {sizes} entries; they must be as many")
+    _check_count(len(columns[0]), "query", what="queries", settings=settings)
+    requests = []
+    for i, (query, prompt, label) in enumerate(zip(*columns, strict=True)):
+        for name, value in (("query", query), ("prompts", prompt), ("labels", label)):
+            if not isinstance(value, str):
+                why = ", the reference; set OpenRLHF's label key" if name == "labels" else ""
+                raise _refusal(f"{name}[{i}] is {_kind(value)}; it must be a string{why}")
+        if not query.startswith(prompt):
+            raise _refusal(f"query[{i}] does not begin with prompts[{i}], so the output in it cannot be told")
+        requests.append(ScoreRequest(prompt, label, (query[len(prompt) :],), settings.wrapper))
+    return Question(Texts(tuple(requests), "query"), _openrlhf_reply)
+
+
+def _openrlhf_reply(scored: Scored) -> dict[str, Any]:
+    return {
+        "rewards": scored.rewards,
+        "scores": [sigmoid(reward) for reward in scored.rewards],
+        "extra_logs": {"truncated": [float(cut) for cut in scored.truncated]},
+    }
+
+
+# --- Pieces ----------------------------------------------------------------------------------------------------------
+
+
+def sigmoid(reward: float) -> float:
+    """1 / (1 + e^-reward), which overflows nowhere."""
+    small = math.exp(-abs(reward))
+    return (1.0 if reward >= 0 else small) / (1.0 + small)
+
+
+def _refusal(message: str) -> RequestError:
+    return RequestError(422, "invalid_request", message)
+
+
+def _check_model(body: dict[str, Any], settings: Settings) -> None:
+    model = body.get("model")
+    if model is not None and not isinstance(model, str):
+        raise _refusal(f"model is {_kind(model)}; it must be a string")
+    if model not in (None, settings.model):
+        raise RequestError(404, "unknown_model", f"model: this server has {settings.model!r} only, or leave it out")
+
+
+def _check_count(count: int, field: str, *, what: str, settings: Settings) -> None:
+    if count > settings.max_items:
+        raise _refusal(f"{field} has {count} {what}; at most {settings.max_items} fit one request: send several")
+
+
+def _only(body: dict[str, Any], known: Sequence[str], *, where: str) -> None:
+    unknown = sorted(body.keys() - set(known))
+    if unknown:
+        raise _refusal(f"{where}{unknown[0][:100]} is not known here; there are {', '.join(known)}")
+
+
+def _list(value: Any, where: str) -> list:
+    if not isinstance(value, list) or not value:
+        found = "is missing" if value is None else "is empty" if value == [] else f"is {_kind(value)}"
+        raise _refusal(f"{where} {found}; it must be a non-empty list")
+    return value
+
+
+def _text(value: Any, where: str) -> str:
+    if value is None:
+        raise _refusal(f"{where} is missing")
+    try:
+        return prompt_text(value)
+    except TypeError as error:
+        raise _refusal(f"{where}: {error}") from None
+
+
+def _kind(value: Any) -> str:
+    """What a value is called in JSON; values themselves are not repeated."""
+    names = {type(None): "null", bool: "true or false", str: "a string", list: "a list", dict: "an object"}
+    return names.get(type(value), "a number")

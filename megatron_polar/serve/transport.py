@@ -1,0 +1,251 @@
+"""POST to one of several equal servers, again and again until one gives a usable answer or the time is up.
+
+Rewards are a pure function of what is sent, so asking twice does no harm.
+"""
+
+import asyncio
+import email.utils
+import math
+import os
+import random
+import threading
+import time
+import weakref
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import httpx
+
+from megatron_polar.errors import UserError
+from megatron_polar.serve.wire import BadReply
+
+Answer = TypeVar("Answer")
+
+_PASSING_STATUSES = (408, 425, 429, 500, 502, 503, 504)
+_MAX_PAUSE_SECONDS = 30.0
+_CONNECT_SECONDS = 10.0
+
+
+class Refused(Exception):
+    """An answer that asking again would not change: `status` is HTTP's."""
+
+    def __init__(self, status: int, reason: str):
+        super().__init__(reason)
+        self.status = status
+
+
+class Unanswered(Exception):
+    """No usable answer before the retries or the time were used up; `position` as in BadReply."""
+
+    def __init__(self, reason: str, *, position: int | None = None):
+        super().__init__(reason)
+        self.position = position
+
+
+class _Passing(Exception):
+    """A failure that may be gone next time, or on another server; `pause` is what the server asked for, in seconds."""
+
+    def __init__(self, reason: str, *, pause: float | None = None, position: int | None = None):
+        super().__init__(reason)
+        self.pause, self.position = pause, position
+
+
+@dataclass
+class _Server:
+    """One base URL; it is left alone until `wakes` (monotonic seconds) after `strikes` failures in a row."""
+
+    url: str
+    wakes: float = 0.0
+    strikes: int = 0
+
+
+class Transport:
+    """Sends bodies to `urls` in turn, at most `max_concurrency` at a time whichever threads they come from.
+
+    A failed server rests, twice as long after each failure in a row and as long as its Retry-After says; a server that
+    rests is asked only where all of them do. `token` goes into the Authorization header and nowhere else.
+    """
+
+    def __init__(
+        self,
+        urls: tuple[str, ...],
+        *,
+        token: str | None,
+        timeout_seconds: float,
+        retries: int,
+        backoff_seconds: float,
+        max_concurrency: int,
+    ):
+        self._servers = [_Server(_checked_url(url)) for url in urls]
+        self._token, self._timeout, self._retries = token, timeout_seconds, retries
+        self._backoff, self._max_concurrency = backoff_seconds, max_concurrency
+        self._random = random.Random()  # not the global one: a training run's draws must not depend on our retries
+        self._turn = 0
+        self._start = threading.Lock()
+        self._session: _Session | None = None
+
+    def submit(self, coroutine: Coroutine[Any, Any, Answer]) -> "Future[Answer]":
+        """Run a coroutine on the thread that all requests of this client share."""
+        with self._start:
+            if self._session is None or self._session.pid != os.getpid():  # a fork has no threads but its own
+                self._session = _Session(self._open_http, max_concurrency=self._max_concurrency)
+                weakref.finalize(self, self._session.close)
+            return asyncio.run_coroutine_threadsafe(coroutine, self._session.loop)
+
+    def close(self) -> None:
+        """Close connections and end the thread; the next `submit` starts anew."""
+        with self._start:
+            if self._session is not None:
+                self._session.close()
+                self._session.join()
+            self._session = None
+
+    async def ask(self, path: str, body: bytes, *, read: Callable[[Any], Answer], deadline: float) -> Answer:
+        """POST a JSON body and return `read(decoded reply)`; a BadReply that it raises counts as a failure.
+
+        `deadline` is in seconds of time.monotonic(). Raises Refused or Unanswered. To be called through `submit`.
+        """
+        started, attempts, failure, place = time.monotonic(), 0, None, path
+        while attempts <= self._retries:
+            server = self._choose()
+            pause = max(0.0, server.wakes - time.monotonic()) * self._random.uniform(1.0, 1.25)
+            if time.monotonic() + pause >= deadline:
+                failure = failure or _Passing(f"every server asked to be left alone, for {pause:.0f} s or more")
+                break
+            await asyncio.sleep(pause)
+            attempts, begun, place = attempts + 1, time.monotonic(), f"{server.url}{path}"
+            try:
+                answer = await self._attempt(server, path, body, read=read, deadline=deadline)
+            except _Passing as error:
+                failure = error
+                self._let_rest(server, begun=begun, attempts=attempts, pause=error.pause)
+            else:
+                server.strikes = 0
+                return answer
+        used = f"{attempts} attempt{'s' * (attempts != 1)} in {time.monotonic() - started:.1f} s"
+        raise Unanswered(f"{place}: {failure} ({used})", position=failure.position)
+
+    async def _attempt(
+        self, server: _Server, path: str, body: bytes, *, read: Callable[[Any], Answer], deadline: float
+    ) -> Answer:
+        session = self._session
+        assert session is not None, "ask() runs on the thread that submit() started"
+        async with session.slots:
+            seconds = max(0.001, min(self._timeout, deadline - time.monotonic()))
+            try:
+                # httpx's own limits are per read; a reply that trickles in would outlast them.
+                response = await asyncio.wait_for(session.http.post(server.url + path, content=body), seconds)
+            except (asyncio.TimeoutError, httpx.TimeoutException):
+                raise _Passing(f"no reply within {seconds:.3g} s") from None
+            except httpx.HTTPError as error:
+                what = str(error) or type(error).__name__
+                raise _Passing(f"no connection ({self._printable(what)})") from None
+        if response.status_code in _PASSING_STATUSES:
+            raise _Passing(self._describe(response), pause=_retry_after(response))
+        if response.status_code != httpx.codes.OK:
+            raise Refused(response.status_code, f"{server.url}{path}: {self._describe(response)}")
+        try:
+            return read(response.json())
+        except BadReply as error:
+            raise _Passing(f"not usable: {error}", position=error.position) from None
+        except (ValueError, RecursionError) as error:
+            raise _Passing(f"not JSON ({self._printable(str(error))}): {self._printable(response.text)}") from None
+
+    def _choose(self) -> _Server:
+        """The next server in turn that is awake, else the one that wakes first."""
+        self._turn = (self._turn + 1) % len(self._servers)
+        in_turn = self._servers[self._turn :] + self._servers[: self._turn]
+        now = time.monotonic()
+        return min(in_turn, key=lambda server: max(server.wakes, now))
+
+    def _let_rest(self, server: _Server, *, begun: float, attempts: int, pause: float | None) -> None:
+        if server.wakes <= begun:  # failures of requests that were under way together count once
+            server.strikes += 1
+        if pause is None:
+            doublings = min(max(server.strikes, attempts) - 1, 16)
+            pause = min(_MAX_PAUSE_SECONDS, self._backoff * 2**doublings) * self._random.uniform(0.5, 1.0)
+        server.wakes = max(server.wakes, time.monotonic() + pause)
+
+    def _open_http(self) -> httpx.AsyncClient:
+        headers = {"Content-Type": "application/json"}
+        if self._token is not None:
+            headers["Authorization"] = f"Bearer {self._token}"
+        limits = httpx.Limits(max_connections=self._max_concurrency, max_keepalive_connections=self._max_concurrency)
+        timeout = httpx.Timeout(None, connect=min(self._timeout, _CONNECT_SECONDS))
+        return httpx.AsyncClient(headers=headers, limits=limits, timeout=timeout)
+
+    def _describe(self, response: httpx.Response) -> str:
+        said = self._printable(response.text)
+        return f"HTTP {response.status_code} {response.reason_phrase}" + (f": {said}" if said else "")
+
+    def _printable(self, text: str) -> str:
+        """The head of a text in one line; a server that repeats our headers must not get the token into a log."""
+        if self._token:
+            text = text.replace(self._token, "***")
+        text = " ".join(text[:400].split())
+        text = "".join(mark if mark.isprintable() else f"\\u{ord(mark):04x}" for mark in text)
+        return text[:200] + "..." * (len(text) > 200)
+
+
+class _Session:
+    """An event loop on a daemon thread, and the connections and the limit that belong to it."""
+
+    def __init__(self, open_http: Callable[[], httpx.AsyncClient], *, max_concurrency: int):
+        self.pid, self.loop, self._is_open = os.getpid(), asyncio.new_event_loop(), True
+        self.http, self.slots = open_http(), asyncio.Semaphore(max_concurrency)
+        self._thread = threading.Thread(target=self._run, args=(self.loop,), name="reward client", daemon=True)
+        self._thread.start()
+
+    @staticmethod
+    def _run(loop: asyncio.AbstractEventLoop) -> None:
+        loop.run_forever()
+        loop.close()
+
+    def close(self) -> None:
+        if self._is_open and self.pid == os.getpid():
+            self._is_open = False
+            asyncio.run_coroutine_threadsafe(self._shut_down(), self.loop)
+
+    def join(self) -> None:
+        """Wait for the thread to end, unless it is this one, or one that a fork has left behind."""
+        if self.pid == os.getpid() and threading.current_thread() is not self._thread:
+            self._thread.join(_CONNECT_SECONDS)
+
+    async def _shut_down(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()  # whoever waits for one gets CancelledError instead of waiting for ever
+        await asyncio.gather(*others, return_exceptions=True)
+        await self.http.aclose()
+        self.loop.stop()
+
+
+def _checked_url(url: str) -> str:
+    """Take a base URL without its last slash. Raises UserError for what is none, and for a password in it."""
+    try:
+        parsed = httpx.URL(url)
+    except (httpx.InvalidURL, TypeError):
+        parsed = httpx.URL()
+    if parsed.userinfo:
+        raise UserError(
+            f"the URL of {parsed.host} has a user or password in it; put a token into a file or an environment "
+            "variable (api_key_file, api_key_env)"
+        )
+    if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
+        raise UserError(f"url={url!r} is no base URL of a server; give one such as http://127.0.0.1:8000")
+    return str(parsed).rstrip("/")
+
+
+def _retry_after(response: httpx.Response) -> float | None:
+    """Seconds that a server asks to be left alone: a number or a date. None when it says nothing that can be read."""
+    value = response.headers.get("retry-after", "")
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError):
+            return None
+    return None if math.isnan(seconds) else max(0.0, seconds)

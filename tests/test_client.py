@@ -1,0 +1,660 @@
+"""Rewards come from the engine, complete and in order, or there is an error that says for which item and why."""
+
+import asyncio
+import email.utils
+import gc
+import itertools
+import math
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+from flaky_server import FlakyServer, classify, native, ok, pooling, sglang, value_of
+from ranks import run_ranks
+
+from megatron_polar.data.template import assemble_comparison, encode_half
+from megatron_polar.data.tokenizer import load_tokenizer
+from megatron_polar.errors import UserError
+from megatron_polar.serve.client import RewardClient, RewardError, RewardItem
+
+ITEMS = [RewardItem(f"ba ke {i // 3}", f"li mo {i // 3}", f"nu ra {i}") for i in range(50)]
+TEXT_ITEM = ["ba ke 0", "li mo 0", "nu ra 0", "sft"]
+
+
+@pytest.fixture
+def client_of(tokenizer_path):
+    """Make clients with short pauses; they are closed after the test."""
+    made = []
+
+    def make(urls, engine="vllm", **options) -> RewardClient:
+        defaults = {"tokenizer": tokenizer_path, "batch_size": 4, "max_concurrency": 3, "backoff_seconds": 0.01}
+        client = RewardClient(urls, engine=engine, **(defaults | options))
+        made.append(client)
+        return client
+
+    yield make
+    for client in made:
+        client.close()
+
+
+def sequence_of(tokenizer_path, item: RewardItem, *, max_length=16384, max_response_length=4096) -> list[int]:
+    """Token ids of an item, straight from the template."""
+    tokenizer = load_tokenizer(tokenizer_path)
+    halves = [
+        encode_half(
+            tokenizer,
+            prompt=item.prompt,
+            trajectory=text,
+            wrapper=item.wrapper,
+            max_response_length=max_response_length,
+        )
+        for text in (item.reference, item.output)
+    ]
+    made = assemble_comparison(halves[0], halves[1:], levels=(0,), control=tokenizer.control, max_length=max_length)
+    return [*made.prefix.tolist(), *made.candidates[0].tolist()]
+
+
+def refused(client: RewardClient, items=ITEMS) -> RewardError:
+    with pytest.raises(RewardError) as caught:
+        client.score(items)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+# --- shapes ------------------------------------------------------------------------------------------------------
+
+
+def _bare(request):
+    return pooling(request, lambda value: value)
+
+
+def _per_sequence(request):
+    return pooling(request, lambda value: [value])
+
+
+SHAPES = {
+    "vllm, internlm2": ("vllm", "internlm2", "/pooling", pooling),
+    "vllm, internlm2, one list": ("vllm", "internlm2", "/pooling", _per_sequence),
+    "vllm, sequence classification": ("vllm", "sequence-classification", "/classify", classify),
+    "vllm, answered by lmdeploy's shape": ("vllm", "internlm2", "/pooling", _bare),
+    "lmdeploy": ("lmdeploy", "internlm2", "/pooling", _bare),
+    "sglang": ("sglang", "internlm2", "/classify", sglang),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_engine_is_sent_the_ids_of_training_and_rewards_come_in_order(shape, client_of, tokenizer_path):
+    engine, layout, path, reply = SHAPES[shape]
+    with FlakyServer(lambda request: ok(reply(request))) as server:
+        rewards = client_of(server.url + "/", engine, layout=layout, model="polar").score(ITEMS)
+        assert rewards == [value_of(sequence_of(tokenizer_path, item)) for item in ITEMS]
+        assert {request.path for request in server.requests} == {path}
+        for request in server.requests:
+            body = dict(request.body)
+            assert body.pop("model") == "polar"
+            assert len(body.pop("input_ids" if engine == "sglang" else "input")) <= 4
+            assert body == ({"use_activation": False} if engine == "vllm" else {})
+
+
+def test_our_own_server_gets_texts_and_equal_prompts_and_references_together(client_of):
+    items = [ITEMS[i] for i in (0, 3, 1, 4, 2, 5, 49)] + [RewardItem("ba", "li", "mo", "pretrain")]
+    items += [RewardItem([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "c", "d")]
+    with FlakyServer(lambda request: ok(native(request))) as server:
+        rewards = client_of(server.url, "megatron-polar", tokenizer=None, batch_size=6).score(items)
+        keys = [("a\nb" if isinstance(i.prompt, list) else i.prompt, i.reference, i.output, i.wrapper) for i in items]
+        assert rewards == [value_of(list(key)) for key in keys]
+        asked = [item for request in server.requests for item in request.body["items"]]
+        assert sorted(len(item["outputs"]) for item in asked) == [1, 1, 1, 3, 3]
+        assert {request.path for request in server.requests} == {"/v1/score"}
+
+
+def test_entries_out_of_order_are_sorted_by_their_index(client_of, tokenizer_path):
+    def backwards(request):
+        reply = pooling(request)
+        return ok(reply | {"data": reply["data"][::-1]})
+
+    with FlakyServer(backwards) as server:
+        rewards = client_of(server.url).score(ITEMS[:10])
+    assert rewards == [value_of(sequence_of(tokenizer_path, item)) for item in ITEMS[:10]]
+
+
+def test_no_items_ask_nothing(client_of):
+    with FlakyServer(lambda request: ok(pooling(request))) as server:
+        assert client_of(server.url).score([]) == []
+        assert server.requests == []
+
+
+# --- failures that pass ------------------------------------------------------------------------------------------
+
+
+def failing_first(count: int, failure, reply=pooling):
+    """A server's behaviour: `failure` for the first `count` requests, then good replies."""
+    return lambda request: failure(request) if request.number < count else ok(reply(request))
+
+
+PASSING = {
+    "500": lambda request: (500, {}, {"error": {"message": "boom"}}),
+    "502 without a body": lambda request: (502, {}, b""),
+    "429": lambda request: (429, {"Retry-After": "0.05"}, {"error": "queue full"}),
+    "503, unreadable Retry-After": lambda request: (503, {"Retry-After": "soon"}, {}),
+    "hangs up": lambda request: None,
+    "no JSON": lambda request: ok(b"<html>busy</html>"),
+    "half a reply": lambda request: (200, {"Content-Length": "10"}, b'{"data": ['),
+    "NaN once": lambda request: ok(pooling(request, lambda value: [[math.nan]])),
+}
+
+
+@pytest.mark.parametrize("failure", PASSING)
+def test_a_failure_that_passes_is_asked_again(failure, client_of, tokenizer_path):
+    with FlakyServer(failing_first(3, PASSING[failure])) as server:
+        rewards = client_of(server.url).score(ITEMS[:12])
+        assert rewards == [value_of(sequence_of(tokenizer_path, item)) for item in ITEMS[:12]]
+        assert len(server.requests) == 6
+
+
+def test_retry_after_is_kept_and_counts_for_every_request(client_of):
+    with FlakyServer(failing_first(1, lambda request: (429, {"Retry-After": "0.4"}, {}))) as server:
+        client_of(server.url, max_concurrency=1).score(ITEMS[:8])
+        times = [request.time for request in server.requests]
+        assert len(times) == 3
+        assert times[1] - times[0] >= 0.4
+
+
+def test_retry_after_may_be_a_date():
+    from megatron_polar.serve.transport import _retry_after
+
+    def seconds(value):
+        return _retry_after(SimpleNamespace(headers={"retry-after": value}))
+
+    assert seconds(email.utils.formatdate(time.time() + 60, usegmt=True)) == pytest.approx(60, abs=2)
+    assert seconds(email.utils.formatdate(time.time() - 60, usegmt=True)) == 0.0
+    assert [seconds(value) for value in ("7", "-3", "nan", "tomorrow", "")] == [7.0, 0.0, None, None, None]
+
+
+def test_a_request_that_takes_too_long_is_asked_again(client_of, tokenizer_path):
+    def slow_once(request):
+        time.sleep(6 if request.number == 0 else 0.0)
+        return ok(pooling(request))
+
+    with FlakyServer(slow_once) as server:
+        begun = time.monotonic()
+        rewards = client_of(server.url, timeout_seconds=0.4).score(ITEMS[:3])
+        assert time.monotonic() - begun < 5
+    assert rewards == [value_of(sequence_of(tokenizer_path, item)) for item in ITEMS[:3]]
+
+
+def test_pauses_grow_and_end_after_the_retries(client_of):
+    with FlakyServer(PASSING["500"]) as server:
+        error = refused(client_of(server.url, retries=4, backoff_seconds=0.04), ITEMS[:2])
+        assert error.indices == (0, 1)
+        assert "HTTP 500" in error.reason and "boom" in error.reason and "5 attempts" in error.reason
+        times = [request.time for request in server.requests]
+    pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
+    assert len(times) == 5
+    assert all(pause >= 0.02 * 2**k for k, pause in enumerate(pauses))  # half of the nominal pause at least
+
+
+def test_the_deadline_ends_everything(client_of):
+    with FlakyServer(lambda request: time.sleep(5)) as server:
+        begun = time.monotonic()
+        error = refused(client_of(server.url, deadline_seconds=0.5, retries=1000), ITEMS)
+        assert time.monotonic() - begun < 4
+        assert "no reply" in error.reason
+
+
+def test_a_server_that_wants_to_be_left_alone_for_too_long_is_an_error_at_once(client_of):
+    with FlakyServer(lambda request: (429, {"Retry-After": "3600"}, {})) as server:
+        client = client_of(server.url, deadline_seconds=60)
+        begun = time.monotonic()
+        assert "HTTP 429" in refused(client, ITEMS[:1]).reason
+        assert "left alone" in refused(client, ITEMS[:1]).reason
+        assert time.monotonic() - begun < 2.0
+        assert len(server.requests) == 1
+
+
+# --- replies that are no rewards ---------------------------------------------------------------------------------
+
+
+def _changed(position: int, **changes):
+    def reply(request):
+        answer = pooling(request)
+        if position < len(answer["data"]):
+            answer["data"][position] |= changes
+        return ok(answer)
+
+    return reply
+
+
+BAD_REPLIES = {
+    # name: (behaviour, places of the items at fault, part of the reason); four items are asked
+    "one reward too few": (lambda r: ok({"data": pooling(r)["data"][:-1]}), (0, 1, 2, 3), "3 rewards for 4 items"),
+    "one too many": (lambda r: ok({"data": pooling(r)["data"] * 2}), (0, 1, 2, 3), "8 rewards for 4 items"),
+    "no rewards": (lambda r: ok({"data": []}), (0, 1, 2, 3), "0 rewards for 4 items"),
+    "a missing index": (_changed(2, index=7), (2,), "no entry has index 2"),
+    "an index twice": (_changed(1, index=0), (1,), "no entry has index 1"),
+    "an index for some": (_changed(0, index=None), (0,), "no entry has index 0"),
+    "NaN": (_changed(1, data=[[math.nan]]), (1,), "nan, not finite"),
+    "infinity": (_changed(3, data=[math.inf]), (3,), "inf, not finite"),
+    "minus infinity": (_changed(0, data=-math.inf), (0,), "-inf, not finite"),
+    "an integer beyond float": (_changed(0, data=10**400), (0,), "inf, not finite"),
+    "null": (_changed(2, data=None), (2,), "None, no number"),
+    "true": (_changed(2, data=[[True]]), (2,), "True, no number"),
+    "a text": (_changed(2, data="0.5"), (2,), "0.5, no number"),
+    "an empty list": (_changed(2, data=[]), (2,), "0 numbers where a reward model gives one"),
+    "an empty row": (_changed(2, data=[[]]), (2,), "0 numbers where a reward model gives one"),
+    "an embedding": (_changed(0, data=[0.1, 0.2, 0.3]), (0,), "3 numbers where a reward model gives one"),
+    "a logit per word": (_changed(0, data=[[0.1], [0.2, 0.3]]), (0,), "2 numbers where a reward model gives one"),
+    "no data": (lambda r: ok({"rewards": [1, 2, 3, 4]}), (0, 1, 2, 3), "no 'data'"),
+    "a list": (lambda r: ok([1, 2, 3, 4]), (0, 1, 2, 3), "no 'data'"),
+    "numbers as entries": (lambda r: ok({"data": [1, 2, 3, 4]}), (0, 1, 2, 3), "not a list of objects"),
+    "an entry without its key": (
+        lambda r: ok({"data": [{"index": i} for i in range(4)]}),
+        (0,),
+        "has no data or probs",
+    ),
+    "an error with status 200": (lambda r: ok({"object": "error", "message": "x"}), (0, 1, 2, 3), "no 'data'"),
+    "no JSON": (lambda r: ok(b"ok"), (0, 1, 2, 3), "not JSON"),
+    "too deep": (lambda r: ok(b"[" * 200_000), (0, 1, 2, 3), "not JSON"),
+    "no UTF-8": (lambda r: ok(b'{"data": "\xff"}'), (0, 1, 2, 3), "not JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_REPLIES)
+def test_a_reply_without_one_finite_reward_per_item_is_an_error(name, client_of):
+    behaviour, places, part = BAD_REPLIES[name]
+    with FlakyServer(behaviour) as server:
+        error = refused(client_of(server.url, retries=1), ITEMS[:4])
+        assert len(server.requests) == 2
+    assert error.indices == places
+    assert part in error.reason
+    assert isinstance(error, UserError)
+
+
+BAD_NATIVE = {
+    "a row missing": {"rewards": [[1.0]], "truncated": [[False], [False]]},
+    "a reward missing": {"rewards": [[1.0], []], "truncated": [[False], [False]]},
+    "flat": {"rewards": [1.0, 2.0], "truncated": [[False], [False]]},
+    "no truncated": {"rewards": [[1.0], [2.0]]},
+    "null": {"rewards": [[1.0], [None]], "truncated": [[False], [False]]},
+}
+
+
+@pytest.mark.parametrize("name", BAD_NATIVE)
+def test_a_bad_reply_of_our_own_server_is_an_error(name, client_of):
+    with FlakyServer(lambda request: ok(BAD_NATIVE[name])) as server:
+        error = refused(client_of(server.url, "megatron-polar", retries=0), [ITEMS[0], ITEMS[3]])
+    assert error.indices == ((1,) if name == "null" else (0, 1))
+
+
+def test_sglang_may_give_one_object_for_one_text_and_no_more(client_of):
+    with FlakyServer(lambda request: ok({"embedding": [0.25]})) as server:
+        assert client_of(server.url, "sglang").score(ITEMS[:1]) == [0.25]
+        assert "1 rewards for 2 items" in refused(client_of(server.url, "sglang", retries=0), ITEMS[:2]).reason
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("status", "part"), [(401, "API key"), (403, "API key"), (404, "base URL"), (307, "HTTP 307")])
+def test_a_refusal_is_not_asked_again_and_says_what_to_do(status, part, client_of):
+    with FlakyServer(lambda request: (status, {}, {"error": {"message": "no"}})) as server:
+        error = refused(client_of(server.url, max_concurrency=1))
+        assert len(server.requests) == 1
+    assert error.indices == (0, 1, 2, 3)
+    assert part in error.reason
+
+
+@pytest.mark.parametrize("engine", ["vllm", "megatron-polar"])
+def test_the_item_that_spoils_a_batch_is_found(engine, client_of):
+    def picky(request):
+        if "poison" in str(request.body) or "7, 7, 7, 7" in str(request.body):
+            return 422, {}, {"error": {"message": "cannot take this"}}
+        return ok(native(request) if engine == "megatron-polar" else pooling(request))
+
+    items = [*ITEMS[:21], RewardItem("poison", "a", "b"), *ITEMS[21:]]
+    with FlakyServer(picky) as server:
+        client = client_of(server.url, engine, batch_size=16)
+        if engine == "vllm":
+            client._encode = _poisoned(client._encode)
+        error = refused(client, items)
+    assert error.indices == (21,)
+    assert "cannot take this" in error.reason
+
+
+def _poisoned(encode):
+    def encode_item(item):
+        encoded = encode(item)
+        if item.prompt == "poison":
+            encoded.content[:4] = 7
+        return encoded
+
+    return encode_item
+
+
+def test_a_batch_that_is_too_large_for_the_server_is_halved(client_of, tokenizer_path):
+    behaviour = lambda r: (413, {}, {}) if len(r.body["input"]) > 3 else ok(pooling(r))  # noqa: E731
+    with FlakyServer(behaviour) as server:
+        rewards = client_of(server.url, batch_size=16).score(ITEMS)
+    assert rewards == [value_of(sequence_of(tokenizer_path, item)) for item in ITEMS]
+
+
+def test_the_first_error_ends_the_other_requests(client_of):
+    with FlakyServer(lambda r: (400, {}, {}) if r.number == 0 else (time.sleep(0.2), ok(pooling(r)))[1]) as server:
+        refused(client_of(server.url, batch_size=1, max_concurrency=2))
+        time.sleep(0.3)
+        assert len(server.requests) <= 4
+
+
+# --- several servers ---------------------------------------------------------------------------------------------
+
+
+def _dead_url() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+def test_servers_take_turns(client_of):
+    reply = lambda request: ok(pooling(request))  # noqa: E731
+    with FlakyServer(reply) as first, FlakyServer(reply) as second:
+        client_of([first.url, second.url], batch_size=1, max_concurrency=1).score(ITEMS)
+        assert len(first.requests) == len(second.requests) == 25
+
+
+@pytest.mark.parametrize("sick", ["dead", "failing", "hanging up"])
+def test_a_sick_server_among_healthy_ones_is_left_alone(sick, client_of, tokenizer_path):
+    behaviour = PASSING["500"] if sick == "failing" else lambda request: None
+    with FlakyServer(lambda request: ok(pooling(request))) as healthy, FlakyServer(behaviour) as other:
+        urls = [_dead_url() if sick == "dead" else other.url, healthy.url]
+        rewards = client_of(urls, batch_size=1, backoff_seconds=0.2).score(ITEMS)
+        assert rewards == [value_of(sequence_of(tokenizer_path, item)) for item in ITEMS]
+        assert len(healthy.requests) == 50
+        assert len(other.requests) <= 12
+
+
+def test_nobody_there_is_an_error_that_names_the_server(client_of):
+    url = _dead_url()
+    error = refused(client_of(url, retries=2), ITEMS[:1])
+    assert error.indices == (0,)
+    assert f"{url}/pooling" in error.reason and "no connection" in error.reason and "3 attempts" in error.reason
+
+
+# --- concurrency, threads and loops ------------------------------------------------------------------------------
+
+
+def test_requests_under_way_are_bounded_over_all_threads(client_of, tokenizer_path):
+    wanted = [value_of(sequence_of(tokenizer_path, item)) for item in ITEMS]
+    with FlakyServer(lambda request: (time.sleep(0.01), ok(pooling(request)))[1]) as server:
+        client = client_of(server.url, batch_size=2)
+        results = [None] * 4
+
+        def score(number):
+            results[number] = client.score(ITEMS)
+
+        threads = [threading.Thread(target=score, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert results == [wanted] * 4
+        assert server.most_at_once == 3
+
+
+def test_async_calls_run_beside_the_callers_own_work(client_of, tokenizer_path):
+    wanted = [value_of(sequence_of(tokenizer_path, item)) for item in ITEMS]
+
+    async def main():
+        ticks = 0
+
+        async def tick():
+            nonlocal ticks
+            while True:
+                await asyncio.sleep(0.005)
+                ticks += 1
+
+        ticking = asyncio.ensure_future(tick())
+        results = await asyncio.gather(*(client.score_async(ITEMS) for _ in range(3)))
+        ticking.cancel()
+        return results, ticks
+
+    with FlakyServer(lambda request: (time.sleep(0.01), ok(pooling(request)))[1]) as server:
+        client = client_of(server.url)
+        results, ticks = asyncio.run(main())
+        assert results == [wanted] * 3
+        assert ticks >= 5
+        assert asyncio.run(client.score_async(ITEMS)) == wanted  # another loop
+        assert server.most_at_once == 3
+
+
+def test_score_works_where_a_loop_is_running(client_of):
+    async def main():
+        return client.score(ITEMS[:2])
+
+    with FlakyServer(lambda request: ok(pooling(request))) as server:
+        client = client_of(server.url)
+        assert asyncio.run(main()) == client.score(ITEMS[:2])
+
+
+def test_a_cancelled_call_stops_asking(client_of):
+    async def main():
+        call = asyncio.ensure_future(client.score_async(ITEMS))
+        await asyncio.sleep(0.1)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+    with FlakyServer(lambda request: (time.sleep(0.05), ok(pooling(request)))[1]) as server:
+        client = client_of(server.url, batch_size=1, max_concurrency=1)
+        asyncio.run(main())
+        asked = len(server.requests)
+        time.sleep(0.2)
+        assert len(server.requests) <= asked + 1
+
+
+def test_a_client_can_be_closed_and_used_again_and_waiters_are_not_forgotten(client_of):
+    with FlakyServer(lambda request: (time.sleep(0.3), ok(pooling(request)))[1]) as server:
+        client = client_of(server.url)
+        ends = []
+
+        def score():
+            try:
+                client.score(ITEMS)
+            except BaseException as error:
+                ends.append(type(error).__name__)
+
+        thread = threading.Thread(target=score)
+        thread.start()
+        time.sleep(0.1)
+        client.close()
+        thread.join(5)
+        assert ends == ["CancelledError"]
+        assert len(client.score(ITEMS[:1])) == 1
+
+
+def test_a_forgotten_client_leaves_no_thread(tokenizer_path):
+    def threads():
+        return [thread for thread in threading.enumerate() if thread.name == "reward client"]
+
+    before = len(threads())
+    with FlakyServer(lambda request: ok(pooling(request))) as server:
+        client = RewardClient(server.url, engine="vllm", tokenizer=tokenizer_path)
+        client.score(ITEMS[:1])
+        assert len(threads()) == before + 1
+        del client
+        gc.collect()
+        deadline = time.monotonic() + 5
+        while len(threads()) > before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(threads()) == before
+
+
+def test_an_error_survives_the_way_between_processes():
+    error = pickle.loads(pickle.dumps(RewardError([3, 7], "no reply")))
+    assert (error.indices, error.reason) == ((3, 7), "no reply")
+    assert str(error) == "no reward for item 3 (and 1 more, up to item 7): no reply"
+
+
+_FORKED: RewardClient
+
+
+def _score_in_child() -> list[float]:
+    return _FORKED.score(ITEMS[:3])
+
+
+def test_a_client_works_in_a_forked_process(client_of):
+    global _FORKED
+    with FlakyServer(lambda request: ok(pooling(request))) as server:
+        _FORKED = client_of(server.url)
+        assert run_ranks(_score_in_child, 1)[0] == _FORKED.score(ITEMS[:3])
+
+
+# --- tokens ------------------------------------------------------------------------------------------------------
+
+
+def test_the_api_key_is_sent_and_never_shown(client_of, tmp_path, monkeypatch, capsys):
+    (tmp_path / "key").write_text("key-from-file\n")
+    monkeypatch.setenv("MEGATRON_POLAR_API_KEY", "key-from-environment")
+    monkeypatch.setenv("OTHER_KEY", "other-key")
+    echo = lambda r: (500, {}, {"you sent": r.headers.get("Authorization", "nothing")})  # noqa: E731
+    with FlakyServer(echo) as server:
+        for options, key in (
+            ({}, "key-from-environment"),
+            ({"api_key_env": "OTHER_KEY"}, "other-key"),
+            ({"api_key_file": tmp_path / "key"}, "key-from-file"),
+            ({"api_key_env": "NOT_SET"}, None),
+        ):
+            client = client_of(server.url, retries=0, **options)
+            error = refused(client, ITEMS[:1])
+            sent = server.requests[-1].headers.get("Authorization")
+            assert sent == (None if key is None else f"Bearer {key}")
+            if key is not None:
+                shown = f"{error} {error!r} {client!r} {vars(client)} {capsys.readouterr()}"
+                assert key not in shown
+                assert "Bearer ***" in str(error)
+
+
+@pytest.mark.parametrize("key", ["two words", "späße", "line\nline"])
+def test_an_unusable_api_key_is_refused_without_being_shown(key, client_of, monkeypatch):
+    monkeypatch.setenv("MEGATRON_POLAR_API_KEY", key)
+    with pytest.raises(UserError, match="MEGATRON_POLAR_API_KEY: not an API key") as caught:
+        client_of("http://127.0.0.1:1")
+    assert key not in str(caught.value)
+
+
+def test_a_password_in_a_url_is_refused_without_being_shown(client_of):
+    with pytest.raises(UserError, match="user or password") as caught:
+        client_of("http://me:secret@rewards:8000")
+    assert "secret" not in str(caught.value)
+
+
+# --- items and lengths -------------------------------------------------------------------------------------------
+
+LONG = " ".join(["ba ke li mo"] * 60)
+
+
+def test_long_texts_are_cut_as_in_training_and_said_once(client_of, tokenizer_path, capsys):
+    items = [RewardItem(LONG, LONG, LONG), RewardItem("ba", "ke", "li"), RewardItem("ba", LONG, "li")]
+    limits = {"max_sequence_length": 64, "max_response_length": 20}
+    with FlakyServer(lambda request: ok(pooling(request))) as server:
+        client = client_of(server.url, **limits)
+        rewards = client.score(items)
+        client.score(items)
+        sent = [sequence for request in server.requests for sequence in request.body["input"]]
+    wanted = [sequence_of(tokenizer_path, item, max_length=64, max_response_length=20) for item in items]
+    assert rewards == [value_of(sequence) for sequence in wanted]
+    assert max(map(len, sent)) <= 64
+    assert client.num_truncated == 4
+    assert capsys.readouterr().err.count("2 of 3 items were too long") == 1
+
+
+def test_truncation_by_our_own_server_is_counted(client_of):
+    def reply(request):
+        answer = native(request)
+        return ok(answer | {"truncated": [[True] * len(row) for row in answer["truncated"]]})
+
+    with FlakyServer(reply) as server:
+        client = client_of(server.url, "megatron-polar")
+        client.score(ITEMS)
+    assert client.num_truncated == 50
+
+
+PUBLISHED_TAKES = [RewardItem([], "b", "c"), RewardItem("a", "b", "c", wrapper="chat")]
+
+
+@pytest.mark.parametrize("engine", ["vllm", "vllm official", "megatron-polar"])
+@pytest.mark.parametrize(
+    ("item", "part"),
+    [
+        (RewardItem("a", "b", None), "TypeError"),
+        (RewardItem("a", 3, "c"), "TypeError"),
+        (RewardItem([], "b", "c"), "TypeError"),
+        (RewardItem([{"role": "user"}], "b", "c"), "Error"),
+        (RewardItem("a", "b", "c", wrapper="chat"), "wrapper='chat'"),
+        (RewardItem("a", "b", "\ud800"), "Unicode"),
+        ("no item", "type str"),
+    ],
+    ids=repr,
+)
+def test_an_item_that_is_no_text_is_refused_with_its_place(item, part, engine, client_of):
+    with FlakyServer(lambda request: ok(native(request) if "items" in request.body else pooling(request))) as server:
+        engine, _, compat = engine.partition(" ")
+        client = client_of(server.url, engine, compat=compat or None)
+        if compat and item in PUBLISHED_TAKES:
+            client.score([*ITEMS[:5], item])
+            return
+        error = refused(client, [*ITEMS[:5], item])
+    assert error.indices == (5,)
+    assert part in error.reason
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"engine": "tgi"}, "engine='tgi' is unknown"),
+        ({"layout": "llama"}, "layout='llama' is unknown"),
+        ({"compat": "mine"}, "compat='mine' is unknown"),
+        ({"tokenizer": None}, "needs `tokenizer`"),
+        ({"engine": "megatron-polar", "compat": "official"}, "/v1/score"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"max_concurrency": 1.5}, "max_concurrency=1.5"),
+        ({"retries": -1}, "retries=-1"),
+        ({"timeout_seconds": 0}, "timeout_seconds=0"),
+        ({"deadline_seconds": math.inf}, "deadline_seconds=inf"),
+        ({"urls": []}, "urls is empty"),
+        ({"urls": "127.0.0.1:8000"}, "no base URL"),
+        ({"urls": "ftp://host"}, "no base URL"),
+        ({"urls": "http://host:8000/?key=1"}, "no base URL"),
+        ({"urls": [None]}, "no base URL"),
+        ({"api_key_file": "/nowhere/key"}, "/nowhere/key"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_name(options, part, client_of):
+    options = {"urls": "http://127.0.0.1:1"} | options
+    with pytest.raises(UserError) as caught:
+        client_of(options.pop("urls"), **options)
+    assert part in str(caught.value)
+
+
+# --- the import --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", ["client", "adapters"])
+def test_the_import_is_quick_and_light(module):
+    code = (
+        f"import sys, time, megatron_polar.serve.{module}\n"
+        "assert not {'torch', 'megatron.core', 'transformers', 'tokenizers', 'sentencepiece'} & set(sys.modules)\n"
+        "print(time.process_time())"
+    )
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+        for _ in range(3)
+    ]
+    # Processor time: the machine may be busy with other things.
+    assert min(float(run.stdout) for run in runs) < 0.5
