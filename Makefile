@@ -36,6 +36,8 @@ lint: $(VENV)/.ready-dev
 benchmarks: $(VENV)/.ready
 	$(RUN) benchmarks/layouts.py
 	$(RUN) benchmarks/preprocess.py
+	$(RUN) benchmarks/serving.py
+	$(RUN) benchmarks/convert.py
 
 $(VENV)/.ready: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("error: Python 3.10 or newer is needed; set PYTHON=...")'

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import conftest
 import malicious
+import malicious_exports
 import malicious_inputs
 import orjson
 import paths
@@ -113,6 +114,9 @@ def _watch(event: str, arguments: tuple) -> None:
 _SAMPLE = "--num-prompts 3 --policies-per-prompt 2"
 DOORS = {
     "score": "score --checkpoint {p} --input {s}/score.jsonl --output {n}/scored.jsonl --device cpu",
+    "export it": "convert to-hf --checkpoint {p} --output {n}/export --layout sequence-classification",
+    "score an export": "score --checkpoint {p} --input {s}/score.jsonl --output {n}/scored.jsonl --device cpu",
+    "convert it": "convert from-hf --model {p} --output {n}/converted",
     "evaluate": "evaluate --checkpoint {p} --suite preferences --data {s}/rankings.jsonl --output {n}/evaluated",
     "resume": "train {s}/run.yaml run.directory={p} train.num_steps=3",
     "start from it": "train {s}/run.yaml run.directory={n}/fresh train.init_from={p} train.num_steps=1",
@@ -178,6 +182,9 @@ def make_scene(root: Path) -> Path:
         outcome = use(arguments, log=root / "log")
         assert outcome.how == "used", outcome.said
     (root / "evaluated").rename(root / "run" / "evaluation")
+    exported = ["convert", "to-hf", "--checkpoint", str(root / "run"), "--output", str(root / "export")]
+    outcome = use([*exported, "--layout", "internlm2"], log=root / "log")
+    assert outcome.how == "used", outcome.said
     return root
 
 
@@ -197,6 +204,7 @@ _COPIED = {
     "work": "interrupted",
     "sampled": "sampled",
     "tokenizer": "tokenizer",
+    "export": "export",
 }
 
 
@@ -265,6 +273,7 @@ def all_attacks(scene: Path, *, canary: Path, versions: int) -> list[malicious.A
         *malicious_inputs.run_attacks(canary, run=scene / "run", count=versions),
         *malicious_inputs.sample_attacks(canary, output=scene / "sampled", count=versions),
         *malicious_inputs.suite_attacks(canary),
+        *malicious_exports.export_attacks(canary, export=scene / "export", count=versions),
     ]
 
 

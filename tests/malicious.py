@@ -102,7 +102,7 @@ def odd_json(canary: Path) -> dict[str, bytes]:
 
 # --- Checkpoints -----------------------------------------------------------------------------------------------------
 
-LOADING = ("score", "resume", "start from it", "evaluate")
+LOADING = ("score", "resume", "start from it", "evaluate", "export it")
 
 
 def seal_checkpoint(directory: Path) -> None:

@@ -72,7 +72,13 @@ class SavedTensors:
         place = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
         with (self.directory / place.relative_path).open("rb") as file:
             file.seek(place.offset)
-            values = torch.load(io.BytesIO(file.read(place.length)), weights_only=True)
+            content = io.BytesIO(file.read(place.length))
+        try:
+            values = torch.load(content, weights_only=True)
+        except Exception as error:  # a broken archive may raise nearly anything
+            raise Damaged(f"{place.relative_path}: {key} cannot be read ({type(error).__name__})") from error
+        if not isinstance(values, torch.Tensor):
+            raise Damaged(f"{place.relative_path} has a {type(values).__name__} in the place of {key}")
         if tuple(values.shape) != tuple(chunk.sizes):
             raise Damaged(f"{place.relative_path} has {tuple(values.shape)} of {key} where .metadata has {chunk.sizes}")
         return values
