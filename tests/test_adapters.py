@@ -256,7 +256,12 @@ def test_openrlhf_scores_stay_between_0_and_1(configure, server):
 
 @pytest.mark.parametrize(
     ("query", "label", "part"),
-    [("other text", "r", "does not begin with its prompt"), ("pa", None, "--data.label_key"), ("pa", 3, "a string")],
+    [
+        ("other text", "r", "does not begin with its prompt"),
+        ("pa", None, "--data.label_key"),
+        ("pa", "", "--data.label_key"),
+        ("pa", 3, "a string"),
+    ],
 )
 def test_openrlhf_data_without_prompt_or_reference_is_refused(query, label, part, configure):
     with pytest.raises(RewardError) as caught:

@@ -4,6 +4,7 @@
 import dataclasses
 import inspect
 import random
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_polar.data.tokenizer import REWARD_TOKEN, SEPARATOR_TOKEN, load_tokenizer
+from megatron_polar.errors import UserError
 from megatron_polar.score.requests import ScoreRequest
 from megatron_polar.serve.client import RewardClient, RewardItem
 from megatron_polar.serve.official import OfficialText
@@ -176,12 +178,25 @@ def test_official_text_is_what_engines_are_sent(tokenizer_path):
 
     item = RewardItem("ba", "", "k<|reward|>e")
     text = "ba\n<|reward|>ba\nke[UNUSED_TOKEN_130]"
-    for engine, reply in (("vllm", pooling), ("lmdeploy", pooling), ("sglang", sglang)):
+
+    def bare(request):
+        return pooling(request, lambda value: value)
+
+    for engine, reply in (("vllm", pooling), ("lmdeploy", bare), ("sglang", sglang)):
         with FlakyServer(lambda request, reply=reply: ok(reply(request))) as server:
             options = {"engine": engine, "tokenizer": tokenizer_path, "compat": "official"}
             with RewardClient(server.url, **options) as client:
                 client.score([item])
             assert server.requests[0].body["text" if engine == "sglang" else "input"] == [text]
+
+
+def test_lengths_are_the_exports(tokenizer_path, tmp_path):
+    shutil.copy(tokenizer_path, tmp_path / "tokenizer.model")
+    (tmp_path / "config.json").write_text('{"polar_max_sequence_length": 40, "polar_max_response_length": 4}')
+    client = RewardClient("http://127.0.0.1:1", engine="vllm", tokenizer=tmp_path)
+    assert len(client._encode(RewardItem("ba " * 99, "ke", "li " * 99)).content) <= 40
+    with pytest.raises(UserError, match="max_sequence_length=512, and the export was trained with 40"):
+        RewardClient("http://127.0.0.1:1", engine="vllm", tokenizer=tmp_path, max_sequence_length=512)
 
 
 # --- the default -------------------------------------------------------------------------------------------------
@@ -239,7 +254,6 @@ def _scorer_outcome(scorer, item: RewardItem):
             for side in dataclasses.astuple(item)[:3]
         )
         made = scorer.tokenize(ScoreRequest(prompt, reference, (output,), item.wrapper))
-        ids = np.concatenate([made.comparison.prefix, made.comparison.candidates[0]])
-        return SimpleNamespace(content=ids, is_truncated=made.truncated[0])
+        return SimpleNamespace(content=np.array(made.sequence(0)), is_truncated=made.truncated[0])
 
     return _outcome(encode)

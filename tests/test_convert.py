@@ -27,6 +27,7 @@ from megatron_polar.config.schema import ParallelSection
 from megatron_polar.convert.convert import from_hf, to_hf
 from megatron_polar.data.tokenizer import load_tokenizer
 from megatron_polar.errors import UserError
+from megatron_polar.score import verify_export
 from megatron_polar.score.requests import ScoreRequest
 from megatron_polar.score.scorer import load_scorer
 from megatron_polar.score.verify_export import score_with_transformers
@@ -106,8 +107,8 @@ def rewards_here(directory: Path, parallel: dict) -> list[float]:
 
 def sequences_here(directory: Path) -> list[list[int]]:
     scorer = load_scorer(directory, device_kind="cpu")
-    comparisons = [scorer.tokenize(request).comparison for request in REQUESTS]
-    return [[*c.prefix.tolist(), *candidate.tolist()] for c in comparisons for candidate in c.candidates]
+    comparisons = [scorer.tokenize(request) for request in REQUESTS]
+    return [c.sequence(i) for c in comparisons for i in range(len(c.places))]
 
 
 @pytest.mark.parametrize("name", REWARD_MODELS)
@@ -180,6 +181,40 @@ print(*alone)
     requests = [ScoreRequest("red green", "red", ("blue",), "sft"), ScoreRequest("a", "b", ("c",), "sft")]
     here = run_ranks(score_requests, 1, tmp_path / "run", requests)[0]
     np.testing.assert_allclose(list(map(float, done.stdout.split())), np.ravel(here), rtol=0, atol=1e-5)
+
+
+def test_verification_sees_nan_and_rewards_that_tell_nothing(tokenizer_path, tmp_path, monkeypatch, capsys):
+    source = make_model("llama", tmp_path / "source", tokenizer_path=tokenizer_path)
+    from_hf(source, output=tmp_path / "run")
+    to_hf(tmp_path / "run", output=tmp_path / "export", layout="sequence-classification")
+    assert run_ranks(verify_with, 1, tmp_path / "run", tmp_path / "export", None) == [0]
+    assert run_ranks(verify_with, 1, tmp_path / "run", tmp_path / "export", float("nan")) == [1]
+    assert run_ranks(verify_with, 1, tmp_path / "run", tmp_path / "export", 0.5) == [1]
+    from_hf(source, output=tmp_path / "zero", head="init")
+    to_hf(tmp_path / "zero", output=tmp_path / "zero export", layout="sequence-classification")
+    assert run_ranks(verify_with, 1, tmp_path / "zero", tmp_path / "zero export", None) == [1]
+
+
+def verify_with(checkpoint: Path, export: Path, spoilt: float | None) -> int:
+    """The check, with the fifth reward of transformers replaced."""
+    original = verify_export.score_with_transformers
+
+    def score(*arguments):
+        rewards = original(*arguments)
+        return rewards if spoilt is None else [*rewards[:4], spoilt, *rewards[5:]]
+
+    verify_export.score_with_transformers = score
+    return verify_export.verify_export(checkpoint, export)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tokenizer_path, tmp_path):
+    source = make_model("internlm2", tmp_path / "source", tokenizer_path=tokenizer_path)
+    from_hf(source, output=tmp_path / "run")
+    to_hf(tmp_path / "run", output=tmp_path / "export", layout="internlm2")
+    change_config(reward_token_id=12)(tmp_path / "export")
+    with pytest.raises(UserError, match=r"config\.json has reward_token_id 12"):
+        from_hf(tmp_path / "export", output=tmp_path / "again")
+    assert "config.json has reward_token_id 12" in run_ranks(refusal_of_scorer, 1, tmp_path / "export")[0]
 
 
 def score_requests(directory: Path, requests: list) -> list:

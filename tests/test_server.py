@@ -158,14 +158,16 @@ def test_results_have_the_order_of_inputs_whatever_is_grouped(client, checkpoint
     np.testing.assert_allclose([entry["probs"][0] for entry in data], wanted, atol=1e-5)
 
 
-def test_outputs_that_share_a_prefix_equal_each_alone(client):
+@pytest.mark.parametrize("prompt", [{}, {"prompt": "ba ke li " * 200}], ids=["whole", "cut"])
+def test_outputs_that_share_a_prefix_equal_each_alone(client, prompt):
     outputs = [" ".join(["zo", "li ra", "mo"][: 1 + k % 3]) + f" {'ve' * k}" for k in range(12)]
-    item = ITEM | {"outputs": outputs}
+    item = ITEM | {"outputs": outputs} | prompt
     together = asked(client, "/v1/score", {"items": [item]})["rewards"][0]
     alone = [asked(client, "/v1/score", {"items": [item | {"outputs": [o]}]})["rewards"][0][0] for o in outputs]
     np.testing.assert_allclose(together, alone, atol=2e-5)  # the acceptance bound; fp32 roundings are below it
-    listed = asked(client, "/pooling", {"input": texts_of(item), "use_activation": False})["data"]
-    np.testing.assert_allclose([entry["data"][-1][0] for entry in listed], alone, atol=2e-5)
+    if not prompt:
+        listed = asked(client, "/pooling", {"input": texts_of(item), "use_activation": False})["data"]
+        np.testing.assert_allclose([entry["data"][-1][0] for entry in listed], alone, atol=2e-5)
 
 
 def test_control_tokens_in_words_are_text(client, checkpoint):
@@ -243,6 +245,7 @@ GOOD_TEXT = texts_of(ITEM)[0]
         ("/classify", {"input_ids": [GOOD_TEXT]}, "texts go into text"),
         ("/get_reward", {"query": ["ab"], "prompts": ["a"]}, "labels is missing"),
         ("/get_reward", {"query": ["ab"], "prompts": ["a"], "labels": [None]}, "labels[0] is null"),
+        ("/get_reward", {"query": ["ab"], "prompts": ["a"], "labels": [""]}, "labels[0], the reference, is empty"),
         ("/get_reward", {"query": ["ab"], "prompts": ["a"], "labels": ["x", "y"]}, "have 1, 1, 2 entries"),
         (
             "/get_reward",

@@ -67,8 +67,7 @@ def sequences(export: Path) -> list[list[int]]:
     found = []
     for item in ITEMS:
         request = ScoreRequest(item.prompt, item.reference, (item.output,), item.wrapper)
-        comparison = scorer.tokenize(request).comparison
-        found.append([*comparison.prefix.tolist(), *comparison.candidates[0].tolist()])
+        found.append(scorer.tokenize(request).sequence(0))
     return found
 
 

@@ -81,11 +81,7 @@ def from_hf(
     source = open_model(model)
     has_head = _decide_head(source.has_head, head, where=model, named=source.config["architectures"][0])
     codec = load_tokenizer(tokenizer or model, separator_token=separator_token, reward_token=reward_token)
-    if codec.vocab_size > source.model.vocab_size:
-        raise UserError(
-            f"{tokenizer or model}: the tokenizer has ids up to {codec.vocab_size - 1}, and the model's embedding "
-            f"{source.model.vocab_size} rows; use the model's own tokenizer"
-        )
+    source.check_tokenizer(codec, where=tokenizer or model)
     if has_checkpoints(output):
         raise UserError(f"{output}: has checkpoints already; choose another --output")
     kind = DTYPES[dtype] if dtype else torch.bfloat16 if source.dtype == torch.bfloat16 else torch.float32

@@ -31,6 +31,7 @@ from megatron_polar.convert.families import (
 )
 from megatron_polar.convert.tensors import join
 from megatron_polar.data.template import POLAR_RESPONSE_TOKENS
+from megatron_polar.data.tokenizer import Tokenizer
 from megatron_polar.errors import UserError
 from megatron_polar.manifest import sync_file
 
@@ -61,6 +62,20 @@ class HuggingFaceModel:
     def max_response_length(self) -> int:
         """Tokens kept of an answer; an export of ours says so, for others it is POLAR's number."""
         return _positive_or(self.config.get(MAX_RESPONSE_LENGTH), POLAR_RESPONSE_TOKENS)
+
+    def check_tokenizer(self, tokenizer: Tokenizer, *, where: Path | str) -> None:
+        """Raise UserError for a tokenizer that cannot be this model's."""
+        if tokenizer.vocab_size > self.model.vocab_size:
+            raise UserError(
+                f"{where}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, and the model's embedding "
+                f"{self.model.vocab_size} rows; use the model's own tokenizer"
+            )
+        named = self.config.get("reward_token_id")
+        if type(named) is int and self.has_head and named != tokenizer.reward_id:
+            raise UserError(
+                f"{where}: the tokenizer's reward token {tokenizer.reward_token!r} is id {tokenizer.reward_id}, and "
+                f"config.json has reward_token_id {named}; use the model's own tokenizer, or name its --reward-token"
+            )
 
     @property
     def dtype(self) -> torch.dtype:

@@ -39,10 +39,21 @@ from megatron_polar.train.step import compute_rewards
 
 @dataclass(frozen=True)
 class TokenizedRequest:
-    """A request in tokens. `truncated[i]`: the prompt, the reference or output i itself was cut."""
+    """A request in tokens: output i is candidate places[i][1] of comparison places[i][0].
 
-    comparison: TokenizedComparison
+    Outputs with which the same part of the prompt has room share a comparison; a reward does not depend on what else
+    is asked. `truncated[i]`: what output i is scored with was cut (the prompt, the reference or itself).
+    """
+
+    comparisons: tuple[TokenizedComparison, ...]
+    places: tuple[tuple[int, int], ...]
     truncated: tuple[bool, ...]
+
+    def sequence(self, index: int) -> list[int]:
+        """All token ids that output `index` is scored with."""
+        number, candidate = self.places[index]
+        comparison = self.comparisons[number]
+        return [*comparison.prefix.tolist(), *comparison.candidates[candidate].tolist()]
 
 
 class Scorer:
@@ -77,7 +88,13 @@ class Scorer:
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
         """Rewards of each request's outputs, in order; higher means closer to the reference's policy."""
-        return self.score_tokens([self.tokenize(request).comparison for request in requests])
+        tokenized = [self.tokenize(request) for request in requests]
+        flat = iter(self.score_tokens([comparison for request in tokenized for comparison in request.comparisons]))
+        rewards = [[next(flat) for _ in request.comparisons] for request in tokenized]
+        return [
+            [row[number][candidate] for number, candidate in request.places]
+            for row, request in zip(rewards, tokenized, strict=True)
+        ]
 
     def score_tokens(self, comparisons: Sequence[TokenizedComparison]) -> list[list[float]]:
         """Rewards of each comparison's candidates, in order; what they share with their prefix is computed once."""
@@ -113,15 +130,27 @@ class Scorer:
             )
 
         reference, outputs = half(request.reference), [half(output) for output in request.outputs]
-        comparison = assemble_comparison(
+        together = self._assemble(reference, outputs)
+        cuts = [0] * len(outputs)
+        if together.prompt_tokens_cut:
+            cuts = [self._assemble(reference, [output]).prompt_tokens_cut for output in outputs]
+        groups = {cut: [i for i, other in enumerate(cuts) if other == cut] for cut in dict.fromkeys(cuts)}
+        comparisons = tuple(self._assemble(reference, [outputs[i] for i in members]) for members in groups.values())
+        places = {i: (n, k) for n, members in enumerate(groups.values()) for k, i in enumerate(members)}
+        truncated = tuple(
+            cut + reference.response_tokens_cut + output.response_tokens_cut > 0
+            for cut, output in zip(cuts, outputs, strict=True)
+        )
+        return TokenizedRequest(comparisons, tuple(places[i] for i in range(len(outputs))), truncated)
+
+    def _assemble(self, reference: Half, outputs: Sequence[Half]) -> TokenizedComparison:
+        return assemble_comparison(
             reference,
             outputs,
             levels=(0,) * len(outputs),
             control=self.control,
             max_length=self.config.data.max_sequence_length,
         )
-        all_cut = comparison.prompt_tokens_cut + reference.response_tokens_cut > 0
-        return TokenizedRequest(comparison, tuple(all_cut or output.response_tokens_cut > 0 for output in outputs))
 
 
 def load_scorer(
@@ -145,6 +174,8 @@ def load_scorer(
     run = dataclasses.replace(config.run, device=device_kind)
     config = dataclasses.replace(config, parallel=parallel, run=run)
     check_layout(parallel, architecture_of(config.model))
+    if source is not None:
+        source.check_tokenizer(tokenizer, where=checkpoint)
     model = build_model(config, topology=topology, device=device, vocab_size=tokenizer.vocab_size, for_training=False)
     if source is None:
         load_weights(directory, model=model)

@@ -69,7 +69,7 @@ def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence
                 "the query does not begin with its prompt, so the answer in it cannot be told; was the prompt cut? "
                 "raise --data.max_len, or lower the number of generated tokens",
             )
-        if label is None:
+        if label is None or label == "":  # OpenRLHF passes "" where no column is named
             raise RewardError([index], "it has no label; name the column with references: --data.label_key")
         is_pair = isinstance(label, dict) and "reference" in label
         references.append(label["reference"] if is_pair else label)

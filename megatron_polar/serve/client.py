@@ -19,6 +19,7 @@ import orjson
 
 from megatron_polar import log
 from megatron_polar.data.template import (
+    POLAR_RESPONSE_TOKENS,
     WRAPPERS,
     Half,
     assemble_comparison,
@@ -57,7 +58,8 @@ class RewardClient:
     """Asks one or several equal servers for rewards. Threads may share one client; so may event loops.
 
     `tokenizer` is the directory or file that the model was trained with (an export has it); our own server needs none,
-    as it encodes texts itself. Lengths are in tokens and must be those of the server's model. A request carries
+    as it encodes texts itself. Lengths are in tokens; they are the export's own
+    where its directory is the `tokenizer`, else POLAR's, and must be those of the server's model. A request carries
     `batch_size` items and at most `max_concurrency` requests are under way. One attempt may take `timeout_seconds`,
     all of a call `deadline_seconds`; a request is repeated up to `retries` times, after a pause that starts at
     `backoff_seconds` and doubles. A bearer token comes from the file `api_key_file` or, if it is set, from the
@@ -72,8 +74,8 @@ class RewardClient:
         tokenizer: Path | str | None = None,
         model: str | None = None,
         layout: Layout = "internlm2",
-        max_sequence_length: int = 16384,
-        max_response_length: int = 4096,
+        max_sequence_length: int | None = None,
+        max_response_length: int | None = None,
         batch_size: int = 16,
         max_concurrency: int = 8,
         timeout_seconds: float = 120.0,
@@ -87,7 +89,9 @@ class RewardClient:
         _check_choice("engine", engine, ENGINES)
         _check_choice("layout", layout, LAYOUTS)
         _check_choice("compat", compat, (None, "official"))
-        _check_at_least(1, max_sequence_length=max_sequence_length, max_response_length=max_response_length)
+        for name, value in (("max_sequence_length", max_sequence_length), ("max_response_length", max_response_length)):
+            if value is not None:
+                _check_at_least(1, **{name: value})
         _check_at_least(1, batch_size=batch_size, max_concurrency=max_concurrency)
         _check_at_least(0, retries=retries)
         _check_seconds(timeout_seconds=timeout_seconds, deadline_seconds=deadline_seconds)
@@ -259,8 +263,8 @@ def _choose_encoder(
     engine: Engine,
     tokenizer: Path | str | None,
     compat: str | None,
-    max_sequence_length: int,
-    max_response_length: int,
+    max_sequence_length: int | None,
+    max_response_length: int | None,
 ) -> Callable[[RewardItem], Encoded]:
     if engine == "megatron-polar":
         if compat:
@@ -274,7 +278,28 @@ def _choose_encoder(
             f"engine={engine!r} is sent token ids and needs `tokenizer`; give the directory of the served export"
         )
     encoder = OfficialText if compat else _TokenIds
-    return encoder(tokenizer, max_sequence_length=max_sequence_length, max_response_length=max_response_length)
+    saved = _lengths_of(tokenizer)
+    return encoder(
+        tokenizer,
+        max_sequence_length=_length("max_sequence_length", max_sequence_length, saved, otherwise=16384),
+        max_response_length=_length("max_response_length", max_response_length, saved, otherwise=POLAR_RESPONSE_TOKENS),
+    )
+
+
+def _lengths_of(tokenizer: Path | str) -> dict[str, int]:
+    """Where texts were cut in training, as an export's config.json says beside its tokenizer."""
+    try:
+        config = orjson.loads((Path(tokenizer) / "config.json").read_bytes())
+    except (OSError, orjson.JSONDecodeError):
+        return {}
+    found = {name: config.get(f"polar_{name}") for name in ("max_sequence_length", "max_response_length")}
+    return {name: value for name, value in found.items() if type(value) is int and value > 0}
+
+
+def _length(name: str, given: int | None, saved: dict[str, int], *, otherwise: int) -> int:
+    if given is not None and name in saved and given != saved[name]:
+        raise UserError(f"{name}={given}, and the export was trained with {saved[name]}; leave it out")
+    return given or saved.get(name, otherwise)
 
 
 def _in_batches(groups: Iterable[list[int]], size: int) -> Iterator[tuple[int, ...]]:

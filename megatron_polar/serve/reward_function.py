@@ -29,6 +29,7 @@ _READERS: dict[Any, Callable[[str], Any]] = {
     int: int,
     float: float,
     float | None: float,
+    int | None: int,
     tuple[str, ...]: lambda text: tuple(part.strip() for part in text.split(",") if part.strip()),
     Literal["error", "keep", "penalty"]: str,
 }
@@ -51,8 +52,8 @@ class RewardSettings:
     model: str | None = None
     layout: str = "internlm2"
     compat: str | None = None
-    max_sequence_length: int = 16384
-    max_response_length: int = 4096
+    max_sequence_length: int | None = None
+    max_response_length: int | None = None
     batch_size: int = 16
     max_concurrency: int = 8
     timeout_seconds: float = 120.0

@@ -249,6 +249,8 @@ def read_openrlhf(body: dict[str, Any], settings: Settings) -> Question:
             if not isinstance(value, str):
                 why = ", the reference; set OpenRLHF's label key" if name == "labels" else ""
                 raise _refusal(f"{name}[{i}] is {_kind(value)}; it must be a string{why}")
+        if not label:
+            raise _refusal(f"labels[{i}], the reference, is empty; OpenRLHF sends that without a label key: set it")
         if not query.startswith(prompt):
             raise _refusal(f"query[{i}] does not begin with prompts[{i}], so the output in it cannot be told")
         requests.append(ScoreRequest(prompt, label, (query[len(prompt) :],), settings.wrapper))

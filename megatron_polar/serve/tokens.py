@@ -37,9 +37,10 @@ def tokenize(scorer: Scorer, asks: Texts | Sequences) -> Tokenized:
 
 def _tokenize_texts(scorer: Scorer, asks: Texts) -> Tokenized:
     done = [_cut(scorer, request, where=f"{asks.field}[{i}]") for i, request in enumerate(asks.requests)]
+    first = np.cumsum([0, *(len(request.comparisons) for request in done)]).tolist()
     return Tokenized(
-        comparisons=[request.comparison for request in done],
-        places=[(i, k) for i, request in enumerate(done) for k in range(len(request.truncated))],
+        comparisons=[comparison for request in done for comparison in request.comparisons],
+        places=[(first[i] + number, k) for i, request in enumerate(done) for number, k in request.places],
         truncated=[cut for request in done for cut in request.truncated],
     )
 

@@ -9,7 +9,8 @@
 | megatron-polar | `POST /v1/score {"items": [{"prompt", "reference", "outputs", "wrapper"}]}` | `rewards[i][j]` |
 
 Without `use_activation: false` vLLM would send the sigmoid of the reward. Whatever the engine, a reward may come as a
-number, as a list of one number, or as one such list per token, of which the last counts.
+number, as a list of one number, or as one such list per token, of which the last counts; but from LMDeploy, which knows
+no sigmoid to switch off, only as a number.
 """
 
 import math
@@ -126,6 +127,10 @@ def read_reply(reply: Any, *, contents: Sequence[Content], engine: Engine) -> Re
     if len(entries) != len(contents):
         raise BadReply(f"{len(entries)} rewards for {len(contents)} items")
     entries = _in_order(entries)
+    if engine == "lmdeploy" and any(isinstance(entry.get("data"), list) for entry in entries):
+        raise BadReply(
+            "lists where LMDeploy sends bare numbers; is this vLLM? engine='lmdeploy' would get its sigmoids"
+        )
     return Reply(tuple(_reward_of(entry, keys, position) for position, entry in enumerate(entries)))
 
 

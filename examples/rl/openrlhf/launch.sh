@@ -17,10 +17,12 @@ here=$(cd "$(dirname "$0")" && pwd)
 export MEGATRON_POLAR_REWARD_URL=${MEGATRON_POLAR_REWARD_URL:-http://127.0.0.1:8000}
 export MEGATRON_POLAR_REWARD_MEAN=${MEGATRON_POLAR_REWARD_MEAN:--10} # POLAR-1.8B; -5 for POLAR-7B
 export MEGATRON_POLAR_REWARD_STD=${MEGATRON_POLAR_REWARD_STD:-10}
-variables=$(env | sed -n 's/^\(MEGATRON_POLAR_REWARD_[A-Z_]*\)=\(.*\)$/"\1": "\2"/p' | paste -sd, -)
+# Workers see these; a bearer token they read from MEGATRON_POLAR_REWARD_API_KEY_FILE, a path that all of them can see.
+runtime=$(python3 -c 'import json, os
+print(json.dumps({"env_vars": {k: v for k, v in os.environ.items() if k.startswith("MEGATRON_POLAR_REWARD_")}}))')
 
 # Before 2026 the flags were --remote_rm_url, --label_key, --input_key.
-ray job submit --address="http://127.0.0.1:8265" --runtime-env-json="{\"env_vars\": {$variables}}" -- \
+ray job submit --address="http://127.0.0.1:8265" --runtime-env-json="$runtime" -- \
     python3 -m openrlhf.cli.train_ppo_ray \
     --reward.remote_url "$here/reward_func.py" \
     --reward.normalize_enable \

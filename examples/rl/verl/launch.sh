@@ -15,12 +15,13 @@ export MEGATRON_POLAR_REWARD_URL=${MEGATRON_POLAR_REWARD_URL:-http://127.0.0.1:8
 export MEGATRON_POLAR_REWARD_ENGINE=${MEGATRON_POLAR_REWARD_ENGINE:-megatron-polar}
 # export MEGATRON_POLAR_REWARD_MEAN=-10 MEGATRON_POLAR_REWARD_STD=10   # as the paper's runs; POLAR's verl examples: raw
 
-# `batch` hands a whole chunk to compute_score_batch. For the `naive` manager: name=compute_score_async.
+# `naive` asks for one answer at a time, many at once; the client keeps the number of requests within bounds. Versions that
+# have the `batch` manager (verl 0.5, and others that register it) hand over a chunk: name=compute_score_batch.
 # Before 2026 the keys were: reward_model.reward_manager=batch custom_reward_function.path=... custom_reward_function.name=...
 python3 -m verl.trainer.main_ppo \
     reward.custom_reward_function.path="$here/reward.py" \
-    reward.custom_reward_function.name=compute_score_batch \
-    reward.reward_manager.name=batch \
+    reward.custom_reward_function.name=compute_score_async \
+    reward.reward_manager.name=naive \
     algorithm.adv_estimator=gae algorithm.gamma=1.0 algorithm.lam=1.0 algorithm.use_kl_in_reward=False \
     data.train_files="$train" data.val_files="$test" \
     data.train_batch_size=1024 data.max_prompt_length=1024 data.max_response_length=1024 \
