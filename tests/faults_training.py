@@ -199,6 +199,7 @@ def kills(corpus: Path, validation: Path, workdir: Path, *, count: int, seed: in
         runs=0, kills=0, recovered=0, identical=0, lost_too_much=0, silent_restarts=0, in_writing=0, in_publishing=0
     )
     figures.update(in_background=0, in_training=0, at_random=0)
+    failures: list[str] = []
     while figures["kills"] < count and figures["runs"] < 2 * count:
         number = figures["runs"]
         world_size = 2 if number % 4 == 3 else 1
@@ -211,6 +212,11 @@ def kills(corpus: Path, validation: Path, workdir: Path, *, count: int, seed: in
         before = _published(directory)
         again = run_job(config, world_size=world_size)
         figures["recovered"] += not any(again)
+        figures["runs"] += 1
+        if any(again):
+            failures.append(f"{number}, {kind} {fault}: {again}: {log_of(config).read_text()[-500:]}")
+            without_files(directory)
+            continue
         found = (shards(checkpoint_of(directory, STEPS)), curve(directory))
         figures["identical"] += found == wanted[world_size]
         starts = [event for event in read_events(directory) if event["event"] == "start"]
@@ -218,9 +224,8 @@ def kills(corpus: Path, validation: Path, workdir: Path, *, count: int, seed: in
             # In the background one more save may have been under way when the next fell due.
             figures["lost_too_much"] += starts[-1].get("lost_steps", 0) > INTERVAL * (2 if background else 1)
             figures["silent_restarts"] += starts[-1]["step"] < before
-        figures["runs"] += 1
         without_files(directory)
-    return dict(figures)
+    return {**figures, "failures": failures}
 
 
 def _kill_config(corpus: Path, validation: Path, directory: Path, *, background: bool) -> RunConfig:

@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -432,6 +433,15 @@ def signal_the_whole_family(config) -> tuple[int, str]:
 
     faults.point = point
     return train_with(config)
+
+
+def test_what_a_killed_job_leaves_may_keep_the_lock_for_a_moment(tmp_path, trajectory_corpus):
+    (tmp_path / "run").mkdir()
+    holder = subprocess.Popen(["flock", str(tmp_path / "run" / "lock"), "sleep", "1.5"])
+    time.sleep(0.3)
+    config = tiny_config(trajectory_corpus, tmp_path / "run", train__num_steps=1)
+    assert run_ranks(train_with, 2, config, "") == [(0, "")] * 2
+    holder.wait()
 
 
 def test_a_second_job_in_the_same_directory_is_refused(tmp_path, trajectory_corpus):

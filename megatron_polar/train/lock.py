@@ -3,6 +3,7 @@
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,9 @@ import torch.distributed as dist
 from megatron_polar import log
 from megatron_polar.errors import UserError
 from megatron_polar.parallel.topology import Topology
+
+_SECONDS_FOR_REMAINS = 5.0
+"""A job that was just killed may leave a writer or a loader, which share its lock and die a moment after it."""
 
 
 @contextmanager
@@ -28,7 +32,7 @@ def lock_run(directory: Path, *, topology: Topology) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         handle = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(handle)
             if os.fstat(handle).st_nlink == 1:  # what has a name elsewhere, too, is locked and left as it is
                 os.truncate(handle, 0)
                 os.pwrite(handle, f"{socket.gethostname()} {os.getpid()}\n".encode(), 0)
@@ -50,3 +54,16 @@ def lock_run(directory: Path, *, topology: Topology) -> Iterator[None]:
                 os.unlink(directory / "lock")
                 os.rmdir(directory)
             os.close(handle)
+
+
+def _lock(handle: int) -> None:
+    """Raises BlockingIOError when somebody else keeps the lock."""
+    deadline = time.monotonic() + _SECONDS_FOR_REMAINS
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
