@@ -102,6 +102,16 @@ def test_every_engine_is_sent_the_ids_of_training_and_rewards_come_in_order(shap
             assert body == ({"use_activation": False} if engine == "vllm" else {})
 
 
+def test_a_large_batch_goes_out_in_parts(client_of):
+    sizes = (200_000, 1, 400_000)
+    items = [RewardItem("ba", "li", "mo " * size) for size in sizes]
+    with FlakyServer(lambda request: ok(native(request))) as server:
+        rewards = client_of(server.url, "megatron-polar", tokenizer=None, batch_size=3).score(items)
+        assert rewards == [value_of(["ba", "li", item.output, "sft"]) for item in items]
+        parts = [len(item["outputs"]) for request in server.requests for item in request.body["items"]]
+        assert parts == [1, 2] or sorted(parts) == [1, 1, 1]
+
+
 def test_our_own_server_gets_texts_and_equal_prompts_and_references_together(client_of):
     items = [ITEMS[i] for i in (0, 3, 1, 4, 2, 5, 49)] + [RewardItem("ba", "li", "mo", "pretrain")]
     items += [RewardItem([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "c", "d")]

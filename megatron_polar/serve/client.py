@@ -51,6 +51,7 @@ __all__ = ["RewardClient", "RewardError", "RewardItem"]
 
 # Statuses with which one item, or the size of the batch, may have spoilt a whole batch.
 _WORTH_SPLITTING = (400, 413, 422)
+_LARGE_BODY_BYTES = 1_500_000  # our server takes 2,000,000; TEI and others as many
 _KEPT_REFERENCES = 256  # several outputs of one prompt come together; what they share is encoded once
 
 
@@ -192,13 +193,16 @@ class RewardClient:
         return encoded
 
     async def _ask(self, indices: Sequence[int], contents: list[Content], *, deadline: float) -> dict[int, float]:
-        """Rewards of one batch by item. A refused batch is halved until it is known which item is refused."""
+        """Rewards of one batch by item. A batch that is refused, or large enough that servers may close the connection
+        on it, is halved until it is known which item is at fault."""
 
         def read(reply: object) -> Reply:
             return read_reply(reply, contents=contents, engine=self.engine)
 
         body = request_body(contents, engine=self.engine, model=self.model)
         encoded = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+        if len(encoded) > _LARGE_BODY_BYTES and len(indices) > 1:
+            return await self._ask_halves(indices, contents, deadline=deadline)
         path = endpoint(self.engine, self.layout)
         try:
             reply = await self._transport.ask(path, encoded, read=read, deadline=deadline)
@@ -207,12 +211,17 @@ class RewardClient:
             raise RewardError(faulty, f"{error}; is the server up, and is it {self.engine}?") from error
         except Refused as error:
             if error.status in _WORTH_SPLITTING and len(indices) > 1:
-                middle = len(indices) // 2
-                first = await self._ask(indices[:middle], contents[:middle], deadline=deadline)
-                return first | await self._ask(indices[middle:], contents[middle:], deadline=deadline)
+                return await self._ask_halves(indices, contents, deadline=deadline)
             raise RewardError(indices, f"{error}{_hint(error.status)}") from error
         self.num_truncated += reply.num_truncated
         return dict(zip(indices, reply.rewards, strict=True))
+
+    async def _ask_halves(
+        self, indices: Sequence[int], contents: list[Content], *, deadline: float
+    ) -> dict[int, float]:
+        middle = len(indices) // 2
+        first = await self._ask(indices[:middle], contents[:middle], deadline=deadline)
+        return first | await self._ask(indices[middle:], contents[middle:], deadline=deadline)
 
 
 class _TokenIds:
