@@ -161,6 +161,11 @@ def preprocess(
     report = PreprocessReport.of_manifest(
         manifest, output=output, already_complete=False, units_resumed=source.units_resumed
     )
+    _say_what_was_made(report, output=output)
+    return report
+
+
+def _say_what_was_made(report: PreprocessReport, *, output: Path) -> None:
     log.info(
         f"{output}: {report.documents} documents, {report.halves} halves, {report.tokens} tokens, {report.policies} "
         f"policies; {report.responses_cut} answers cut by {report.response_tokens_cut} tokens, "
@@ -169,7 +174,6 @@ def preprocess(
     )
     if report.bad_lines:
         _warn_of_quarantine(output / QUARANTINE, report=report)
-    return report
 
 
 @contextmanager
