@@ -19,6 +19,7 @@ def add_convert(verbs) -> None:
     way.add_argument("--tokenizer", type=Path, help="tokenizer's file or directory (default: the model's)")
     way.add_argument("--separator-token", help="control token between the halves (default: POLAR's <|reward|>)")
     way.add_argument("--reward-token", help="control token of the reward (default: POLAR's [UNUSED_TOKEN_130])")
+    way.add_argument("--verify", action="store_true", help="compare rewards with transformers' on sample texts")
     way.set_defaults(run=_from_hf)
     way = ways.add_parser("to-hf", help="a checkpoint to a directory for transformers, vLLM, SGLang and LMDeploy")
     way.add_argument("--checkpoint", type=Path, required=True, help="run directory, or one step of it")
@@ -30,10 +31,10 @@ def add_convert(verbs) -> None:
     way.set_defaults(run=_to_hf)
 
 
-def _from_hf(options: argparse.Namespace) -> None:
+def _from_hf(options: argparse.Namespace) -> int:
     from megatron_polar.convert.convert import from_hf
 
-    from_hf(
+    conversion = from_hf(
         options.model,
         output=options.output,
         head=options.head,
@@ -41,7 +42,13 @@ def _from_hf(options: argparse.Namespace) -> None:
         tokenizer=options.tokenizer,
         separator_token=options.separator_token,
         reward_token=options.reward_token,
+        needs_head=options.verify,
     )
+    if options.verify:
+        from megatron_polar.score.verify_export import verify_conversion
+
+        return verify_conversion(conversion.directory, options.model, with_texts=False)
+    return 0
 
 
 def _to_hf(options: argparse.Namespace) -> int:
@@ -58,9 +65,9 @@ def _to_hf(options: argparse.Namespace) -> int:
         max_shard_bytes=max_bytes,
     )
     if options.verify:
-        from megatron_polar.score.verify_export import verify_export
+        from megatron_polar.score.verify_export import verify_conversion
 
-        return verify_export(options.checkpoint, options.output)
+        return verify_conversion(options.checkpoint, options.output, with_texts=True)
     return 0
 
 

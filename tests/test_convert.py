@@ -25,7 +25,7 @@ from megatron_polar import cli
 from megatron_polar.config.load import dump_config, load_saved_config
 from megatron_polar.config.schema import ParallelSection
 from megatron_polar.convert.convert import from_hf, to_hf
-from megatron_polar.data.tokenizer import load_tokenizer
+from megatron_polar.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_polar.errors import UserError
 from megatron_polar.score import verify_export
 from megatron_polar.score.requests import ScoreRequest
@@ -204,7 +204,26 @@ def verify_with(checkpoint: Path, export: Path, spoilt: float | None) -> int:
         return rewards if spoilt is None else [*rewards[:4], spoilt, *rewards[5:]]
 
     verify_export.score_with_transformers = score
-    return verify_export.verify_export(checkpoint, export)
+    return verify_export.verify_conversion(checkpoint, export, with_texts=True)
+
+
+def test_what_came_in_is_verified_against_its_source(tokenizer_path, tmp_path, capsys):
+    """Through the command, as users do; the source says nothing of a padding token."""
+    source = make_model("qwen3", tmp_path / "source", tokenizer_path=tokenizer_path)
+    arguments = ["convert", "from-hf", "--model", str(source), "--verify", "--output"]
+    assert run_ranks(cli.main, 1, [*arguments, str(tmp_path / "run")]) == [0]
+    assert run_ranks(cli.main, 1, [*arguments, str(tmp_path / "zero"), "--head", "init"]) == [2]
+    assert not (tmp_path / "zero").exists()
+
+
+def test_a_tokenizer_beside_the_models_own_is_compared_with_it(tokenizer_path, tmp_path, capfd):
+    source = make_model("llama", tmp_path / "source", tokenizer_path=tokenizer_path)
+    from_hf(source, output=tmp_path / "same", tokenizer=tokenizer_path)
+    assert "own tokenizer" not in capfd.readouterr().err
+    texts = [f"{chr(97 + n % 26)}{chr(98 + n % 25)} hello world {n}" for n in range(300)]
+    other = train_tokenizer(texts, vocab_size=420, output=tmp_path / "other.model")
+    from_hf(source, output=tmp_path / "other", tokenizer=other)
+    assert "differently from" in capfd.readouterr().err
 
 
 def test_a_tokenizer_of_another_model_is_refused(tokenizer_path, tmp_path):

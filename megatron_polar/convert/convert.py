@@ -26,10 +26,10 @@ from megatron_polar.convert.families import (
     export_family,
     shape_of,
 )
-from megatron_polar.convert.hugging_face import config_of, open_model, plan_shards, write_tensors
+from megatron_polar.convert.hugging_face import HuggingFaceModel, config_of, open_model, plan_shards, write_tensors
 from megatron_polar.convert.megatron import SavedTensors, TensorWriter
 from megatron_polar.convert.tensors import padded, separate
-from megatron_polar.convert.tokenizer import export_tokenizer
+from megatron_polar.convert.tokenizer import export_tokenizer, warn_of_another_tokenizer
 from megatron_polar.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_polar.errors import UserError
 from megatron_polar.manifest import HashedFile
@@ -72,15 +72,19 @@ def from_hf(
     tokenizer: Path | None = None,
     separator_token: str | None = None,
     reward_token: str | None = None,
+    needs_head: bool = False,
 ) -> Conversion:
     """Convert a language or reward model to a checkpoint of step 0 in the run directory `output`.
 
     `head`: "load" the reward head, or "init" a head of zeros (POLAR's start); default: load it if the model has one.
+    `needs_head`: refuse to write a checkpoint with a new head, whose rewards nothing could be compared with.
     `dtype` of the stored weights: bf16 or fp32; default: the model's own, and fp32 for fp16. Raises UserError.
     """
     source = open_model(model)
-    has_head = _decide_head(source.has_head, head, where=model, named=source.config["architectures"][0])
+    has_head = _decide_head(source, head, is_needed=needs_head)
     codec = load_tokenizer(tokenizer or model, separator_token=separator_token, reward_token=reward_token)
+    if tokenizer:
+        warn_of_another_tokenizer(codec, given=tokenizer, model=model)
     source.check_tokenizer(codec, where=tokenizer or model)
     if has_checkpoints(output):
         raise UserError(f"{output}: has checkpoints already; choose another --output")
@@ -114,14 +118,17 @@ def from_hf(
     return Conversion(checkpoint, len(wanted), size)
 
 
-def _decide_head(is_there: bool, head: str | None, *, where: Path, named: str) -> bool:
+def _decide_head(source: HuggingFaceModel, head: str | None, *, is_needed: bool) -> bool:
     """Whether the reward head is loaded; what happens to it is always said."""
+    is_there, where, named = source.has_head, source.directory, source.config["architectures"][0]
     if head == "load" and not is_there:
         raise UserError(f"{where}: {named} has no reward head to load; use --head init for one of zeros")
     if head is None and not is_there:
         log.info(f"{where}: {named} has no reward head; it starts at zero")
     if head == "init" and is_there:
         log.warn(f"{where}: the reward head of {named} is replaced by zeros, as --head init says")
+    if is_needed and (head == "init" or not is_there):
+        raise UserError(f"{where}: --verify compares rewards, and the reward head starts at zero; leave --verify out")
     return is_there and head != "init"
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import orjson
 
 from megatron_polar import log
-from megatron_polar.data.tokenizer import Tokenizer
+from megatron_polar.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_polar.errors import UserError
 
 _PROBES = ("Hello world", " two  spaces", "line\nbreak\n\n", "Zürich 東京 🙂", "x = 1234.5e-6;\t# tab", "")
 _SPECIAL = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -27,6 +28,20 @@ def export_tokenizer(tokenizer: Tokenizer, target: Path, *, max_length: int) -> 
         log.warn(
             f"{target}: transformers encodes {different[0]!r} differently from training; send token ids to engines, as "
             f"the client of this package does"
+        )
+
+
+def warn_of_another_tokenizer(tokenizer: Tokenizer, *, given: Path, model: Path) -> None:
+    """Warn when the tokenizer that a user gives encodes a probe differently from the one beside the weights."""
+    tokens = {"separator_token": tokenizer.separator_token, "reward_token": tokenizer.reward_token}
+    try:
+        own = load_tokenizer(model, **tokens)
+    except UserError:
+        return  # it has none, or none that could be used: that is why another is given
+    different = [probe for probe in _PROBES if own.encode(probe) != tokenizer.encode(probe)]
+    if different:
+        log.warn(
+            f"{given}: encodes {different[0]!r} differently from {model}'s own tokenizer, with which it was trained"
         )
 
 

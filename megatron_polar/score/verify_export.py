@@ -1,4 +1,4 @@
-"""Rewards of a checkpoint here and of its export in transformers, side by side."""
+"""Rewards of a checkpoint here and in transformers, of its export or of what it was made from, side by side."""
 
 import math
 from collections.abc import Sequence
@@ -37,12 +37,15 @@ class Side:
         return abs(self.here - self.there)
 
 
-def compare_rewards(scorer: Scorer, export: Path, *, requests: Sequence[ScoreRequest] = SAMPLES) -> list[Side]:
-    """Score the token ids of `requests` with both. Warns when the export's tokenizer makes other ids of a text."""
+def compare_rewards(
+    scorer: Scorer, export: Path, *, requests: Sequence[ScoreRequest] = SAMPLES, with_texts: bool = True
+) -> list[Side]:
+    """Score the token ids of `requests` with both. Warns when the export's tokenizer makes other ids of a text
+    (`with_texts`)."""
     from transformers import PreTrainedTokenizerFast
 
     here = [reward for rewards in scorer.score(requests) for reward in rewards]
-    fast = PreTrainedTokenizerFast.from_pretrained(export)
+    fast = PreTrainedTokenizerFast.from_pretrained(export) if with_texts else None
     sequences, outputs = [], []
     for request in requests:
         tokenized = scorer.tokenize(request)
@@ -50,7 +53,7 @@ def compare_rewards(scorer: Scorer, export: Path, *, requests: Sequence[ScoreReq
             ids = tokenized.sequence(index)
             sequences.append(ids)
             outputs.append(output)
-            if not tokenized.truncated[index] and fast(_text(scorer, request, output)).input_ids != ids:
+            if fast and not tokenized.truncated[index] and fast(_text(scorer, request, output)).input_ids != ids:
                 log.warn(
                     f"{export}: its tokenizer gives other ids than training for {output[:40]!r}; send ids to engines"
                 )
@@ -76,30 +79,35 @@ def score_with_transformers(export: Path, sequences: Sequence[Sequence[int]]) ->
     logging.disable_progress_bar()
     model = Model.from_pretrained(export, dtype="auto").eval()
     width = max(map(len, sequences))
+    if model.config.pad_token_id is None:  # of many language models; any other than the reward token's will do
+        model.config.pad_token_id = 0
     pad = model.config.pad_token_id
     ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in sequences])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in sequences])
     return model(input_ids=ids, attention_mask=mask).logits.flatten().tolist()
 
 
-def verify_export(checkpoint: Path, export: Path) -> int:
-    """Print the table and the largest difference; returns 1 when it is more than rounding explains, and when these
-    rewards cannot tell: where they are not finite, or lie as close together as they may differ."""
+def verify_conversion(checkpoint: Path, model: Path, *, with_texts: bool) -> int:
+    """Compare a checkpoint with the Hugging Face directory `model` that it became, or was made from.
+
+    Print the table and the largest difference; returns 1 when it is more than rounding explains, and when these
+    rewards cannot tell: where they are not finite, or lie as close together as they may differ.
+    """
     scorer = load_scorer(checkpoint, device_kind="cpu")
-    sides = compare_rewards(scorer, export)
+    sides = compare_rewards(scorer, model, with_texts=with_texts)
     for side in sides:
         log.info(f"  here {side.here:+.6f}  transformers {side.there:+.6f}  {side.output[:40]!r}")
     largest = max(side.difference for side in sides)
-    is_fp32 = open_model(export).dtype == torch.float32 and scorer.config.train.precision == "fp32"
+    is_fp32 = open_model(model).dtype == torch.float32 and scorer.config.train.precision == "fp32"
     allowed = 1e-4 if is_fp32 else 0.05
     rewards = [reward for side in sides for reward in (side.here, side.there)]
     spread = max(rewards) - min(rewards)
     if not all(map(math.isfinite, rewards)):
-        verdict = "not all are finite: do not use this export"
+        verdict = "not all are finite: do not use what was written"
     elif spread == 0:
         verdict = "all are equal (is the reward head zero?), so nothing is verified"
     elif largest > min(allowed, spread / 4):
-        verdict = f"more than {allowed:g} or a quarter of their spread of {spread:.2g}: do not use this export"
+        verdict = f"more than {allowed:g} or a quarter of their spread of {spread:.2g}: do not use what was written"
     else:
         verdict = "as close as rounding allows"
     log.info(f"largest difference of {len(sides)} rewards: {largest:.2g}, {verdict}")
