@@ -19,6 +19,9 @@ STOPPED = 75
 REPLICAS_DIFFER = 76
 """Weights that must be equal are not, and were not saved: start again, without the machine that is named."""
 
+FENCED = 77
+"""Another job has taken over the run directory: leave it to that one."""
+
 
 class UserError(ValueError):
     """Wrong input, configuration or environment: one line naming what, where, why and the remedy.

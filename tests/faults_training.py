@@ -35,6 +35,7 @@ from megatron_polar.train.build import build_run, join_ranks
 from megatron_polar.train.checkpoint import Checkpointer
 from megatron_polar.train.checkpoint_files import find_checkpoint, list_steps, read_state, verify_checkpoint
 from megatron_polar.train.journal import read_events
+from megatron_polar.train.lock import RunLock
 from megatron_polar.train.state_dict import load_training
 
 _FORK = multiprocessing.get_context("fork")
@@ -516,6 +517,7 @@ def _load_and_save(config: RunConfig, saved: Path, target: Path) -> None:
         topology=run.topology,
         config_yaml="",
         tokenizer_directory=run.data.tokenizer_directory,
+        lock=RunLock(target),
     ).save(read_state(saved), blocking=True)
 
 

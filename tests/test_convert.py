@@ -34,6 +34,7 @@ from megatron_polar.score.verify_export import score_with_transformers
 from megatron_polar.train.build import build_run, join_ranks
 from megatron_polar.train.checkpoint import Checkpointer
 from megatron_polar.train.checkpoint_files import TrainingState, find_checkpoint
+from megatron_polar.train.lock import RunLock
 from megatron_polar.train.state_dict import layout_of, load_weights
 
 SPLIT = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
@@ -94,6 +95,7 @@ def resave(converted: Path, corpus: Path, run_directory: Path, parallel: dict) -
         topology=run.topology,
         config_yaml=dump_config(config),
         tokenizer_directory=run.data.tokenizer_directory,
+        lock=RunLock(run_directory),
     ).save(state, blocking=True)
 
 

@@ -18,11 +18,21 @@ from tiny_runs import STEPS, change, checkpoint_of, metric_rows, tiny_config, tr
 
 from megatron_polar import faults
 from megatron_polar.config.schema import FaultsSection
-from megatron_polar.errors import BAD_STEPS, CANNOT_SAVE, REPLICAS_DIFFER, STALLED, STOPPED, RunStopped, UserError
+from megatron_polar.errors import (
+    BAD_STEPS,
+    CANNOT_SAVE,
+    FENCED,
+    REPLICAS_DIFFER,
+    STALLED,
+    STOPPED,
+    RunStopped,
+    UserError,
+)
 from megatron_polar.manifest import encode_manifest
 from megatron_polar.train.checkpoint_files import find_checkpoint, list_steps, verify_checkpoint
 from megatron_polar.train.guard import GOOD, NOT_FINITE, SPIKE, StepGuard, Verdict
 from megatron_polar.train.journal import goodput_table, read_events
+from megatron_polar.train.lock import TAKE_OVER
 from megatron_polar.train.replay import replay_step
 from megatron_polar.train.run import train
 
@@ -456,6 +466,32 @@ def test_a_second_job_in_the_same_directory_is_refused(tmp_path, trajectory_corp
     assert f"process {first[0].pid}" in message
     # The lock went with its holder.
     assert run_ranks(train_with, 1, change(config, train__num_steps=2), "")[0] == (0, "")
+
+
+def test_a_job_that_lives_on_beside_its_successor_is_fenced(tmp_path, trajectory_corpus, monkeypatch):
+    """As on a node that was cut off: it writes nothing more, and ends at its next save."""
+    config = tiny_config(trajectory_corpus, tmp_path / "run", train__num_steps=4000, checkpoint__save_interval=20)
+    (first,) = faults_training.start_job(config)
+    lock, latest = tmp_path / "run" / "lock", tmp_path / "run" / "checkpoints" / "latest"
+    while not latest.exists():
+        time.sleep(0.01)
+    os.kill(first.pid, signal.SIGSTOP)
+    monkeypatch.setenv(TAKE_OVER, lock.read_text().strip())
+    stop = int(latest.read_text().strip()[-8:]) + 3
+    successor = change(config, train__num_steps=stop)
+    assert run_ranks(train_with, 1, successor, "")[0] == (0, "")
+    kept = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    os.kill(first.pid, signal.SIGCONT)
+    first.join(60)
+    assert first.exitcode == FENCED
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == kept
+    # Whoever names another holder than the one who is there takes nothing over.
+    holder = subprocess.Popen(["flock", str(lock), "sleep", "30"])
+    time.sleep(0.3)
+    monkeypatch.setattr("megatron_polar.train.lock._SECONDS_FOR_REMAINS", 0.5)
+    assert "a job is running in it" in training_refusal(successor)
+    holder.kill()
+    holder.wait()
 
 
 def test_a_file_system_without_locks_is_a_warning(tmp_path, trajectory_corpus, capfd):

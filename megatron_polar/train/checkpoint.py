@@ -40,6 +40,7 @@ from megatron_polar.train.checkpoint_files import (
     verify_checkpoint,
 )
 from megatron_polar.train.gradients import gather_updated_weights
+from megatron_polar.train.lock import RunLock
 from megatron_polar.train.shard_files import HashedSave
 from megatron_polar.train.state_dict import content_metadata, sharded_state
 
@@ -75,7 +76,8 @@ class Checkpointer:
     """Saves checkpoints of one run. Every method is collective: all ranks call it at the same place.
 
     A save that fails (a full disk, an I/O error) is a warning, and training goes on; more than
-    `checkpoint.max_failed_saves` in a row raise RunStopped. `on_end` is told of every save that has ended.
+    `checkpoint.max_failed_saves` in a row raise RunStopped, and so does a run directory that is no longer ours by
+    `lock`. `on_end` is told of every save that has ended.
     """
 
     def __init__(
@@ -88,13 +90,14 @@ class Checkpointer:
         topology: Topology,
         config_yaml: str,
         tokenizer_directory: Path,
+        lock: RunLock,
         on_end: Callable[[SaveReport], None] = lambda report: None,
     ):
         self.run_directory, self.section, self.topology = run_directory, section, topology
         self.model, self.optimizer = model, optimizer
         self.config_yaml, self.tokenizer_directory = config_yaml, tokenizer_directory
         self.failed_in_a_row = 0
-        self._on_end = on_end
+        self._lock, self._on_end = lock, on_end
         self._pending: _Pending | None = None
         self._writer = TemporalAsyncCaller()
 
@@ -139,14 +142,17 @@ class Checkpointer:
 
     def _start(self, state: TrainingState, *, started: float) -> _Pending | None:
         """Plan the save and write the first rank's small files."""
-        place: list[Path | str | None] = [None]
+        place: list[Path | str | RunStopped | None] = [None]
         if self.topology.rank == 0:
             try:
-                place = [saving_directory(self.run_directory, state.step)]
+                is_ours = self._lock.is_ours()
+                place = [saving_directory(self.run_directory, state.step) if is_ours else self._lock.taken_over()]
             except OSError as error:
                 place = [_describe(error)]
         dist.broadcast_object_list(place, src=0)
         directory = place[0]
+        if isinstance(directory, RunStopped):
+            raise directory
         if isinstance(directory, str):
             self._end(state.step, problem=directory, started=started, stalled=time.monotonic() - started)
             return None
@@ -199,17 +205,21 @@ class Checkpointer:
         gathered: list = [None] * self.topology.world_size
         dist.all_gather_object(gathered, mine)
         problems = [f"rank {rank}: {part}" for rank, part in enumerate(gathered) if isinstance(part, str)]
-        outcome: list[str | None] = [problems[0] if problems else None]
+        outcome: list[str | RunStopped | None] = [problems[0] if problems else None]
         if self.topology.rank == 0:
             if not problems:
                 outcome = [self._publish(pending, entries={k: v for part in gathered for k, v in part.items()})]
             if outcome[0] is not None:
                 shutil.rmtree(pending.directory, ignore_errors=True)
         dist.broadcast_object_list(outcome, src=0)
+        if isinstance(outcome[0], RunStopped):
+            raise outcome[0]
         stalled = pending.stalled + time.monotonic() - started
         self._end(pending.state.step, problem=outcome[0], started=pending.started, stalled=stalled)
 
-    def _publish(self, pending: _Pending, *, entries: dict) -> str | None:
+    def _publish(self, pending: _Pending, *, entries: dict) -> str | RunStopped | None:
+        if not self._lock.is_ours():
+            return self._lock.taken_over()
         try:
             sync_file(pending.directory / ".metadata")
             entries[".metadata"] = file_entry(pending.directory / ".metadata")

@@ -3,7 +3,7 @@
 import os
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -59,10 +59,11 @@ def _open_no_link(path: str, flags: int) -> int:
 
 
 class Journal:
-    """Appends events to `events.jsonl` and keeps `status.json`; only the first rank writes, the others may call."""
+    """Appends events to `events.jsonl` and keeps `status.json`; only the first rank writes, the others may call.
+    `may_write` is asked every time: a job that is fenced keeps silent."""
 
-    def __init__(self, directory: Path, *, writes: bool):
-        self.directory, self._writes = directory, writes
+    def __init__(self, directory: Path, *, writes: bool, may_write: Callable[[], bool] = lambda: True):
+        self.directory, self._writes, self._may_write = directory, writes, may_write
         self._file = LineFile(directory / EVENTS)
         if writes:
             self._file.end_with_a_whole_line()
@@ -75,7 +76,7 @@ class Journal:
 
     def write(self, event: str, **fields) -> None:
         """Append one event with the time in seconds since 1970."""
-        if self._writes:
+        if self._writes and self._may_write():
             self._file.append({"time": time.time(), "event": event, **fields})
 
     def read(self) -> list[dict]:
@@ -91,7 +92,7 @@ class Journal:
 
     def status(self, state: str, *, exit_status: int | None = None, reason: str = "") -> None:
         """Say in `status.json` where the run stands: a launcher behind torchrun cannot see our exit status."""
-        if self._writes:
+        if self._writes and self._may_write():
             content = {"state": state, "step": self.step, "exit_status": exit_status, "reason": reason}
             content["time"] = time.time()
             content |= {"host": socket.gethostname(), "pid": os.getpid()}

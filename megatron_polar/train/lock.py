@@ -1,5 +1,12 @@
-"""One job at a time in a run directory."""
+"""One job at a time in a run directory, and no more word from a job that another has taken over from.
 
+The kernel's lock of the file `lock` keeps a second job out. But a job on a node that was cut off from the cluster lives
+on, keeps its lock or never had one that other nodes see, and knows nothing of the job that goes on elsewhere in its
+place. So every job puts a new file `lock` into the directory, and one whose file is no longer there is fenced: it
+writes nothing into the directory any more.
+"""
+
+import contextlib
 import fcntl
 import os
 import socket
@@ -11,59 +18,117 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_polar import log
-from megatron_polar.errors import UserError
+from megatron_polar.errors import FENCED, RunStopped, UserError
 from megatron_polar.parallel.topology import Topology
 
+TAKE_OVER = "POLAR_TAKE_OVER"
+"""Environment variable: what `lock` says of a job that is over, as a scheduler that cannot reach its node knows."""
 _SECONDS_FOR_REMAINS = 5.0
 """A job that was just killed may leave a writer or a loader, which share its lock and die a moment after it."""
 
 
-@contextmanager
-def lock_run(directory: Path, *, topology: Topology) -> Iterator[None]:
-    """Keep a second job out of a run directory; the lock goes with the first rank's process, however it ends.
+class RunLock:
+    """This job's claim on a run directory. Only the first rank holds the file; the others take its word."""
 
-    Collective. Raises UserError on every rank when another job holds it. It is the kernel's lock of a file: on a
-    network file system it holds between machines only where that is so. A directory that got nothing but the lock goes
-    again.
-    """
-    problem: list[str | None] = [None]
-    handle = None
-    if topology.rank == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-        handle = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self._handle: int | None = None
+
+    def is_ours(self) -> bool:
+        """Whether this job may write here. Opens the file instead of asking for its name: NFS keeps names in memory."""
+        if self._handle is None:
+            return True
         try:
-            _lock(handle)
-            if os.fstat(handle).st_nlink == 1:  # what has a name elsewhere, too, is locked and left as it is
-                os.truncate(handle, 0)
-                os.pwrite(handle, f"{socket.gethostname()} {os.getpid()}\n".encode(), 0)
+            current = os.open(self.directory / "lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True  # storage that does not answer: what is to be written will fail by itself
+        try:
+            return os.path.samestat(os.fstat(current), os.fstat(self._handle))
+        finally:
+            os.close(current)
+
+    def taken_over(self) -> RunStopped:
+        """The error of a job that is fenced."""
+        holder = _holder(self._read())
+        message = f"{self.directory}: another job has taken over here ({holder}); this one writes nothing more and ends"
+        return RunStopped(message, status=FENCED)
+
+    def take(self) -> str | None:
+        """Claim the directory; returns what keeps us out, or None."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        deadline = time.monotonic() + _SECONDS_FOR_REMAINS
+        while True:
+            old = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            try:
+                text = os.pread(old, 400, 0).decode(errors="replace").strip()
+                is_over = bool(text) and os.environ.get(TAKE_OVER) == text
+                if is_over or self._lock(old):
+                    if os.path.samestat(os.fstat(old), os.stat(self.directory / "lock", follow_symlinks=False)):
+                        self._put_ours_there()
+                        if is_over:
+                            log.warn(f"{self.directory}: taken over from a job that is over ({_holder(text)})")
+                        return None
+                elif time.monotonic() > deadline:
+                    return f"a job is running in it ({_holder(text)})"
+            finally:
+                os.close(old)
+            time.sleep(0.1)
+
+    def release(self) -> None:
+        """Let go. A directory that got nothing but the lock goes again."""
+        if self._handle is not None:
+            if os.listdir(self.directory) == ["lock"] and self.is_ours():  # the run was refused
+                os.unlink(self.directory / "lock")
+                os.rmdir(self.directory)
+            os.close(self._handle)
+
+    def _lock(self, handle: int) -> bool:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            host, _, process = os.pread(handle, 200, 0).decode(errors="replace").strip().partition(" ")
-            problem = [f"a job is running in it (host {host or '?'}, process {process or '?'})"]
+            return False
         except OSError as error:  # Lustre mounted without flock, for one
-            log.warn(
-                f"{directory}: cannot be locked here ({error.strerror or error}); see to it that one job runs in it"
-            )
+            reason = error.strerror or error
+            log.warn(f"{self.directory}: cannot be locked here ({reason}); see to it that one job runs in it")
+        return True
+
+    def _put_ours_there(self) -> None:
+        path = self.directory / f".lock-{os.urandom(4).hex()}"
+        self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        job = f"{os.environ.get('SLURM_JOB_ID', '-')} {os.environ.get('SLURM_RESTART_COUNT', '0')}"
+        os.write(self._handle, f"{socket.gethostname()} {os.getpid()} {job}\n".encode())
+        with contextlib.suppress(OSError):  # said above
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.rename(path, self.directory / "lock")
+
+    def _read(self) -> str:
+        try:
+            return (self.directory / "lock").read_text(errors="replace")[:400].strip()
+        except OSError:
+            return ""
+
+
+def _holder(text: str) -> str:
+    """What `lock` says, for people: host, process, and under Slurm job and restart."""
+    words = text.split()[:3]
+    host, process, job = words + ["?", "?", "-"][len(words) :]
+    return f"host {host}, process {process}" + (f", job {job}" if job != "-" else "")
+
+
+@contextmanager
+def lock_run(directory: Path, *, topology: Topology) -> Iterator[RunLock]:
+    """Keep other jobs out of a run directory; the lock goes with the first rank's process, however it ends.
+
+    Collective. Raises UserError on every rank when another job holds it.
+    """
+    lock = RunLock(directory)
+    problem = [lock.take() if topology.rank == 0 else None]
     dist.broadcast_object_list(problem, src=0)
     try:
         if problem[0] is not None:
             raise UserError(f"{directory}: {problem[0]}; wait for its end, stop it, or choose another run.directory")
-        yield
+        yield lock
     finally:
-        if handle is not None:
-            if os.listdir(directory) == ["lock"]:  # the run was refused
-                os.unlink(directory / "lock")
-                os.rmdir(directory)
-            os.close(handle)
-
-
-def _lock(handle: int) -> None:
-    """Raises BlockingIOError when somebody else keeps the lock."""
-    deadline = time.monotonic() + _SECONDS_FOR_REMAINS
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
+        lock.release()

@@ -9,6 +9,7 @@ import math
 import statistics
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import orjson
@@ -53,7 +54,8 @@ def rates(sums: dict[str, float], *, prefix: str = "rm/") -> dict[str, float]:
 
 class Metrics:
     """Collects steps, and writes one row per logging interval. `rank_tokens` are this rank's; one node's view is scaled
-    up by the number of data-parallel ranks, which KK balancing keeps within a few percent of the truth."""
+    up by the number of data-parallel ranks, which KK balancing keeps within a few percent of the truth. `may_write` is
+    asked before every row."""
 
     def __init__(
         self,
@@ -68,6 +70,7 @@ class Metrics:
         global_batch_size: int,
         resumed_at: int,
         started_at: float,
+        may_write: Callable[[], bool] = lambda: True,
     ):
         self.num_steps, self.num_ranks, self.world_size = num_steps, num_ranks, world_size
         self.architecture, self.peak_tflops = architecture, peak_tflops
@@ -77,6 +80,7 @@ class Metrics:
         self._pending: list[tuple[Step, StepResult, float]] = []
         self._learning_rate = 0.0
         self._writer = None
+        self._may_write = may_write
         self._file: LineFile | None = None
         self.last_row: dict[str, float] = {}
         if log.is_first_rank():
@@ -156,8 +160,9 @@ class Metrics:
 
     def _emit(self, row: dict[str, float]) -> None:
         self.last_row = self.last_row | row
-        if self._file is not None:
-            self._file.append(row)
+        if self._file is None or not self._may_write():
+            return
+        self._file.append(row)
         if self._writer is not None:
             try:
                 for name, value in row.items():

@@ -33,7 +33,7 @@ from megatron_polar.train.checkpoint_files import TrainingState
 from megatron_polar.train.evaluation import evaluate_held_out
 from megatron_polar.train.guard import check_replicas, flip_a_bit
 from megatron_polar.train.journal import Journal, bad_steps, last_sign_of_life
-from megatron_polar.train.lock import lock_run
+from megatron_polar.train.lock import RunLock, lock_run
 from megatron_polar.train.metrics import Metrics, StepTimer, peak_tflops
 from megatron_polar.train.optimizer import current_learning_rate
 from megatron_polar.train.resume import on_first_rank, optimizer_kind, start_or_resume, warn_of_a_stranger
@@ -71,21 +71,22 @@ def train(config: RunConfig) -> dict[str, float]:
         device, topology = join_ranks(config)
         with (
             _watchdog(config, topology) as watchdog,
-            lock_run(directory, topology=topology),
-            _written_down(directory, topology=topology, watchdog=watchdog) as journal,
+            lock_run(directory, topology=topology) as lock,
+            _written_down(lock, topology=topology, watchdog=watchdog) as journal,
         ):
             run = build_run(config, device, topology)
             signals.wait_for_step()
             faults.point("start")
-            training = _open(run, signals=signals, watchdog=watchdog, journal=journal)
+            training = _open(run, signals=signals, watchdog=watchdog, journal=journal, lock=lock)
             _train(training)
             return training.metrics.last_row
 
 
 @contextmanager
-def _written_down(directory: Path, *, topology: Topology, watchdog: Watchdog) -> Iterator[Journal]:
+def _written_down(lock: RunLock, *, topology: Topology, watchdog: Watchdog) -> Iterator[Journal]:
     """Write down how the run ends, whichever way it does: launchers read `status.json`."""
-    journal = Journal(directory, writes=topology.rank == 0)
+    watchdog.may_write = lock.is_ours
+    journal = Journal(lock.directory, writes=topology.rank == 0, may_write=lock.is_ours)
     try:
         yield journal
     except RunStopped as stop:
@@ -211,7 +212,7 @@ def _watchdog(config: RunConfig, topology: Topology) -> Watchdog:
     )
 
 
-def _open(run: Run, *, signals: StopSignals, watchdog: Watchdog, journal: Journal) -> Training:
+def _open(run: Run, *, signals: StopSignals, watchdog: Watchdog, journal: Journal, lock: RunLock) -> Training:
     """Resume or start; open what a run writes."""
     config = run.config
     watchdog.enter("load", 0)
@@ -240,6 +241,7 @@ def _open(run: Run, *, signals: StopSignals, watchdog: Watchdog, journal: Journa
         global_batch_size=config.train.global_batch_size,
         resumed_at=start.step,
         started_at=journal.first_start,
+        may_write=lock.is_ours,
     )
 
     def note_save(report: SaveReport) -> None:
@@ -256,6 +258,7 @@ def _open(run: Run, *, signals: StopSignals, watchdog: Watchdog, journal: Journa
         topology=run.topology,
         config_yaml=dump_config(config),
         tokenizer_directory=run.data.tokenizer_directory,
+        lock=lock,
         on_end=note_save,
     )
     stragglers = Stragglers(ratio=config.faults.straggler_ratio)

@@ -75,6 +75,8 @@ class Watchdog:
     ):
         self.rank, self.world_size, self.timeout = rank, world_size, timeout_seconds
         self.directory, self.exit_code = directory, exit_code
+        self.may_write: Callable[[], bool] = lambda: True
+        """Whether the run directory is still ours (lock.py)."""
         self.interval = min(_LONGEST_INTERVAL_SECONDS, timeout_seconds / 10)
         self._grace = min(_LONGEST_GRACE_SECONDS, timeout_seconds)
         self._me = Process.of_this(rank)
@@ -409,8 +411,13 @@ class Watchdog:
 
     def _write(self, function: Callable[[Path, Verdict], None], verdict: Verdict) -> None:
         """Write in a thread, for which nobody waits long: storage may be what hangs."""
+
+        def write() -> None:
+            if self.may_write():
+                function(self.directory, verdict)
+
         if self.directory is not None:
-            self._writers.append(threading.Thread(target=function, args=(self.directory, verdict), daemon=True))
+            self._writers.append(threading.Thread(target=write, daemon=True))
             self._writers[-1].start()
 
     def _finish_writing(self) -> None:
