@@ -90,8 +90,10 @@ def point(name: str) -> str | None:
 
     `slow` delays every passing from the NTH on by 50 ms; everything else happens once, at the NTH.
     """
+    if name not in _plans:
+        return None
     rank = int(os.environ.get("RANK", "0"))
-    plans = [planned for planned in _plans.get(name, ()) if planned.rank in (None, rank)]
+    plans = [planned for planned in _plans[name] if planned.rank in (None, rank)]
     for planned in plans:
         planned.passed += 1
     asked = None

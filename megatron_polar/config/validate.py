@@ -65,6 +65,32 @@ def check_layout(parallel: ParallelSection, architecture: Architecture) -> None:
 
 
 def _check_ranges(config: RunConfig) -> None:
+    _check_counts(config)
+    _check_not_negative(config)
+    fractions = {
+        "model.hidden_dropout": config.model.hidden_dropout,
+        "model.attention_dropout": config.model.attention_dropout,
+        "optimizer.warmup_fraction": config.optimizer.warmup_fraction,
+        "optimizer.min_lr_fraction": config.optimizer.min_lr_fraction,
+    }
+    for key, value in fractions.items():
+        if not 0 <= value <= 1:
+            raise UserError(f"{key}={value} must lie between 0 and 1")
+    for key in ("adam_beta1", "adam_beta2"):
+        value = getattr(config.optimizer, key)
+        if not 0 <= value < 1:
+            raise UserError(f"optimizer.{key}={value} must be at least 0 and below 1")
+    above_0 = {"optimizer.lr": config.optimizer.lr, "logging.hardware_peak_tflops": config.logging.hardware_peak_tflops}
+    for key, value in above_0.items():
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"{key}={value} must be above 0")
+    if config.data.max_sequence_length < 16:
+        raise UserError(
+            f"data.max_sequence_length={config.data.max_sequence_length} leaves no room for text; use 16 or more"
+        )
+
+
+def _check_counts(config: RunConfig) -> None:
     at_least_one = {
         "train.global_batch_size": config.train.global_batch_size,
         "train.recompute_num_layers": config.train.recompute_num_layers,
@@ -73,7 +99,6 @@ def _check_ranges(config: RunConfig) -> None:
         "data.prefetch_factor": config.data.prefetch_factor,
         "checkpoint.save_interval": config.checkpoint.save_interval,
         "evaluation.num_comparisons": config.evaluation.num_comparisons,
-        "faults.spike_window": config.faults.spike_window,
         "logging.interval": config.logging.interval,
         "parallel.tensor_model_parallel_size": config.parallel.tensor_model_parallel_size,
         "parallel.pipeline_model_parallel_size": config.parallel.pipeline_model_parallel_size,
@@ -84,6 +109,16 @@ def _check_ranges(config: RunConfig) -> None:
     for key, value in at_least_one.items():
         if value < 1:
             raise UserError(f"{key}={value} must be at least 1")
+    if config.data.candidates_per_comparison < 2:
+        raise UserError(
+            f"data.candidates_per_comparison={config.data.candidates_per_comparison} must be at least 2: "
+            f"a comparison ranks one candidate above another"
+        )
+    if config.faults.spike_window < 2:
+        raise UserError(f"faults.spike_window={config.faults.spike_window} must be at least 2: one step has no spread")
+
+
+def _check_not_negative(config: RunConfig) -> None:
     not_negative = {
         "run.seed": config.run.seed,
         "optimizer.adam_eps": config.optimizer.adam_eps,
@@ -105,30 +140,6 @@ def _check_ranges(config: RunConfig) -> None:
     for key, value in not_negative.items():
         if not value >= 0:  # nan is refused, too
             raise UserError(f"{key}={value} must not be negative")
-    fractions = {
-        "model.hidden_dropout": config.model.hidden_dropout,
-        "model.attention_dropout": config.model.attention_dropout,
-        "optimizer.warmup_fraction": config.optimizer.warmup_fraction,
-        "optimizer.min_lr_fraction": config.optimizer.min_lr_fraction,
-    }
-    for key, value in fractions.items():
-        if not 0 <= value <= 1:
-            raise UserError(f"{key}={value} must lie between 0 and 1")
-    for key in ("adam_beta1", "adam_beta2"):
-        value = getattr(config.optimizer, key)
-        if not 0 <= value < 1:
-            raise UserError(f"optimizer.{key}={value} must be at least 0 and below 1")
-    if not 0 < config.optimizer.lr < float("inf"):
-        raise UserError(f"optimizer.lr={config.optimizer.lr} must be above 0")
-    if config.data.candidates_per_comparison < 2:
-        raise UserError(
-            f"data.candidates_per_comparison={config.data.candidates_per_comparison} must be at least 2: "
-            f"a comparison ranks one candidate above another"
-        )
-    if config.data.max_sequence_length < 16:
-        raise UserError(
-            f"data.max_sequence_length={config.data.max_sequence_length} leaves no room for text; use 16 or more"
-        )
 
 
 def _check_training(config: RunConfig) -> None:

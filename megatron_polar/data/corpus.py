@@ -13,7 +13,8 @@ import numpy as np
 import orjson
 
 from megatron_polar import log
-from megatron_polar.data.preprocess import PreprocessReport, preprocess
+from megatron_polar.data.preprocess import preprocess
+from megatron_polar.data.preprocess_report import PreprocessReport
 from megatron_polar.data.storage import (
     FORMAT_VERSION,
     HEADER_FIELDS,

@@ -6,12 +6,10 @@ written below `output/.work` and renamed into its place at the end, the manifest
 
 import fcntl
 import os
-import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
@@ -19,6 +17,7 @@ import xxhash
 
 from megatron_polar import faults, log
 from megatron_polar.data.lines import RecordError, list_inputs
+from megatron_polar.data.preprocess_report import PreprocessReport, say_what_was_made
 from megatron_polar.data.shards import (
     UNIT_BYTES,
     Merger,
@@ -57,44 +56,6 @@ from megatron_polar.manifest import (
 )
 
 _MOST_NAMES = 20  # of inputs, in a message of one line
-_MOST_KINDS = 1000
-
-
-@dataclass(frozen=True)
-class PreprocessReport:
-    """What a run wrote, in documents (prompts), halves (prompt + one answer) and tokens; see docs/data.md."""
-
-    output: Path
-    already_complete: bool
-    units_resumed: int
-    lines: int
-    bad_lines: int
-    documents: int
-    trajectory_groups: int
-    preferences: int
-    halves: int
-    tokens: int
-    policies: int
-    responses_cut: int
-    response_tokens_cut: int
-    duplicates_dropped: int
-    identical_candidates: int
-
-    @classmethod
-    def of_manifest(
-        cls, manifest: dict, *, output: Path, already_complete: bool, units_resumed: int
-    ) -> "PreprocessReport":
-        counts = manifest["counts"]
-        copied = ("lines", "bad_lines", "documents", "trajectory_groups", "preferences", "halves", "tokens")
-        copied += ("responses_cut", "response_tokens_cut", "identical_candidates")
-        return cls(
-            output=output,
-            already_complete=already_complete,
-            units_resumed=units_resumed,
-            **{name: counts[name] for name in copied},
-            policies=len(manifest["policies"]),
-            duplicates_dropped=counts["duplicate_trajectories"] + counts["duplicate_candidates"],
-        )
 
 
 def preprocess(
@@ -146,34 +107,15 @@ def preprocess(
         )
         with _locked(context.work):
             source = UnitSource(files, context=context, unit_bytes=unit_bytes)
-            merger = _merge(
-                source,
-                files=files,
-                context=context,
-                tokenizer=tokenizer,
-                num_workers=num_workers,
-                stop_at_bad_line=max_bad_fraction == 0,
-            )
+            merger = _merge(source, tokenizer=tokenizer, num_workers=num_workers, stop_at_bad_line=not max_bad_fraction)
             _check_counts(merger, files=files, output=output, max_bad_fraction=max_bad_fraction)
             manifest = {"inputs": source.entries, "settings": settings, "tokenizer": _describe_tokenizer(tokenizer)}
             manifest = _publish(merger, manifest, tokenizer=tokenizer, output=output)
             shutil.rmtree(context.work, ignore_errors=True)
-    report = PreprocessReport.of_manifest(
-        manifest, output=output, already_complete=False, units_resumed=source.units_resumed
-    )
-    _say_what_was_made(report, output=output)
+    resumed = source.units_resumed
+    report = PreprocessReport.of_manifest(manifest, output=output, already_complete=False, units_resumed=resumed)
+    say_what_was_made(report, quarantine=output / QUARANTINE)
     return report
-
-
-def _say_what_was_made(report: PreprocessReport, *, output: Path) -> None:
-    log.info(
-        f"{output}: {report.documents} documents, {report.halves} halves, {report.tokens} tokens, {report.policies} "
-        f"policies; {report.responses_cut} answers cut by {report.response_tokens_cut} tokens, "
-        f"{report.duplicates_dropped} duplicates and {report.identical_candidates} texts of an earlier policy dropped, "
-        f"{report.bad_lines} of {report.lines} lines quarantined"
-    )
-    if report.bad_lines:
-        _warn_of_quarantine(output / QUARANTINE, report=report)
 
 
 @contextmanager
@@ -191,16 +133,9 @@ def _in_plain_words(output: Path) -> Iterator[None]:
         raise UserError(f"{output / WORK}/{error}; run the same command again, it makes that unit anew") from error
 
 
-def _merge(
-    source: UnitSource,
-    *,
-    files: Sequence[Path],
-    context: UnitContext,
-    tokenizer: Tokenizer,
-    num_workers: int,
-    stop_at_bad_line: bool,
-) -> Merger:
+def _merge(source: UnitSource, *, tokenizer: Tokenizer, num_workers: int, stop_at_bad_line: bool) -> Merger:
     """Encode all units and append them to the dataset's files below the work directory, which are closed then."""
+    context, files = source.context, source.files
     with Merger(context.work) as merger, ExitStack() as stack:
         results = encode_units(source, context=context, tokenizer=tokenizer, num_workers=num_workers)
         stack.callback(results.close)
@@ -346,18 +281,6 @@ def _check_counts(merger: Merger, *, files: Sequence[Path], output: Path, max_ba
             f"{quarantine}: names {bad} bad lines of {lines} ({bad / lines:.2%}), more than "
             f"max_bad_fraction={max_bad_fraction} allows; mend them or raise the fraction"
         )
-
-
-def _warn_of_quarantine(quarantine: Path, *, report: PreprocessReport) -> None:
-    """Say how many lines are not in the dataset, and the two most frequent kinds of reasons."""
-    kinds: Counter = Counter()
-    with quarantine.open("rb") as file:
-        for line in file:
-            kind = re.split(r" \(|; ", orjson.loads(line)["reason"], maxsplit=1)[0]  # without details and remedy
-            if kind in kinds or len(kinds) < _MOST_KINDS:  # in constant memory
-                kinds[kind] += 1
-    often = ", ".join(f"{kind} ({count} times)" for kind, count in kinds.most_common(2))
-    log.warn(f"{quarantine}: {report.bad_lines} of {report.lines} lines are not in the dataset; most often: {often}")
 
 
 def _publish(merger: Merger, manifest: dict, *, tokenizer: Tokenizer, output: Path) -> dict:

@@ -70,7 +70,7 @@ class UnitSource:
     """Cuts the input files into units, and notes name, size and hash of each file that was read to its end."""
 
     def __init__(self, files: Sequence[Path], *, context: UnitContext, unit_bytes: int):
-        self._files, self._context, self._unit_bytes = files, context, unit_bytes
+        self.files, self.context, self._unit_bytes = files, context, unit_bytes
         self.total_bytes = sum(file.stat().st_size for file in files)
         self.bytes_read = 0
         self.units_resumed = 0
@@ -83,7 +83,7 @@ class UnitSource:
     def units(self) -> Iterator[_Unit]:
         lines: list[tuple[int, InputLine]] = []
         index = size = 0
-        for number, file in enumerate(self._files):
+        for number, file in enumerate(self.files):
             self._hash, before = xxhash.xxh3_128(), self.bytes_read
             for line in read_lines(file, meter=self):
                 lines.append((number, line))
@@ -91,15 +91,15 @@ class UnitSource:
                 if size >= self._unit_bytes:
                     yield self._unit(index, lines)
                     lines, index, size = [], index + 1, 0
-            name, read = self._context.files[number], self.bytes_read - before
+            name, read = self.context.files[number], self.bytes_read - before
             self.entries.append({"name": name, "size": read, "xxh3_128": self._hash.hexdigest()})
         if lines:
             yield self._unit(index, lines)
 
     def _unit(self, index: int, lines: list[tuple[int, InputLine]]) -> _Unit:
-        digest = xxhash.xxh3_128(self._context.key)
+        digest = xxhash.xxh3_128(self.context.key)
         for number, line in lines:
-            place = f"{self._context.files[number]}\n{line.number}\n{line.byte_offset}"
+            place = f"{self.context.files[number]}\n{line.number}\n{line.byte_offset}"
             digest.update(f"\n{place}\n{len(line.data)}\n{line.skipped}\n".encode())
             digest.update(line.data)
         return _Unit(index=index, lines=lines, digest=digest.hexdigest())

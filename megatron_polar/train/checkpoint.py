@@ -77,7 +77,7 @@ class Checkpointer:
 
     A save that fails (a full disk, an I/O error) is a warning, and training goes on; more than
     `checkpoint.max_failed_saves` in a row raise RunStopped, and so does a run directory that is no longer ours by
-    `lock`. `on_end` is told of every save that has ended.
+    `lock`. `on_end` is told of every save that has ended; `after_each` is called while one gets on.
     """
 
     def __init__(
@@ -92,12 +92,16 @@ class Checkpointer:
         tokenizer_directory: Path,
         lock: RunLock,
         on_end: Callable[[SaveReport], None] = lambda report: None,
+        after_each: Callable[[], None] = lambda: None,
     ):
         self.run_directory, self.section, self.topology = run_directory, section, topology
         self.model, self.optimizer = model, optimizer
-        self.config_yaml, self.tokenizer_directory = config_yaml, tokenizer_directory
+        self.config_yaml = config_yaml
+        # Read once: whatever becomes of the dataset's directory, checkpoints keep the tokenizer that was checked.
+        files = sorted(tokenizer_directory.iterdir()) if topology.rank == 0 else []
+        self._tokenizer = {f"tokenizer/{path.name}": path.read_bytes() for path in files}
         self.failed_in_a_row = 0
-        self._lock, self._on_end = lock, on_end
+        self._lock, self._on_end, self._after_each = lock, on_end, after_each
         self._pending: _Pending | None = None
         self._writer = TemporalAsyncCaller()
 
@@ -135,10 +139,19 @@ class Checkpointer:
     def finish(self) -> None:
         """Wait for the save in the background, if there is one."""
         if self._pending is not None:
-            started = time.monotonic()
-            self._writer.is_current_async_call_done(blocking=True)
+            started, written = time.monotonic(), -1
+            while not self._writer.is_current_async_call_done(blocking=False):
+                if (now := self._pending.strategy.writer.report.num_written) != written or not self._is_writing:
+                    written = now
+                    self._after_each()
+                time.sleep(0.02)
             self._pending.stalled += time.monotonic() - started
             self._complete(self._pending)
+
+    @property
+    def _is_writing(self) -> bool:
+        """Whether this rank's own writer is at work; if not, we wait for those of other ranks."""
+        return self._writer.process is not None and self._writer.process.is_alive()
 
     def _start(self, state: TrainingState, *, started: float) -> _Pending | None:
         """Plan the save and write the first rank's small files."""
@@ -160,7 +173,7 @@ class Checkpointer:
         tensors = sharded_state(self.model, optimizer=self.optimizer, topology=self.topology, is_loading=False)
         tensors["content_metadata"] = content_metadata()
         sharded, common = save_preprocess(tensors, True, None)
-        strategy = HashedSave()
+        strategy = HashedSave(after_each=self._after_each)
         request = strategy.async_save(sharded, directory)
         entries, error = {}, None
         if self.topology.rank == 0:
@@ -181,8 +194,7 @@ class Checkpointer:
             "state.json": encode_state(state),
         }
         (directory / "tokenizer").mkdir()
-        for path in sorted(self.tokenizer_directory.iterdir()):
-            contents[f"tokenizer/{path.name}"] = path.read_bytes()
+        contents |= self._tokenizer
         entries = {}
         for name, content in contents.items():
             with HashedFile(directory / name) as file:
@@ -255,8 +267,8 @@ class Checkpointer:
 
 def _write_now(request: AsyncRequest) -> None:
     if request.async_fn is not None:
-        process, _, report = request.async_fn_args
-        request.async_fn(process, request.preload_fn(), report)
+        process, _, *rest = request.async_fn_args
+        request.async_fn(process, request.preload_fn(), *rest)
 
 
 def _describe(error: OSError) -> str:

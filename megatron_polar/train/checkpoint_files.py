@@ -73,9 +73,8 @@ def encode_state(state: TrainingState) -> bytes:
     return orjson.dumps(asdict(state), option=orjson.OPT_INDENT_2)
 
 
-def step_directory(run_directory: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lives once it is complete."""
-    return run_directory / "checkpoints" / f"{_STEP_PREFIX}{step:08d}"
+def _step_name(step: int) -> str:
+    return f"{_STEP_PREFIX}{step:08d}"
 
 
 def list_steps(run_directory: Path) -> list[Path]:
@@ -101,7 +100,7 @@ def saving_directory(run_directory: Path, step: int) -> Path:
     """Make a fresh directory to write the checkpoint of `step` into."""
     checkpoints = run_directory / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    target = checkpoints / f"{_SAVING}{_STEP_PREFIX}{step:08d}-{os.urandom(4).hex()}"
+    target = checkpoints / f"{_SAVING}{_step_name(step)}-{os.urandom(4).hex()}"
     target.mkdir()
     return target
 
@@ -116,7 +115,7 @@ def publish(saved: Path, *, step: int, entries: dict[str, dict]) -> Path:
     content = {"format": FORMAT, "format_version": FORMAT_VERSION, "step": step, "files": entries}
     write_durably(saved / MANIFEST, encode_manifest(content))
     faults.point("after_manifest")
-    target = saved.with_name(f"{_STEP_PREFIX}{step:08d}")
+    target = saved.with_name(_step_name(step))
     if target.exists():  # one that did not verify, or of a future that this run has left; it was not resumed from
         target.rename(saved.with_name(saved.name.replace(_SAVING, _REMOVED)))
     faults.point("before_publish")

@@ -28,7 +28,8 @@ class GradientReduction:
         self._sees_own_gradients = not any(chunk.ddp_config.overlap_grad_reduce for chunk in model.chunks)
         self.started = self._ready = device.timestamp()
         self._held: Callable[[torch.Tensor], None] | None = None
-        self._sums: list[torch.Tensor] = []
+        self.own_sums: list[torch.Tensor] = []
+        """Sums of this rank's own gradients: finite where all of them are. Empty where they cannot be seen."""
 
     def start(self) -> None:
         """A step begins."""
@@ -38,7 +39,7 @@ class GradientReduction:
         """Take note of this rank's gradients; then reduce them over ranks and divide by the global number of pairs."""
         self._spoil(faults.point("gradient"))
         self._ready = self._device.timestamp()
-        self._sums = [buffer.grad_data.sum() for buffer in self.buffers] if self._sees_own_gradients else []
+        self.own_sums = [buffer.grad_data.sum() for buffer in self.buffers] if self._sees_own_gradients else []
         if self._held is not None:
             self._held(num_pairs)
         else:
@@ -52,7 +53,7 @@ class GradientReduction:
     @property
     def own_gradients_are_finite(self) -> bool | None:
         """Whether this rank's gradients were finite before the reduction; None where that cannot be seen."""
-        return all(bool(torch.isfinite(value)) for value in self._sums) if self._sums else None
+        return all(bool(torch.isfinite(value)) for value in self.own_sums) if self.own_sums else None
 
     @property
     def busy_seconds(self) -> float:
@@ -90,6 +91,7 @@ def accumulate_in_order(
     totals = [torch.zeros_like(buffer.grad_data) for buffer in reduction.buffers]
     sums = torch.zeros(num_sums, dtype=torch.float64, device=device)
     num_pairs = torch.zeros(1, dtype=torch.int, device=device)
+    own_sums: list[torch.Tensor] = []
     reduction.hold(num_pairs.add_)
     for number in range(num_rounds):
         for chunk in model.chunks:
@@ -97,6 +99,7 @@ def accumulate_in_order(
         own = torch.zeros_like(sums)
         if number < len(micro_batches):
             own = run(micro_batches[number])
+            own_sums += reduction.own_sums
         for total, buffer in zip(totals, reduction.buffers, strict=True):
             _add_in_order(total, buffer.grad_data, group=group)
         _add_in_order(sums, own, group=topology.groups.dp)
@@ -105,6 +108,7 @@ def accumulate_in_order(
         # One rank brings the sum and the others nothing, so that the usual reduction leaves it as it is.
         buffer.grad_data.copy_(total if dist.get_rank(group) == 0 else torch.zeros_like(total))
     reduction(model.chunks, num_pairs)
+    reduction.own_sums = own_sums  # the buffers of the first rank held everybody's
     return sums
 
 

@@ -93,13 +93,19 @@ class Journal:
     def status(self, state: str, *, exit_status: int | None = None, reason: str = "") -> None:
         """Say in `status.json` where the run stands: a launcher behind torchrun cannot see our exit status."""
         if self._writes and self._may_write():
-            content = {"state": state, "step": self.step, "exit_status": exit_status, "reason": reason}
-            content["time"] = time.time()
-            content |= {"host": socket.gethostname(), "pid": os.getpid()}
             try:
-                write_durably(self.directory / STATUS, orjson.dumps(content, option=orjson.OPT_INDENT_2))
+                write_status(self.directory, state=state, step=self.step, exit_status=exit_status, reason=reason)
             except OSError as error:
                 log.warn(f"{self.directory / STATUS}: cannot be written now ({error.strerror or error})")
+
+
+def write_status(
+    directory: Path, *, state: str, step: int, exit_status: int | None, reason: str, suffix: str = ".tmp"
+) -> None:
+    """Write `status.json`, at once or not at all. `suffix`: of the temporary name, where several ranks may write."""
+    content = {"state": state, "step": step, "exit_status": exit_status, "reason": reason, "time": time.time()}
+    content |= {"host": socket.gethostname(), "pid": os.getpid()}
+    write_durably(directory / STATUS, orjson.dumps(content, option=orjson.OPT_INDENT_2), suffix=suffix)
 
 
 def read_events(directory: Path) -> list[dict]:

@@ -53,7 +53,7 @@ def rates(sums: dict[str, float], *, prefix: str = "rm/") -> dict[str, float]:
 
 
 class Metrics:
-    """Collects steps, and writes one row per logging interval. `rank_tokens` are this rank's; one node's view is scaled
+    """Collects steps, and writes one row per logging interval. Tokens are counted on one rank and scaled
     up by the number of data-parallel ranks, which KK balancing keeps within a few percent of the truth. `may_write` is
     asked before every row."""
 
@@ -91,9 +91,7 @@ class Metrics:
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self._writer = SummaryWriter(
-                    directory / "tensorboard", purge_step=resumed_at + 1 if resumed_at else None
-                )
+                self._writer = SummaryWriter(directory / "tensorboard", purge_step=resumed_at + 1)
 
     def add(self, step: Step, result: StepResult, *, seconds: float, learning_rate: float) -> None:
         """Take note of one finished step."""

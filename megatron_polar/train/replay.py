@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -12,10 +13,16 @@ from megatron_polar.config.schema import RunConfig
 from megatron_polar.data.loader import StepDataset
 from megatron_polar.errors import DONE, FAILED, UserError
 from megatron_polar.train.build import Run, build_run, join_ranks
-from megatron_polar.train.checkpoint_files import find_checkpoint, list_steps, read_state, verify_checkpoint
+from megatron_polar.train.checkpoint_files import (
+    TrainingState,
+    find_checkpoint,
+    list_steps,
+    read_state,
+    verify_checkpoint,
+)
 from megatron_polar.train.gradients import gather_updated_weights
 from megatron_polar.train.objective import SUMS
-from megatron_polar.train.resume import check_same_data
+from megatron_polar.train.resume import check_same_run
 from megatron_polar.train.state_dict import load_training
 from megatron_polar.train.step import run_schedule
 
@@ -43,18 +50,22 @@ def replay_step(config: RunConfig, *, step: int) -> int:
     Raises UserError when no checkpoint from before the end of that step is left.
     """
     # Overlapping would mix gradients of ranks before they can be looked at.
-    alone = dataclasses.replace(config.optimizer, overlap_grad_reduce=False, overlap_param_gather=False)
-    run = build_run(dataclasses.replace(config, optimizer=alone), *join_ranks(config))
+    optimizer = dataclasses.replace(config.optimizer, overlap_grad_reduce=False, overlap_param_gather=False)
+    alone = dataclasses.replace(config, optimizer=optimizer)
+    if config.parallel.virtual_pipeline_model_parallel_size:  # whose schedule cannot run one micro-batch
+        plain = dataclasses.replace(config.parallel, virtual_pipeline_model_parallel_size=None)
+        alone = dataclasses.replace(alone, parallel=plain)
+    run = build_run(alone, *join_ranks(alone))
     if not 1 <= step <= run.num_steps:
         raise UserError(f"--replay-step {step}: this run has steps 1 to {run.num_steps}")
     checkpoint = _checkpoint_for(run, step=step)
-    check_same_data(checkpoint, run=run)
+    check_same_run(checkpoint, run=run)
     load_training(checkpoint, model=run.model, optimizer=run.optimizer, topology=run.topology)
     gather_updated_weights(run.model)
     start = read_state(checkpoint).step
     log.info(f"replaying iteration {step} with the weights of {checkpoint} ({_distance(start, step)})")
     gathered: list = [None] * run.topology.world_size
-    dist.all_gather_object(gathered, _replay(run, step=step))
+    dist.all_gather_object(gathered, _replay(run, config=config, step=step))
     found = [batch for part in gathered for batch in part]
     for batch in found:
         verdict = "BAD" if batch.is_bad else "ok"
@@ -72,13 +83,21 @@ def replay_step(config: RunConfig, *, step: int) -> int:
 def _checkpoint_for(run: Run, *, step: int):
     """The newest checkpoint whose weights the step may have seen: from before it, or from skipped steps after it."""
     known = list_steps(run.directory)
-    later = [path for path in known if read_state(path).guard.get("in_a_row", 0) > read_state(path).step - step >= 0]
-    for path in [*later, *(path for path in known if read_state(path).step < step)]:
+    states = {path: state for path in known if (state := _state_if_readable(path)) is not None}
+    later = [path for path, state in states.items() if state.guard.get("in_a_row", 0) > state.step - step >= 0]
+    for path in [*later, *(path for path, state in states.items() if state.step < step)]:
         if verify_checkpoint(path) is None:
             return path
     if known:
         find_checkpoint(run.directory)  # says what is wrong with them
     raise UserError(f"{run.directory}: no checkpoint from before iteration {step} is left to replay it with")
+
+
+def _state_if_readable(checkpoint: Path) -> TrainingState | None:
+    try:
+        return read_state(checkpoint)
+    except UserError:
+        return None
 
 
 def _distance(start: int, step: int) -> str:
@@ -89,12 +108,14 @@ def _distance(start: int, step: int) -> str:
     return f"{step - 1 - start} steps older than those that it saw"
 
 
-def _replay(run: Run, *, step: int) -> list[ReplayedBatch]:
+def _replay(run: Run, *, config: RunConfig, step: int) -> list[ReplayedBatch]:
+    interleaved = config.parallel.virtual_pipeline_model_parallel_size is not None
+    multiple = config.parallel.pipeline_model_parallel_size if interleaved else 1
     dataset = StepDataset(
         run.data.train,
         global_batch_size=run.config.train.global_batch_size,
         rank=run.topology.dp_rank,
-        shape=run.data.shape,
+        shape=dataclasses.replace(run.data.shape, micro_batches_multiple_of=multiple),  # packed as the step was
     )
     prepared = dataset[step - 1]
     rounds = torch.tensor([len(prepared.micro_batches)], device=run.device.torch_device)

@@ -49,8 +49,10 @@ def start_or_resume(run: Run, *, watchdog: Watchdog) -> Start:
             raise UserError(
                 f"{run.directory} has checkpoints and checkpoint.resume=false; choose another run.directory, or resume"
             )
-        check_same_data(checkpoint, run=run)
-        state = load_training(checkpoint, model=run.model, optimizer=run.optimizer, topology=run.topology)
+        check_same_run(checkpoint, run=run)
+        state = load_training(
+            checkpoint, model=run.model, optimizer=run.optimizer, topology=run.topology, after_each=watchdog.progress
+        )
         run.guard.restore(state.guard)
         damaged = on_first_rank(run.topology, partial(_tidy, run.directory, found=found)) or {}
         rest = "" if state.step < run.num_steps else "; all steps are done, nothing is left to train"
@@ -59,11 +61,11 @@ def start_or_resume(run: Run, *, watchdog: Watchdog) -> Start:
     if config.train.init_from is not None:
         source = agree_on_checkpoint(config.train.init_from, topology=run.topology, after_each=watchdog.progress)
         checkpoint = source.path
-        _check_same_function(checkpoint, run=run)
+        _check_same_function(checkpoint, run=run, what=f"train.init_from={checkpoint}")
         tokenizer = load_tokenizer(checkpoint / "tokenizer")
         for corpus in run.data.train.corpora:
             corpus.check_tokenizer(tokenizer)
-        load_weights(checkpoint, model=run.model)
+        load_weights(checkpoint, model=run.model, after_each=watchdog.progress)
         run.optimizer.reload_model_params()
         log.info(f"starting at step 0 from the weights of {checkpoint}")
         return Start(0, f"weights of {checkpoint}", {})
@@ -95,20 +97,26 @@ def on_first_rank(topology: Topology, function: Callable[[], T]) -> T | None:
     return result
 
 
-def _check_same_function(checkpoint: Path, *, run: Run) -> None:
-    """Shapes are compared when the weights are loaded; here is what else makes the same weights another function."""
+_FUNCTION = ("rotary_base", "rope_scaling_factor", "layernorm_epsilon", "add_qkv_bias", "qk_layernorm")
+_FUNCTION += ("num_attention_heads", "num_query_groups", "kv_channels")
+
+
+def _check_same_function(checkpoint: Path, *, run: Run, what: str) -> None:
+    """Shapes are compared when the weights are loaded; here is what else makes the same weights another function, and
+    what a model without such weights would pass over."""
     saved, now = architecture_of(load_saved_config(checkpoint / "config.yaml").model), run.model.architecture
-    for name in ("rotary_base", "rope_scaling_factor", "layernorm_epsilon"):
+    for name in _FUNCTION:
         if getattr(saved, name) != getattr(now, name):
             raise UserError(
-                f"train.init_from={checkpoint}: was made with model.{name}={getattr(saved, name)}, and this run has "
+                f"{what}: was made with model.{name}={getattr(saved, name)}, and this run has "
                 f"{getattr(now, name)}, which would make another model of its weights; use the model section of "
                 f"{checkpoint}/config.yaml"
             )
 
 
-def check_same_data(checkpoint: Path, *, run: Run) -> None:
+def check_same_run(checkpoint: Path, *, run: Run) -> None:
     """Raise UserError where a step of this run is not the same step of the run that wrote the checkpoint."""
+    _check_same_function(checkpoint, run=run, what=str(checkpoint))
     state = read_state(checkpoint)
     consumed = state.step * run.config.train.global_batch_size
     remedy = f"use {checkpoint}/config.yaml with run.directory={run.directory}, or start a new run with train.init_from"

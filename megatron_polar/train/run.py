@@ -1,8 +1,6 @@
 """train(config): build, resume, loop. Reads as the table of contents of a run."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,21 +13,15 @@ from megatron_polar.config.schema import RunConfig
 from megatron_polar.data.loader import Step, StepDataset, load_steps
 from megatron_polar.errors import (
     CANNOT_SAVE,
-    DONE,
-    ENVIRONMENT_ERRORS,
-    FAILED,
-    INTERRUPTED,
-    STALLED,
     STOPPED,
-    USER_ERROR,
     RunStopped,
-    UserError,
 )
 from megatron_polar.manifest import write_durably
 from megatron_polar.parallel.topology import Topology
 from megatron_polar.train.build import Run, build_run, describe_run, join_ranks
 from megatron_polar.train.checkpoint import Checkpointer, SaveReport
 from megatron_polar.train.checkpoint_files import TrainingState
+from megatron_polar.train.ending import written_down
 from megatron_polar.train.evaluation import evaluate_held_out
 from megatron_polar.train.guard import check_replicas, flip_a_bit
 from megatron_polar.train.journal import Journal, bad_steps, last_sign_of_life
@@ -72,7 +64,7 @@ def train(config: RunConfig) -> dict[str, float]:
         with (
             _watchdog(config, topology) as watchdog,
             lock_run(directory, topology=topology) as lock,
-            _written_down(lock, topology=topology, watchdog=watchdog) as journal,
+            written_down(lock, topology=topology, watchdog=watchdog) as journal,
         ):
             run = build_run(config, device, topology)
             signals.wait_for_step()
@@ -80,35 +72,6 @@ def train(config: RunConfig) -> dict[str, float]:
             training = _open(run, signals=signals, watchdog=watchdog, journal=journal, lock=lock)
             _train(training)
             return training.metrics.last_row
-
-
-@contextmanager
-def _written_down(lock: RunLock, *, topology: Topology, watchdog: Watchdog) -> Iterator[Journal]:
-    """Write down how the run ends, whichever way it does: launchers read `status.json`."""
-    watchdog.may_write = lock.is_ours
-    journal = Journal(lock.directory, writes=topology.rank == 0, may_write=lock.is_ours)
-    try:
-        yield journal
-    except RunStopped as stop:
-        journal.end("stopped", exit_status=stop.status, reason=str(stop))
-        raise
-    except UserError as error:
-        journal.end("refused", exit_status=USER_ERROR, reason=str(error))
-        raise
-    except KeyboardInterrupt:
-        journal.end("interrupted", exit_status=INTERRUPTED, reason=f"interrupted after step {journal.step}")
-        raise
-    except RuntimeError as error:
-        stop = _lost_peer(error, watchdog=watchdog)
-        reason = str(stop or " ".join(str(error).split())[:500])
-        journal.end("failed", exit_status=stop.status if stop else FAILED, reason=reason)
-        raise stop or error from None
-    except BaseException as error:
-        known = isinstance(error, OSError) and error.errno in ENVIRONMENT_ERRORS
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-        journal.end("failed", exit_status=USER_ERROR if known else FAILED, reason=reason)
-        raise
-    journal.end("done", exit_status=DONE)
 
 
 def _train(training: Training) -> None:
@@ -135,6 +98,7 @@ def _train(training: Training) -> None:
                 faults.point("data")
         watchdog.enter("save", training.done)
         training.checkpointer.finish()
+        _check_last_save(training)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"interrupted after step {training.done}; step {training.saved} is saved: start the same command again to "
@@ -143,13 +107,15 @@ def _train(training: Training) -> None:
     training.metrics.close()
 
 
-def _lost_peer(error: RuntimeError, *, watchdog: Watchdog) -> RunStopped | None:
-    """If a collective failed because a rank has left it: the stop that names the rank."""
-    culprit = watchdog.explain(error)
-    if culprit is None:
-        return None
-    log.warn(f"a collective has failed: {' '.join(str(error).split())[:200]}")
-    return RunStopped(culprit, status=STALLED)
+def _check_last_save(training: Training) -> None:
+    """A run whose last weights are nowhere is not done."""
+    if training.saved != training.done:
+        training.metrics.close()
+        raise RunStopped(
+            f"all {training.done} steps are done, but the last checkpoint could not be written (step {training.saved} "
+            f"is saved); make room and start the same command again",
+            status=CANNOT_SAVE,
+        )
 
 
 def _one_step(training: Training, step: Step, *, timer: StepTimer) -> None:
@@ -260,6 +226,7 @@ def _open(run: Run, *, signals: StopSignals, watchdog: Watchdog, journal: Journa
         tokenizer_directory=run.data.tokenizer_directory,
         lock=lock,
         on_end=note_save,
+        after_each=watchdog.progress,
     )
     stragglers = Stragglers(ratio=config.faults.straggler_ratio)
     parts = (run, signals, metrics, journal, checkpointer, watchdog, stragglers)

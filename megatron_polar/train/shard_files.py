@@ -12,7 +12,7 @@ import mmap
 import os
 import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -61,6 +61,11 @@ class ShardReport:
         self._header[:2] = _FAILED, number
 
     @property
+    def num_written(self) -> int:
+        """Items that are in the file so far."""
+        return int((self.places[:, 1] > 0).sum())
+
+    @property
     def entry(self) -> dict:
         """The file's entry in the manifest."""
         return {"size": int(self._header[2]), "sha256": bytes(self._digest).hex()}
@@ -79,8 +84,9 @@ class HashedWriter(FileSystemWriterAsync):
     """mcore's writer, with one file for each rank and its SHA-256 taken on the way. `entries` and `error` tell after
     the save what this rank wrote."""
 
-    def __init__(self, directory: str):
+    def __init__(self, directory: str, *, after_each: Callable[[], None]):
         super().__init__(directory, thread_count=1)
+        self._after_each = after_each
         self.report = ShardReport(0)
         self.error: OSError | None = None
 
@@ -97,7 +103,8 @@ class HashedWriter(FileSystemWriterAsync):
         """The function that writes, the one that brings tensors into host memory first, and arguments."""
         if not self.write_buckets:
             return None, None, []
-        return _write_shard, partial(_to_host, self.write_buckets), [os.getpid(), self.write_buckets, self.report]
+        arguments = [os.getpid(), self.write_buckets, self.report, self._after_each]
+        return _write_shard, partial(_to_host, self.write_buckets), arguments
 
     def retrieve_write_results(self):
         """DCP's results, for `.metadata`; a failure becomes a value that every rank is told of."""
@@ -133,8 +140,9 @@ def _to_host(buckets: list) -> list:
     return [(path, name, staged)]
 
 
-def _write_shard(parent: int, buckets: list, report: ShardReport) -> None:
-    """Write one file, here or in a forked process; tells the outcome through `report` and never raises."""
+def _write_shard(parent: int, buckets: list, report: ShardReport, after_each: Callable[[], None]) -> None:
+    """Write one file, here or in a forked process; tells the outcome through `report` and never raises. `after_each`
+    item it calls, which means something only here."""
     if os.getpid() != parent:
         serve_rank(parent)
         torch.set_num_threads(1)  # OpenMP's threads do not survive a fork, and waiting for them would never end
@@ -149,6 +157,7 @@ def _write_shard(parent: int, buckets: list, report: ShardReport) -> None:
                 else:
                     torch.save(_without_the_rest_of_its_storage(value), file)
                 report.places[number] = start, file.tell() - start
+                after_each()
                 if number == len(data) // 2:
                     file.flush()
                     faults.point("in_shard")
@@ -171,15 +180,16 @@ class HashedSave(mcore_torch.TorchDistSaveShardedStrategy):
 
     writer: HashedWriter
 
-    def __init__(self):
+    def __init__(self, *, after_each: Callable[[], None]):
         super().__init__("torch_dist", 1, thread_count=1)
+        self._after_each = after_each
 
     def async_save(self, sharded_state_dict, checkpoint_dir) -> AsyncRequest:
         """Plan the save (collective); the request that is returned writes and finalises."""
         state, _, _ = mcore_torch._replace_state_dict_keys_with_sharded_keys(
             sharded_state_dict, self.keep_only_main_replica
         )
-        self.writer = HashedWriter(str(checkpoint_dir))
+        self.writer = HashedWriter(str(checkpoint_dir), after_each=self._after_each)
         planner = mcore_torch.MCoreSavePlanner(
             dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False
         )
@@ -253,12 +263,24 @@ def read_metadata(directory: Path) -> Metadata:
 
 
 class _Reader(FileSystemReader):
-    """DCP's reader over `read_metadata`, which is read once."""
+    """DCP's reader over `read_metadata`, which is read once; tells `load_shards`'s caller of every tensor."""
+
+    after_each: Callable[[], None] = staticmethod(lambda: None)
 
     def read_metadata(self, *arguments, **keywords) -> Metadata:
         if not hasattr(self, "_read"):
             self._read = read_metadata(Path(self.path))
         return self._read
+
+    def read_data(self, plan, planner):
+        commit = planner.commit_tensor
+
+        def commit_and_tell(read_item, tensor) -> None:
+            commit(read_item, tensor)
+            _Reader.after_each()
+
+        planner.commit_tensor = commit_and_tell
+        return super().read_data(plan, planner)
 
 
 def _load_bytes(self, read_item, value: io.BytesIO) -> None:
@@ -288,8 +310,10 @@ class _CommonFile(TorchCommonLoadStrategy):
         return content
 
 
-def load_shards(wanted: dict, directory: Path) -> dict:
-    """Load what a sharded state dict describes; collective. To be called inside `refusing_what_is_wrong`."""
+def load_shards(wanted: dict, directory: Path, *, after_each: Callable[[], None]) -> dict:
+    """Load what a sharded state dict describes, calling `after_each` tensor; collective. To be called inside
+    `refusing_what_is_wrong`."""
+    _Reader.after_each = staticmethod(after_each)
     return dist_checkpointing.load(wanted, str(directory), common_strategy=_CommonFile())
 
 

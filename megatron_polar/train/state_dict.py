@@ -2,6 +2,7 @@
 in the layout they were saved in or another."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -34,17 +35,23 @@ def layout_of(topology: Topology) -> dict[str, int]:
 # --- Loading ---------------------------------------------------------------------------------------------------------
 
 
-def load_weights(directory: Path, *, model: BuiltModel) -> None:
-    """Load the weights alone, saved in any layout."""
+def load_weights(directory: Path, *, model: BuiltModel, after_each: Callable[[], None] = lambda: None) -> None:
+    """Load the weights alone, saved in any layout; `after_each` tensor it calls."""
     with refusing_what_is_wrong(directory):
         _check_shapes(directory, model=model)
-        _install_weights(model, load_shards(_sharded_weights(model), directory))
+        _install_weights(model, load_shards(_sharded_weights(model), directory, after_each=after_each))
 
 
 def load_training(
-    directory: Path, *, model: BuiltModel, optimizer: MegatronOptimizer, topology: Topology
+    directory: Path,
+    *,
+    model: BuiltModel,
+    optimizer: MegatronOptimizer,
+    topology: Topology,
+    after_each: Callable[[], None] = lambda: None,
 ) -> TrainingState:
-    """Load weights, optimizer and, in the layout they were saved in, the random-number states."""
+    """Load weights, optimizer and, in the layout they were saved in, the random-number states; `after_each` tensor it
+    calls."""
     state = read_state(directory)
     with refusing_what_is_wrong(directory):
         _check_shapes(directory, model=model)
@@ -56,7 +63,7 @@ def load_training(
             f"resuming in another layout: saved {state.layout}, now {layout_of(topology)}; dropout seeds start afresh"
         )
     with refusing_what_is_wrong(directory):
-        loaded = load_shards(request, directory)
+        loaded = load_shards(request, directory, after_each=after_each)
         _install_weights(model, loaded)
         configured = [
             {key: value for key, value in group.items() if key in _CONFIGURED} for group in optimizer.param_groups

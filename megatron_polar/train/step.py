@@ -161,6 +161,8 @@ def run_schedule(
 
     Only the last pipeline stage sees rewards; the others return zeros.
     """
+    if forward_only and not micro_batches:  # of canonical rounds, in which each rank runs one if it has one
+        return torch.zeros(0, len(SUMS), dtype=torch.float64, device=device.torch_device)
     is_counted = topology.cp_rank == 0  # context-parallel ranks all see the same pairs
     stored = _schedule(
         model,

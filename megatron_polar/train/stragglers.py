@@ -25,14 +25,17 @@ class Stragglers:
 
     def add(self, busy_seconds: float) -> None:
         """Take note of one step of this rank."""
-        self._seconds.append(busy_seconds)
+        if self.ratio:
+            self._seconds.append(busy_seconds)
 
     def report(self, group: dist.ProcessGroup, *, device: torch.device | str = "cpu") -> list[SlowRank]:
         """Ranks of `group` that were slow since the last report, slowest first. Collective: one small all_gather."""
-        if not self.ratio or len(self._seconds) < self.fewest_steps or group.size() == 1:
+        if len(self._seconds) < self.fewest_steps:
             return []
         own = torch.tensor(self._seconds, dtype=torch.float64, device=device)
         self._seconds = []
+        if group.size() == 1:
+            return []
         gathered = [torch.empty_like(own) for _ in range(group.size())]
         dist.all_gather(gathered, own, group=group)
         seconds = [values.tolist() for values in gathered]

@@ -26,8 +26,7 @@ import torch.distributed as dist
 
 from megatron_polar import log
 from megatron_polar.errors import STALLED
-from megatron_polar.manifest import write_durably
-from megatron_polar.train.journal import STATUS
+from megatron_polar.train.journal import last_step, write_status
 from megatron_polar.train.verdicts import (
     SHOW_STACK,
     Beat,
@@ -424,13 +423,12 @@ class Watchdog:
         wait_until(lambda: not any(writer.is_alive() for writer in self._writers), _SECONDS_TO_WRITE)
 
     def _write_status(self, directory: Path, verdict: Verdict) -> None:
-        """As journal.py does: the first rank, which would do it, may be the one that hangs."""
+        """In place of the journal: the first rank, which would do it, may be the one that hangs."""
         phase, step = self._place
-        content = {"state": "failed", "step": step - (phase in ("data", "step")), "exit_status": self.exit_code}
-        content |= {"reason": verdict.message, "time": time.time(), "host": self._me.host, "pid": self._me.pid}
+        done = last_step(directory) if phase in ("start", "load") else step - (phase in ("data", "step"))
+        status = {"state": "failed", "step": done, "exit_status": self.exit_code, "reason": verdict.message}
         with contextlib.suppress(OSError):
-            status = orjson.dumps(content, option=orjson.OPT_INDENT_2)
-            write_durably(directory / STATUS, status, suffix=f".{self.rank}.tmp")
+            write_status(directory, **status, suffix=f".{self.rank}.tmp")
 
     def _write_stacks(self, directory: Path, verdict: Verdict) -> None:
         with contextlib.suppress(OSError):
