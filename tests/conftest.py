@@ -86,3 +86,55 @@ def ranking_corpus(tmp_path_factory, tokenizer_path) -> Path:
     source = write_rankings(directory / "input.jsonl", num_prompts=40, seed=2)
     preprocess([source], output=directory / "dataset", tokenizer_path=tokenizer_path)
     return directory / "dataset"
+
+
+@pytest.fixture(scope="session")
+def sentence_tokenizer(tmp_path_factory) -> Path:
+    """A tokenizer of 400 tokens, trained on the records of sentences.py."""
+    from sentences import lines
+
+    from megatron_polar.data.tokenizer import train_tokenizer
+
+    directory = tmp_path_factory.mktemp("sentence_tokenizer")
+    return train_tokenizer(lines(50, seed=1), vocab_size=400, output=directory / "t.model")
+
+
+@pytest.fixture(scope="session")
+def sentence_files(tmp_path_factory) -> Path:
+    """A directory with 120 records in three files, plain, gzip and zstandard."""
+    from sentences import lines, write_lines
+
+    directory = tmp_path_factory.mktemp("sentence_files")
+    for index, name in enumerate(("b.jsonl", "a.jsonl.gz", "c.jsonl.zst")):
+        write_lines(directory / name, lines(40, seed=index))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def sentence_corpus(tmp_path_factory, sentence_files, sentence_tokenizer) -> Path:
+    """The dataset of `sentence_files`."""
+    from sentences import UNIT_BYTES
+
+    from megatron_polar.data.preprocess import preprocess
+
+    output = tmp_path_factory.mktemp("sentence_corpus") / "out"
+    preprocess([sentence_files], output=output, tokenizer_path=sentence_tokenizer, unit_bytes=UNIT_BYTES)
+    return output
+
+
+@pytest.fixture
+def client_of(tokenizer_path):
+    """Make clients with short pauses; they are closed after the test."""
+    from megatron_polar.serve.client import RewardClient
+
+    made = []
+
+    def make(urls, engine="vllm", **options):
+        defaults = {"tokenizer": tokenizer_path, "batch_size": 4, "max_concurrency": 3, "backoff_seconds": 0.01}
+        client = RewardClient(urls, engine=engine, **(defaults | options))
+        made.append(client)
+        return client
+
+    yield make
+    for client in made:
+        client.close()

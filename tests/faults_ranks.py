@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import re
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -25,6 +24,7 @@ import orjson
 import psutil
 import torch
 import torch.distributed as dist
+from ranks import become_rank, free_port
 from tiny_runs import tiny_config
 
 from megatron_polar import faults
@@ -64,14 +64,11 @@ def run_job(
     body: Callable, world_size: int, *arguments, fault: str = "", orphan_seconds: float = 2.0, patience: float = 60.0
 ) -> Outcome:
     """Call `body(*arguments)` on every rank of a job with a planned fault, and wait `patience` seconds for its end."""
-    with tempfile.TemporaryDirectory(prefix="polar-job-") as name, socket.socket() as probe:
+    with tempfile.TemporaryDirectory(prefix="polar-job-") as name:
         directory = Path(name)
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
         supervisor = _FORK.Process(
             target=_supervise,
-            args=(directory, body, arguments, world_size, port, fault),
+            args=(directory, body, arguments, world_size, free_port(), fault),
             kwargs={"orphan_seconds": orphan_seconds, "patience": patience},
         )
         supervisor.start()
@@ -137,8 +134,7 @@ def _living_descendants() -> list[psutil.Process]:
 
 def _rank(log: Path, body, arguments, rank: int, world_size: int, port: int, fault: str) -> None:
     """One rank; leaves as an interpreter does, which waits for helper processes that are not daemons."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1")
-    os.environ["MASTER_PORT"] = str(port)
+    become_rank(rank, world_size, port)
     handle = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)

@@ -1,4 +1,4 @@
-"""Campaigns of faults against whole training runs: kills, resumes, reshards, corrupted checkpoints, full disks.
+"""Campaigns of faults against whole training runs: kills, resumes, reshards, bad steps; what saving costs.
 
 Each function is deterministic by its seed, prints nothing and returns figures; tests call it with small counts,
 `make faults` with the full ones.
@@ -12,8 +12,6 @@ import os
 import random
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -21,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import orjson
-from ranks import run_ranks
+from ranks import become_rank, free_port, run_ranks
 from tiny_runs import change, checkpoint_of, metric_rows, tiny_config
 
 from megatron_polar import faults
@@ -33,7 +31,7 @@ from megatron_polar.manifest import MANIFEST, file_entry
 from megatron_polar.train import run as run_module
 from megatron_polar.train.build import build_run, join_ranks
 from megatron_polar.train.checkpoint import Checkpointer
-from megatron_polar.train.checkpoint_files import find_checkpoint, list_steps, read_state, verify_checkpoint
+from megatron_polar.train.checkpoint_files import find_checkpoint, list_steps, read_state
 from megatron_polar.train.journal import read_events
 from megatron_polar.train.lock import RunLock
 from megatron_polar.train.state_dict import load_training
@@ -52,9 +50,7 @@ LAYOUT_CHAIN = (
 
 def start_job(config: RunConfig, *, world_size: int = 1, fault: str = "", body=None) -> list:
     """Fork the ranks of one training job with a planned fault; returns their processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = [
         _FORK.Process(target=_rank, args=(config, fault, rank, world_size, port, body)) for rank in range(world_size)
     ]
@@ -81,8 +77,7 @@ def run_job(config: RunConfig, *, world_size: int = 1, fault: str = "", kill_aft
 
 
 def _rank(config: RunConfig, fault: str, rank: int, world_size: int, port: int, body) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1")
-    os.environ["MASTER_PORT"] = str(port)
+    become_rank(rank, world_size, port)
     log = log_of(config)
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout = sys.stderr = log.open("a", buffering=1)  # pytest has its own in their place
@@ -125,13 +120,9 @@ def curve(directory: Path) -> list[tuple]:
     return [tuple(row[key] for key in keys) for row in metric_rows(directory)]
 
 
-def _last_start(directory: Path) -> int:
+def last_start(directory: Path) -> int:
     """The step from which the newest process of a run went on."""
     return [event["step"] for event in read_events(directory) if event["event"] == "start"][-1]
-
-
-def without_files(directory: Path) -> None:
-    shutil.rmtree(directory, ignore_errors=True)
 
 
 # --- Exact resume ----------------------------------------------------------------------------------------------------
@@ -164,10 +155,8 @@ def exact_resumes(corpus: Path, workdir: Path, *, cases: list[tuple[int, int, bo
         figures["resumes"] += 1
         figures["differing_files"] += sum(found.get(name) != digest for name, digest in wanted.items())
         figures["differing_rows"] += sum(a != b for a, b in zip(wanted_curve, curve(directory), strict=True))
-        figures["resumed_at"].append(
-            [event["step"] for event in read_events(directory) if event["event"] == "start"][-1]
-        )
-        without_files(directory)
+        figures["resumed_at"].append(last_start(directory))
+        shutil.rmtree(directory)
     return figures
 
 
@@ -200,6 +189,7 @@ def kills(corpus: Path, validation: Path, workdir: Path, *, count: int, seed: in
         runs=0, kills=0, recovered=0, identical=0, lost_too_much=0, silent_restarts=0, in_writing=0, in_publishing=0
     )
     figures.update(in_background=0, in_training=0, at_random=0)
+    figures.update(most_steps_lost_foreground=0, most_steps_lost_background=0)
     failures: list[str] = []
     while figures["kills"] < count and figures["runs"] < 2 * count:
         number = figures["runs"]
@@ -208,25 +198,33 @@ def kills(corpus: Path, validation: Path, workdir: Path, *, count: int, seed: in
         directory = workdir / f"kill{number}"
         config = _kill_config(corpus, validation, directory, background=background)
         codes = run_job(config, world_size=world_size, fault=fault, kill_after=moment)
-        figures["kills"] += -signal.SIGKILL in codes
-        figures[kind] += -signal.SIGKILL in codes
+        landed = moment is not None or _planned_kills(config) > 0  # else it hung, and the harness ended it
+        landed = landed and -signal.SIGKILL in codes
+        figures["kills"] += landed
+        figures[kind] += landed
         before = _published(directory)
         again = run_job(config, world_size=world_size)
         figures["recovered"] += not any(again)
         figures["runs"] += 1
         if any(again):
             failures.append(f"{number}, {kind} {fault}: {again}: {log_of(config).read_text()[-500:]}")
-            without_files(directory)
             continue
         found = (shards(checkpoint_of(directory, STEPS)), curve(directory))
         figures["identical"] += found == wanted[world_size]
         starts = [event for event in read_events(directory) if event["event"] == "start"]
         if len(starts) > 1:
+            lost, most = starts[-1].get("lost_steps", 0), f"most_steps_lost_{'back' if background else 'fore'}ground"
+            figures[most] = max(figures[most], lost)
             # In the background one more save may have been under way when the next fell due.
-            figures["lost_too_much"] += starts[-1].get("lost_steps", 0) > INTERVAL * (2 if background else 1)
+            figures["lost_too_much"] += lost > INTERVAL * (2 if background else 1)
             figures["silent_restarts"] += starts[-1]["step"] < before
-        without_files(directory)
-    return {**figures, "failures": failures}
+        shutil.rmtree(directory)
+    return {**figures, "interval": INTERVAL, "failures": failures}
+
+
+def _planned_kills(config: RunConfig) -> int:
+    """How many ranks and writers of a run's jobs have come to a planned kill so far."""
+    return log_of(config).read_text().count("POLAR_FAULT: kill")
 
 
 def _kill_config(corpus: Path, validation: Path, directory: Path, *, background: bool) -> RunConfig:
@@ -269,208 +267,6 @@ def _choose_kill(choose: random.Random, number: int, *, typical: float) -> tuple
 def _published(directory: Path) -> int:
     steps = list_steps(directory)
     return int(steps[0].name.removeprefix("step_")) if steps else 0
-
-
-# --- Corrupted checkpoints -------------------------------------------------------------------------------------------
-
-
-def checkpoint_corruptions(corpus: Path, workdir: Path, *, count: int, seed: int, train_every: int = 50) -> dict:
-    """Damage the newest checkpoint `count` times, one fault at a time: is it found, named, and the older one taken?
-
-    Every `train_every`-th time a real run resumes, otherwise what it does first: verify (as two ranks share it) and
-    choose.
-    """
-    choose = random.Random(seed)
-    config = tiny_config(corpus, workdir / "run", checkpoint__save_interval=2)
-    run_job(config)
-    run = workdir / "run"
-    figures = {"injected": 0, "found": 0, "fell_back": 0, "resumed": 0, "resumes": 0, "missed": []}
-    for number in range(count):
-        copy = workdir / "copy"
-        shutil.copytree(run, copy)
-        kind, name, shows_hashes = _damage(copy, choose)
-        newest, older = checkpoint_of(copy, 6), checkpoint_of(copy, 4)
-        problems = [verify_checkpoint(newest, part=part, of=2) for part in range(2)]
-        problem = next(filter(None, problems), None)
-        figures["injected"] += 1
-        found = problem is not None and name in problem and (problem.count("...") == 2 or not shows_hashes)
-        figures["found"] += found
-        if not found:
-            figures["missed"].append(f"{kind} {name}: {problem}")
-        with contextlib.redirect_stderr(io.StringIO()):
-            figures["fell_back"] += find_checkpoint(copy) == older
-        if number % train_every == 0:
-            figures["resumes"] += 1
-            run_job(change(config, run__directory=str(copy)))
-            same = shards(checkpoint_of(copy, 6)) == shards(checkpoint_of(run, 6))
-            figures["resumed"] += _last_start(copy) == 4 and same
-        shutil.rmtree(copy)
-    return figures
-
-
-def _damage(run: Path, choose: random.Random) -> tuple[str, str, bool]:
-    """One fault in the checkpoint of step 6; returns its kind, the file that must be named, and whether a content
-    changed, so that both hashes must be shown."""
-    newest, older = checkpoint_of(run, 6), checkpoint_of(run, 4)
-    names = sorted(orjson.loads((newest / MANIFEST).read_bytes())["files"])
-    name = choose.choice([*names, *(n for n in names if n.endswith(".distcp")), MANIFEST])
-    kind = choose.choice(("bit", "page", "cut", "longer", "swap", "missing", "extra", "stale", "stale_manifest"))
-    path = newest / name
-    if kind in ("bit", "page", "cut", "longer"):
-        data = bytearray(path.read_bytes())
-        place = choose.randrange(len(data))
-        if kind == "bit":
-            data[place] ^= 1 << choose.randrange(8)
-        elif kind == "page":
-            page = slice(place - place % 4096, place - place % 4096 + 4096)
-            if not any(data[page]):
-                data[page.start] = 1  # this page is zero already: the opposite fault
-            else:
-                data[page] = bytes(len(data[page]))
-        elif kind == "cut":
-            data = data[:place]
-        else:
-            data += choose.randbytes(choose.randint(1, 5000))
-        path.write_bytes(data)
-        return kind, name, kind in ("bit", "page") and name != MANIFEST
-    if kind == "missing":
-        path.unlink()
-        return kind, name, False
-    if kind == "extra":
-        name = choose.choice(("__7_0.distcp", "tokenizer/extra.json", "core.123", ".hidden"))
-        (newest / name).write_bytes(choose.randbytes(choose.randint(0, 100)))
-        return kind, name, False
-    name = MANIFEST if kind == "stale_manifest" else choose.choice((".metadata", "state.json", "__0_0.distcp"))
-    if (newest / name).read_bytes() == (older / name).read_bytes():
-        name = "__0_0.distcp"
-    shutil.copyfile(older / name, newest / name)
-    if kind == "stale_manifest":  # an old manifest names other hashes: the first file that differs is shown
-        files = orjson.loads((older / MANIFEST).read_bytes())["files"]
-        changed = [n for n, entry in files.items() if file_entry(newest / n) != entry]
-        return (
-            kind,
-            "has SHA-256" if all(files[n]["size"] == file_entry(newest / n)["size"] for n in changed) else "",
-            False,
-        )
-    return kind, name, False
-
-
-# --- `latest` while saving -------------------------------------------------------------------------------------------
-
-
-def latest_polls(corpus: Path, workdir: Path, *, polls: int) -> dict:
-    """Look at `latest` as often as possible while a run saves after every step in the background."""
-    config = tiny_config(
-        corpus,
-        workdir / "run",
-        train__num_steps=100_000,
-        checkpoint__save_interval=1,
-        checkpoint__async_save=True,
-        checkpoint__keep=4,
-        logging__interval=1000,
-        evaluation__interval=0,
-    )
-    processes = start_job(config)
-    latest = workdir / "run" / "checkpoints" / "latest"
-    while not latest.exists() and processes[0].is_alive():
-        time.sleep(0.01)
-    figures, seen = {"polls": 0, "incomplete": 0}, set()
-    while figures["polls"] < polls and processes[0].is_alive():
-        name = latest.read_text().strip()
-        directory = latest.parent / name
-        whole = _is_whole(directory)
-        if not whole and latest.read_text().strip() != name and not directory.exists():
-            continue  # four newer checkpoints came, and this one was deleted, between the two looks
-        figures["polls"] += 1
-        figures["incomplete"] += not whole
-        seen.add(name)
-        time.sleep(0.001)
-    for process in processes:
-        process.kill()
-        process.join()
-    return figures | {"checkpoints_seen": len(seen)}
-
-
-def _is_whole(directory: Path) -> bool:
-    try:
-        files = orjson.loads((directory / MANIFEST).read_bytes())["files"]
-        return all((directory / name).stat().st_size == entry["size"] for name, entry in files.items())
-    except (OSError, orjson.JSONDecodeError):
-        return False
-
-
-# --- Full disk -------------------------------------------------------------------------------------------------------
-
-
-def disk_full(corpus: Path, workdir: Path, *, background: bool = False) -> dict | None:
-    """Fill a small disk between two saves: the error names ENOSPC, the old checkpoint stays, training goes on, and the
-    next save with room succeeds. None where no tmpfs can be mounted."""
-    disk = workdir / "disk"
-    disk.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)]
-    mounted = subprocess.run(mount, capture_output=True, check=False)
-    if mounted.returncode:
-        return None
-    try:
-        config = tiny_config(
-            corpus,
-            disk / "run",
-            train__num_steps=24,
-            checkpoint__keep=1,
-            checkpoint__async_save=background,
-            evaluation__interval=0,
-        )
-        body = _FillTheDisk(disk / "ballast", full_for=8)
-        codes = run_job(config, body=body)
-        shown = log_of(config).read_text()
-        events = [event for event in read_events(disk / "run") if event["event"] == "save"]
-        failed = [event["step"] for event in events if event["problem"]]
-        return {
-            "exit_status": codes[0],
-            "failed_saves": failed,
-            "names_enospc_and_path": shown.count("[Errno 28] No space left on device") == len(failed)
-            and str(disk / "run" / "checkpoints") in shown,
-            "old_checkpoint_intact_meanwhile": body.kept(disk / "run"),
-            "saved_in_the_end": verify_checkpoint(checkpoint_of(disk / "run", 24)) is None,
-            "remains": len(list((disk / "run" / "checkpoints").glob(".*"))),
-        }
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-
-
-class _FillTheDisk:
-    """Train with a file that takes all room once there is a checkpoint, for some steps."""
-
-    def __init__(self, ballast: Path, *, full_for: int):
-        self.ballast, self.full_for = ballast, full_for
-
-    def __call__(self, config: RunConfig) -> None:
-        run, full_steps = Path(config.run.directory), -1
-
-        def point(name: str) -> None:
-            nonlocal full_steps
-            if name != "after_update" or (full_steps < 0 and not list_steps(run)):
-                return
-            full_steps += 1
-            if full_steps == 0:
-                self._fill()
-            elif full_steps == self.full_for:
-                kept = list_steps(run)
-                (run.parent.parent / "intact").write_text(str(len(kept) == 1 and verify_checkpoint(kept[0]) is None))
-                self.ballast.unlink()
-
-        faults.point = point
-        run_module.train(config)
-
-    def _fill(self) -> None:
-        with contextlib.suppress(OSError), self.ballast.open("wb") as file:
-            while True:
-                file.write(bytes(1 << 14))
-                file.flush()
-
-    def kept(self, run: Path) -> bool:
-        """Whether the checkpoint from before was intact while the disk was full."""
-        return (run.parent.parent / "intact").read_text() == "True"
 
 
 # --- Other layouts ---------------------------------------------------------------------------------------------------
@@ -568,7 +364,11 @@ def read_ledger(directory: Path) -> dict[int, list[int]]:
 
 
 def epochs_through_kills(corpus: Path, workdir: Path, *, num_kills: int = 10, seed: int = 0) -> dict:
-    """Three epochs through `num_kills` kills and two changes of layout: how often was each document used?"""
+    """Three epochs through `num_kills` kills and two changes of layout: how often was each document used?
+
+    `kills` counts the jobs that a planned kill ended, `reshards` the changes of layout behind which a job went on from
+    a checkpoint.
+    """
     choose = random.Random(seed)
     length = len(Corpus(corpus))
     steps = 3 * length // 8
@@ -582,15 +382,20 @@ def epochs_through_kills(corpus: Path, workdir: Path, *, num_kills: int = 10, se
     )
     layouts = [LAYOUT_CHAIN[0], LAYOUT_CHAIN[1], ("single", 1, {})]
     used: dict[int, list[int]] = {}
-    reshards = 0
+    landed = reshards = planned = 0
+    exit_codes: list[int] = []
+    before = layouts[0]
     for number in range(num_kills + 1):
-        _, world_size, sizes = layouts[number * len(layouts) // (num_kills + 1)]
-        reshards += (
-            number > 0 and layouts[number * 3 // (num_kills + 1)] != layouts[(number - 1) * 3 // (num_kills + 1)]
-        )
+        layout = layouts[number * len(layouts) // (num_kills + 1)]
+        _, world_size, sizes = layout
         point = choose.choice(("after_update", "in_shard", "before_publish", "before_latest"))
-        fault = f"{point}:{choose.randint(2, 4) if point == 'after_update' else 1}=kill" if number < num_kills else ""
-        run_job(change(config, parallel=sizes), world_size=world_size, fault=fault, body=_with_ledger)
+        passing = choose.randint(2, 4) if point == "after_update" else choose.randint(1, 2)
+        fault = f"{point}:{passing}=kill" if number < num_kills else ""
+        exit_codes = run_job(change(config, parallel=sizes), world_size=world_size, fault=fault, body=_with_ledger)
+        landed += -signal.SIGKILL in exit_codes and _planned_kills(config) > planned
+        planned = _planned_kills(config)
+        reshards += layout != before and last_start(workdir / "run") > 0
+        before = layout
         ledger = read_ledger(workdir / "run")
         if ledger:  # from the step it resumed at; what was done beyond it before is lost
             used = {step: indices for step, indices in used.items() if step < min(ledger)} | ledger
@@ -599,7 +404,8 @@ def epochs_through_kills(corpus: Path, workdir: Path, *, num_kills: int = 10, se
     documents = _documents(config, sorted(index for indices in used.values() for index in indices))
     epochs = [Counter(documents[start : start + length]) for start in range(0, len(documents), length)]
     return {
-        "kills": num_kills,
+        "kills": landed,
+        "exit_codes_of_the_last": exit_codes,
         "reshards": reshards,
         "epochs": len(epochs),
         "documents_not_used_exactly_once": sum(epoch[d] != 1 for epoch in epochs for d in range(length)),

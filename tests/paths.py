@@ -171,7 +171,6 @@ WRITTEN = {
     "preprocess into it": "corpus.bin manifest.json tokenizer .work .work/corpus.bin .work/manifest.json .work/lock",
 }
 _DIRECTORIES = ("checkpoints", "stacks", "tensorboard", "tokenizer", ".work")
-_LOGS_AND_LOCKS = ("events.jsonl", "metrics.jsonl", "lock", ".work/lock")
 
 
 def _planted(name: str, kind: str) -> Callable[[Path], None]:

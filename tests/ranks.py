@@ -16,11 +16,27 @@ from pathlib import Path
 _CONTEXT = multiprocessing.get_context("fork")
 
 
-def run_ranks(function, world_size: int, *arguments, timeout: float = 240.0) -> list:
-    """Call `function(*arguments)` on every rank; returns the results by rank. Any failure fails with its traceback."""
+def free_port() -> int:
+    """A port of 127.0.0.1 on which nobody listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What torchrun would tell a rank of a job on this machine; the first rank hosts the store on `port`."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    return {"MASTER_ADDR": "127.0.0.1", **{name: str(number) for name, number in numbers.items()}}
+
+
+def become_rank(rank: int, world_size: int, port: int) -> None:
+    """Make this process, a fork, a rank of a job."""
+    os.environ.update(rank_environment(rank, world_size, port))
+
+
+def run_ranks(function, world_size: int, *arguments, timeout: float = 240.0) -> list:
+    """Call `function(*arguments)` on every rank; returns the results by rank. Any failure fails with its traceback."""
+    port = free_port()
     with tempfile.TemporaryDirectory() as directory:
         processes = []
         for rank in range(world_size):
@@ -57,13 +73,7 @@ def _wait(processes, *, deadline: float) -> list[int]:
 
 
 def _child(function, arguments, rank: int, world_size: int, port: int, directory: Path) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    become_rank(rank, world_size, port)
     try:
         outcome = ("value", function(*arguments))
     except BaseException:

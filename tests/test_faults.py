@@ -1,11 +1,7 @@
-"""Faults while training: bad steps, signals, full disks, spoilt replicas; and sums in an order that layouts keep."""
+"""Faults while training: bad steps, spoilt replicas, what is written down; and sums in an order that layouts keep."""
 
 import math
-import os
 import shutil
-import signal
-import subprocess
-import time
 from pathlib import Path
 
 import faults_training
@@ -14,43 +10,25 @@ import orjson
 import pytest
 import torch
 from ranks import run_ranks
-from tiny_runs import STEPS, change, checkpoint_of, metric_rows, tiny_config, training_refusal
+from tiny_runs import (
+    STEPS,
+    change,
+    checkpoint_of,
+    metric_rows,
+    tiny_config,
+    train_with,
+    training_refusal,
+    validation_rows,
+)
 
 from megatron_polar import faults
-from megatron_polar.config.schema import FaultsSection
-from megatron_polar.errors import (
-    BAD_STEPS,
-    CANNOT_SAVE,
-    FENCED,
-    REPLICAS_DIFFER,
-    STALLED,
-    STOPPED,
-    RunStopped,
-    UserError,
-)
+from megatron_polar.config.schema import DatasetSource, FaultsSection
+from megatron_polar.errors import BAD_STEPS, REPLICAS_DIFFER, UserError
 from megatron_polar.manifest import encode_manifest
-from megatron_polar.train.checkpoint_files import find_checkpoint, list_steps, verify_checkpoint
+from megatron_polar.train.checkpoint_files import find_checkpoint, list_steps
 from megatron_polar.train.guard import GOOD, NOT_FINITE, SPIKE, StepGuard, Verdict
 from megatron_polar.train.journal import goodput_table, read_events
-from megatron_polar.train.lock import TAKE_OVER
 from megatron_polar.train.replay import replay_step
-from megatron_polar.train.run import train
-
-
-def train_with(config, fault: str = "") -> tuple[int, str]:
-    """Train on this rank with a planned fault; returns exit status and message."""
-    faults.plan(fault)
-    try:
-        train(config)
-    except RunStopped as stop:
-        return stop.status, str(stop)
-    return 0, ""
-
-
-def shards(checkpoint: Path) -> dict[str, str]:
-    files = orjson.loads((checkpoint / "manifest.json").read_bytes())["files"]
-    return {name: entry["sha256"] for name, entry in files.items() if name.endswith((".distcp", "common.pt"))}
-
 
 # --- fault points ----------------------------------------------------------------------------------------------------
 
@@ -163,6 +141,17 @@ def test_too_many_bad_steps_stop_with_a_report_and_a_command_that_replays(tmp_pa
     assert "does not fail by itself" in capfd.readouterr().err
     assert run_ranks(replay_step_4, 1, config, "loss=nan")[0] == 1
     assert "BAD rank 0 micro-batch 0" in capfd.readouterr().err
+    (checkpoint_of(tmp_path / "run", 6) / "state.json").write_bytes(b"{")  # damaged: an older one is taken
+    assert run_ranks(replay_step_4, 1, config, "")[0] == 0
+    assert "step_00000003" in capfd.readouterr().err
+
+
+def test_a_step_of_an_interleaved_pipeline_is_replayed(tmp_path, trajectory_corpus, capfd):
+    parallel = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+    config = tiny_config(trajectory_corpus, tmp_path / "run", model__num_layers=4, parallel=parallel)
+    run_ranks(train_with, 2, config, "")
+    assert run_ranks(replay_step_4, 2, config, "") == [0, 0]
+    assert "does not fail by itself" in capfd.readouterr().err
 
 
 def replay_step_4(config, fault: str) -> int:
@@ -338,382 +327,6 @@ def test_skipped_steps_of_an_undone_timeline_do_not_count(tmp_path, trajectory_c
     assert goodput_table(tmp_path / "run")["skipped_steps"] == 1
 
 
-# --- signals ---------------------------------------------------------------------------------------------------------
-
-PHASES = {
-    "before_the_first_step": ("start=term", 0),
-    "while_data_is_awaited": ("data:2=usr1", 3),
-    "in_the_middle_of_a_step": ("gradient:3=term", 3),
-    "at_the_end_of_a_step": ("after_update:4=usr1", 4),
-    "during_evaluation": ("evaluation:1=term", 3),
-    "while_saving": ("after_shard:1=term", 3),
-}
-
-
-@pytest.mark.parametrize("name", PHASES)
-def test_a_signal_in_any_phase_saves_stops_with_its_own_status_and_resumes_exactly(
-    name, tmp_path, trajectory_corpus, ranking_corpus
-):
-    from megatron_polar.config.schema import DatasetSource
-
-    fault, step = PHASES[name]
-    config = tiny_config(
-        trajectory_corpus,
-        tmp_path / "stopped",
-        data__validation=(DatasetSource(str(ranking_corpus)),),
-        data__max_tokens_per_micro_batch=4000,
-        model__hidden_dropout=0.1,
-    )
-    ((status, message),) = run_ranks(train_with, 1, config, fault)
-    assert status == STOPPED
-    assert f"after step {step} of {STEPS}" in message
-    assert "start the same command again" in message
-    if step:
-        assert find_checkpoint(tmp_path / "stopped") == checkpoint_of(tmp_path / "stopped", step)
-    recorded = orjson.loads((tmp_path / "stopped" / "status.json").read_bytes())
-    assert (recorded["state"], recorded["exit_status"], recorded["step"]) == ("stopped", STOPPED, step)
-    run_ranks(train_with, 1, config, "")
-    run_ranks(train_with, 1, change(config, run__directory=str(tmp_path / "whole")), "")
-    one, other = (shards(checkpoint_of(tmp_path / run, STEPS)) for run in ("stopped", "whole"))
-    assert one == other
-    curves = [
-        [(row["iteration"], row["rm/loss"]) for row in metric_rows(tmp_path / run)] for run in ("stopped", "whole")
-    ]
-    assert curves[0] == curves[1]
-
-
-def test_a_signal_while_the_run_is_built_ends_it_at_once(tmp_path, trajectory_corpus):
-    config = tiny_config(trajectory_corpus, tmp_path / "run")
-    ((status, message),) = run_ranks(signal_while_building, 1, config)
-    assert status == STOPPED
-    assert "before the run was built" in message
-    assert not (tmp_path / "run").exists()
-
-
-def signal_while_building(config) -> tuple[int, str]:
-    from megatron_polar.train import run
-
-    def build_run(config, device, topology):
-        os.kill(os.getpid(), signal.SIGTERM)
-        raise AssertionError("the signal was not heard")
-
-    run.build_run = build_run
-    return train_with(config)
-
-
-def test_a_rank_that_fails_while_the_run_is_built_ends_the_others(tmp_path, trajectory_corpus):
-    config = tiny_config(trajectory_corpus, tmp_path / "run", faults__stall_timeout_seconds=3.0)
-    assert faults_training.run_job(config, world_size=2, body=fail_while_building) == [STALLED, 1]
-    assert "ended with an error: no memory" in faults_training.log_of(config).read_text()
-
-
-def fail_while_building(config) -> None:
-    from megatron_polar.train import run
-
-    def build_model(*arguments, topology, **options):
-        if topology.rank == 1:
-            raise MemoryError("no memory")
-        torch.distributed.barrier()
-
-    run.build_run.__globals__["build_model"] = build_model
-    run.train(config)
-
-
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, trajectory_corpus):
-    config = tiny_config(trajectory_corpus, tmp_path / "run")
-    outcomes = run_ranks(train_with, 2, config, "after_update:2@1=usr1")
-    assert {status for status, _ in outcomes} == {STOPPED}
-    assert len({message for _, message in outcomes}) == 1
-    assert find_checkpoint(tmp_path / "run") == checkpoint_of(tmp_path / "run", 2)
-
-
-def test_loader_workers_leave_signals_to_their_rank(tmp_path, trajectory_corpus):
-    config = tiny_config(trajectory_corpus, tmp_path / "run", data__num_workers=2, train__num_steps=30)
-    ((status, _),) = run_ranks(signal_the_whole_family, 1, config)
-    assert status == STOPPED
-
-
-def signal_the_whole_family(config) -> tuple[int, str]:
-    import psutil
-
-    def point(name: str) -> None:
-        if name == "after_update":
-            for process in [*psutil.Process().children(recursive=True), psutil.Process()]:
-                os.kill(process.pid, signal.SIGTERM)
-
-    faults.point = point
-    return train_with(config)
-
-
-def test_what_a_killed_job_leaves_may_keep_the_lock_for_a_moment(tmp_path, trajectory_corpus):
-    (tmp_path / "run").mkdir()
-    holder = subprocess.Popen(["flock", str(tmp_path / "run" / "lock"), "sleep", "1.5"])
-    time.sleep(0.3)
-    config = tiny_config(trajectory_corpus, tmp_path / "run", train__num_steps=1)
-    assert run_ranks(train_with, 2, config, "") == [(0, "")] * 2
-    holder.wait()
-
-
-def test_a_second_job_in_the_same_directory_is_refused(tmp_path, trajectory_corpus):
-    config = tiny_config(trajectory_corpus, tmp_path / "run", train__num_steps=1000, logging__interval=1000)
-    first = faults_training.start_job(config)
-    while not (tmp_path / "run" / "status.json").exists():
-        time.sleep(0.02)
-    message = training_refusal(config)
-    first[0].kill()
-    first[0].join()
-    assert f"{tmp_path / 'run'}: a job is running in it (host" in message
-    assert f"process {first[0].pid}" in message
-    # The lock went with its holder.
-    assert run_ranks(train_with, 1, change(config, train__num_steps=2), "")[0] == (0, "")
-
-
-def test_a_job_that_lives_on_beside_its_successor_is_fenced(tmp_path, trajectory_corpus, monkeypatch):
-    """As on a node that was cut off: it writes nothing more, and ends at its next save."""
-    config = tiny_config(trajectory_corpus, tmp_path / "run", train__num_steps=4000, checkpoint__save_interval=20)
-    (first,) = faults_training.start_job(config)
-    lock, latest = tmp_path / "run" / "lock", tmp_path / "run" / "checkpoints" / "latest"
-    while not latest.exists():
-        time.sleep(0.01)
-    os.kill(first.pid, signal.SIGSTOP)
-    monkeypatch.setenv(TAKE_OVER, lock.read_text().strip())
-    stop = int(latest.read_text().strip()[-8:]) + 3
-    successor = change(config, train__num_steps=stop)
-    assert run_ranks(train_with, 1, successor, "")[0] == (0, "")
-    kept = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    os.kill(first.pid, signal.SIGCONT)
-    first.join(60)
-    assert first.exitcode == FENCED
-    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == kept
-    # Whoever names another holder than the one who is there takes nothing over.
-    holder = subprocess.Popen(["flock", str(lock), "sleep", "30"])
-    time.sleep(0.3)
-    monkeypatch.setattr("megatron_polar.train.lock._SECONDS_FOR_REMAINS", 0.5)
-    assert "a job is running in it" in training_refusal(successor)
-    holder.kill()
-    holder.wait()
-
-
-def test_a_file_system_without_locks_is_a_warning(tmp_path, trajectory_corpus, capfd):
-    assert run_ranks(train_without_locks, 1, tiny_config(trajectory_corpus, tmp_path / "run")) == [(0, "")]
-    assert "cannot be locked here (Function not implemented)" in capfd.readouterr().err
-
-
-def train_without_locks(config) -> tuple[int, str]:
-    import errno
-    import fcntl
-
-    def flock(handle, how):
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-    fcntl.flock = flock
-    return train_with(config)
-
-
-def test_a_run_whose_launcher_has_died_saves_and_ends(tmp_path, trajectory_corpus, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
-    config = tiny_config(trajectory_corpus, tmp_path / "run")
-    ((status, message),) = run_ranks(lose_the_launcher, 1, config)
-    assert status == STOPPED
-    assert message.startswith("stopped by SIGHUP after step 2 of")
-    assert find_checkpoint(tmp_path / "run") == checkpoint_of(tmp_path / "run", 2)
-
-
-def lose_the_launcher(config) -> tuple[int, str]:
-    passed = [0]
-
-    def point(name: str) -> None:
-        passed[0] += name == "after_update"
-        if passed[0] == 2:
-            os.getppid = lambda: 1
-
-    faults.point = point
-    return train_with(config)
-
-
-def test_ctrl_c_says_what_is_saved_and_leaves_a_status(tmp_path, trajectory_corpus):
-    config = tiny_config(trajectory_corpus, tmp_path / "run", checkpoint__save_interval=2)
-    (said,) = run_ranks(interrupt, 1, config)
-    assert said == "interrupted after step 2; step 2 is saved: start the same command again to go on from there"
-    recorded = orjson.loads((tmp_path / "run" / "status.json").read_bytes())
-    assert (recorded["state"], recorded["exit_status"], recorded["step"]) == ("interrupted", 130, 2)
-
-
-def interrupt(config) -> str:
-    passed = [0]
-
-    def point(name: str) -> None:
-        passed[0] += name == "before_update"
-        if passed[0] == 3:
-            raise KeyboardInterrupt
-
-    faults.point = point
-    try:
-        train(config)
-    except KeyboardInterrupt as interrupted:
-        return str(interrupted)
-    return "finished"
-
-
-# --- saving ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("point", "background"),
-    [(p, False) for p in ("before_shard", "in_shard", "before_manifest", "before_publish")]
-    + [("before_manifest", True), ("before_publish", True)],
-)
-def test_a_save_that_fails_is_a_warning_with_errno_and_path(point, background, tmp_path, trajectory_corpus, capfd):
-    config = tiny_config(trajectory_corpus, tmp_path / "run", checkpoint__async_save=background)
-    assert run_ranks(train_with, 1, config, f"{point}:1=enospc")[0] == (0, "")
-    shown = capfd.readouterr().err
-    assert "the checkpoint of step 3 could not be written: rank 0: [Errno 28] No space left on device" in shown
-    assert "training goes on" in shown
-    assert find_checkpoint(tmp_path / "run") == checkpoint_of(tmp_path / "run", STEPS)
-    events = [event for event in read_events(tmp_path / "run") if event["event"] == "save"]
-    assert [bool(event["problem"]) for event in events] == [True, False]
-
-
-def test_latest_is_a_hint_whose_failure_fails_no_save(tmp_path, trajectory_corpus, capfd):
-    config = tiny_config(trajectory_corpus, tmp_path / "run")
-    assert run_ranks(train_with, 1, config, "before_latest:2=enospc")[0] == (0, "")
-    assert "latest: cannot be moved to step_00000006 (No space left on device)" in capfd.readouterr().err
-    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_00000003\n"
-    assert find_checkpoint(tmp_path / "run") == checkpoint_of(tmp_path / "run", STEPS)
-
-
-def test_a_stop_whose_save_fails_says_so_by_its_status(tmp_path, trajectory_corpus):
-    config = tiny_config(trajectory_corpus, tmp_path / "run")
-    ((status, message),) = run_ranks(
-        train_with, 1, config, "data:2@0=term,before_publish:1=enospc,before_publish:2=enospc"
-    )
-    assert status == CANNOT_SAVE
-    assert "after step 3 of 6; no step is saved" in message
-
-
-def test_room_taken_by_killed_saves_is_freed_before_the_next(tmp_path, trajectory_corpus):
-    config = tiny_config(trajectory_corpus, tmp_path / "run")
-    faults_training.run_job(config, fault="before_publish:2=kill")
-    assert len(list((tmp_path / "run" / "checkpoints").glob(".saving-*"))) == 1
-    run_ranks(train_with, 1, config, "after_update:1=term")
-    assert not list((tmp_path / "run" / "checkpoints").glob(".saving-*"))
-
-
-def test_a_checkpoint_that_cannot_be_read_now_is_skipped_and_kept(tmp_path, trajectory_corpus, capfd):
-    config = tiny_config(trajectory_corpus, tmp_path / "run")
-    run_ranks(train_with, 1, config, "")
-    again = change(config, checkpoint__keep=1, checkpoint__save_interval=2, train__num_steps=5)
-    assert run_ranks(train_while_the_newest_is_unreadable, 1, again) == [(0, "")]
-    assert "step_00000006: skipped: cannot be read now" in capfd.readouterr().err
-    left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("*step_*"))
-    assert left == ["step_00000005", "step_00000006"]  # what was just written is kept, however little is to be kept
-
-
-def train_while_the_newest_is_unreadable(config) -> tuple[int, str]:
-    from megatron_polar.train import checkpoint_files
-
-    original = checkpoint_files.check_hash
-
-    def check_hash(directory, name, entry, **options):
-        if directory.name == "step_00000006":
-            raise OSError(5, "Input/output error", str(directory / name))
-        original(directory, name, entry, **options)
-
-    checkpoint_files.check_hash = check_hash
-    return train_with(config)
-
-
-def test_resuming_in_another_precision_is_refused(tmp_path, trajectory_corpus):
-    config = tiny_config(trajectory_corpus, tmp_path / "run")
-    run_ranks(train_with, 1, config, "after_update:2=term")
-    message = training_refusal(change(config, train__precision="bf16"))
-    assert "was trained with train.precision=fp32, now bf16" in message
-    recorded = orjson.loads((tmp_path / "run" / "status.json").read_bytes())
-    assert (recorded["state"], recorded["exit_status"]) == ("refused", 2)
-
-
-def test_a_background_writer_works_beside_many_openmp_threads(tmp_path, trajectory_corpus):
-    config = tiny_config(trajectory_corpus, tmp_path / "run", checkpoint__async_save=True, model__hidden_size=256)
-    assert run_ranks(train_on_two_threads, 1, config) == [(0, "")]
-    assert find_checkpoint(tmp_path / "run") == checkpoint_of(tmp_path / "run", STEPS)
-
-
-def train_on_two_threads(config) -> tuple[int, str]:
-    torch.set_num_threads(2)
-    return train_with(config)
-
-
-@pytest.mark.parametrize("point", ["before_shard", "in_shard"])
-def test_a_writer_in_the_background_reports_errno_and_path(point, tmp_path, trajectory_corpus, capfd):
-    config = tiny_config(trajectory_corpus, tmp_path / "run", checkpoint__async_save=True)
-    assert run_ranks(train_with, 1, config, f"{point}:1=enospc")[0] == (0, "")
-    assert "could not be written: rank 0: [Errno 28] No space left on device" in capfd.readouterr().err
-    assert not list_steps(tmp_path / "run")  # each save forks a writer, and each inherits the plan
-
-
-def test_a_failed_save_on_one_rank_fails_it_on_all(tmp_path, trajectory_corpus, capfd):
-    config = tiny_config(trajectory_corpus, tmp_path / "run")
-    assert run_ranks(train_with, 2, config, "in_shard:1@1=eio") == [(0, "")] * 2
-    assert "step 3 could not be written: rank 1: [Errno 5] Input/output error" in capfd.readouterr().err
-    assert [path.name for path in list_steps(tmp_path / "run")] == ["step_00000006"]
-
-
-def disk_full_for_ever(config) -> tuple[int, str]:
-    def point(name: str) -> None:
-        if name == "before_manifest":
-            raise OSError(28, "No space left on device", name)
-
-    faults.point = point
-    return train_with(config)
-
-
-def test_too_many_failed_saves_in_a_row_stop_the_run(tmp_path, trajectory_corpus):
-    config = tiny_config(
-        trajectory_corpus, tmp_path / "run", checkpoint__save_interval=1, checkpoint__max_failed_saves=2
-    )
-    ((status, message),) = run_ranks(disk_full_for_ever, 1, config)
-    assert status == CANNOT_SAVE
-    assert "3 saves in a row failed" in message
-    assert "checkpoint.max_failed_saves=2" in message
-
-
-def test_a_killed_writer_in_the_background_is_a_failed_save(tmp_path, trajectory_corpus, capfd):
-    config = tiny_config(trajectory_corpus, tmp_path / "run", checkpoint__async_save=True)
-    assert run_ranks(train_with, 1, config, "in_shard:1=kill")[0] == (0, "")
-    assert "the writing process died" in capfd.readouterr().err
-    # The plan is inherited by every forked writer, so the second save dies as well; nothing incomplete is published.
-    assert not list_steps(tmp_path / "run")
-
-
-def test_keep_every_spares_its_multiples(tmp_path, trajectory_corpus):
-    config = tiny_config(
-        trajectory_corpus,
-        tmp_path / "run",
-        checkpoint__save_interval=1,
-        checkpoint__keep=1,
-        checkpoint__keep_every=2,
-    )
-    run_ranks(train_with, 1, config, "")
-    assert [path.name[-1] for path in list_steps(tmp_path / "run")] == ["6", "4", "2"]
-
-
-def test_saving_in_the_background_writes_the_same_bytes(tmp_path, trajectory_corpus):
-    hashes = []
-    for background in (False, True):
-        config = tiny_config(
-            trajectory_corpus,
-            tmp_path / str(background),
-            checkpoint__async_save=background,
-            checkpoint__save_interval=2,
-            model__hidden_dropout=0.1,
-        )
-        run_ranks(train_with, 2, config, "")
-        steps = list_steps(tmp_path / str(background))
-        assert [verify_checkpoint(path) for path in steps] == [None] * 3
-        hashes.append([shards(path) for path in steps])
-    assert hashes[0] == hashes[1]
-
-
 # --- one order of sums -----------------------------------------------------------------------------------------------
 
 
@@ -752,3 +365,31 @@ def test_the_usual_reduction_is_not_bitwise_equal(tmp_path, trajectory_corpus):
         run_ranks(train_with, world_size, config, "")
         states.append(saved_state(checkpoint_of(tmp_path / str(world_size), STEPS)))
     assert any(not np.array_equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_canonical_reduction_evaluates_and_blames_on_more_ranks_than_micro_batches(tmp_path, trajectory_corpus):
+    config = tiny_config(
+        trajectory_corpus,
+        tmp_path / "run",
+        data__validation=(DatasetSource(str(trajectory_corpus)),),
+        data__max_tokens_per_micro_batch=4000,
+        train__canonical_reduction=True,
+        optimizer__use_distributed_optimizer=False,
+        evaluation__num_comparisons=2,
+    )
+    assert run_ranks(train_with, 4, config, "gradient:1@0=nan") == [(0, "")] * 4
+    assert len(validation_rows(tmp_path / "run")) == 2
+    (bad,) = [event for event in read_events(tmp_path / "run") if event["event"] == "bad_step"]
+    assert [suspect["rank"] for suspect in bad["ranks"]] == [0]
+
+
+def test_canonical_reduction_names_the_rank_whose_gradient_is_bad(tmp_path, trajectory_corpus):
+    config = tiny_config(
+        trajectory_corpus,
+        tmp_path / "run",
+        train__canonical_reduction=True,
+        optimizer__use_distributed_optimizer=False,
+    )
+    assert run_ranks(train_with, 2, config, "gradient:1@1=nan") == [(0, "")] * 2
+    (bad,) = [event for event in read_events(tmp_path / "run") if event["event"] == "bad_step"]
+    assert [suspect["rank"] for suspect in bad["ranks"]] == [1]

@@ -1,5 +1,6 @@
 """The campaigns of `make faults` against training, in small."""
 
+import faults_checkpoints
 import faults_training
 import pytest
 
@@ -16,25 +17,27 @@ def test_kills_at_every_kind_of_moment_are_survived(trajectory_corpus, ranking_c
     assert figures["kills"] == 25
     assert figures["recovered"] == figures["identical"] == figures["runs"]
     assert figures["lost_too_much"] == figures["silent_restarts"] == 0
+    assert figures["most_steps_lost_foreground"] <= figures["interval"]
+    assert figures["most_steps_lost_background"] <= 2 * figures["interval"]
     assert min(figures[kind] for kind in ("in_writing", "in_publishing", "in_background", "in_training")) > 0
 
 
 def test_every_corrupted_checkpoint_is_found_and_the_older_one_taken(trajectory_corpus, tmp_path):
-    figures = faults_training.checkpoint_corruptions(trajectory_corpus, tmp_path, count=60, seed=4)
+    figures = faults_checkpoints.checkpoint_corruptions(trajectory_corpus, tmp_path, count=60, seed=4)
     assert figures["missed"] == []
     assert figures["found"] == figures["fell_back"] == figures["injected"] == 60
     assert figures["resumed"] == figures["resumes"] > 0
 
 
 def test_latest_never_names_an_incomplete_checkpoint(trajectory_corpus, tmp_path):
-    figures = faults_training.latest_polls(trajectory_corpus, tmp_path, polls=800)
+    figures = faults_checkpoints.latest_polls(trajectory_corpus, tmp_path, polls=800)
     assert (figures["polls"], figures["incomplete"]) == (800, 0)
     assert figures["checkpoints_seen"] > 1
 
 
 @pytest.mark.parametrize("background", [False, True])
 def test_a_full_disk_stops_nothing(background, trajectory_corpus, tmp_path):
-    figures = faults_training.disk_full(trajectory_corpus, tmp_path, background=background)
+    figures = faults_checkpoints.disk_full(trajectory_corpus, tmp_path, background=background)
     if figures is None:
         pytest.skip("no tmpfs can be mounted here")
     assert figures["exit_status"] == 0
@@ -56,4 +59,5 @@ def test_every_document_is_used_once_an_epoch_through_kills_and_reshards(traject
     figures = faults_training.epochs_through_kills(trajectory_corpus, tmp_path, seed=1)
     assert figures["documents_not_used_exactly_once"] == 0
     assert (figures["kills"], figures["reshards"], figures["epochs"]) == (10, 2, 3)
+    assert figures["exit_codes_of_the_last"] == [0]
     assert figures["orders_differ"]

@@ -7,6 +7,7 @@ from pathlib import Path
 import orjson
 from ranks import run_ranks
 
+from megatron_polar import faults
 from megatron_polar.config.schema import (
     CheckpointSection,
     DataSection,
@@ -20,7 +21,7 @@ from megatron_polar.config.schema import (
     RunSection,
     TrainSection,
 )
-from megatron_polar.errors import UserError
+from megatron_polar.errors import RunStopped, UserError
 from megatron_polar.train.run import train
 
 STEPS = 6
@@ -67,6 +68,16 @@ def change(config: RunConfig, **changes) -> RunConfig:
 def run_training(config: RunConfig, world_size: int = 1) -> dict[str, float]:
     """Train on `world_size` ranks; returns the first rank's last row of metrics."""
     return run_ranks(train, world_size, config)[0]
+
+
+def train_with(config: RunConfig, fault: str = "") -> tuple[int, str]:
+    """Train on this rank, a fork, with a planned fault; returns exit status and message."""
+    faults.plan(fault)
+    try:
+        train(config)
+    except RunStopped as stop:
+        return stop.status, str(stop)
+    return 0, ""
 
 
 def training_refusal(config: RunConfig, world_size: int = 1) -> str:
