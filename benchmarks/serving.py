@@ -33,9 +33,10 @@ import httpx
 import orjson
 import psutil
 
+from megatron_polar.convert.families import LAYOUTS
 from megatron_polar.data.template import join_text
 from megatron_polar.data.tokenizer import REWARD_TOKEN, SEPARATOR_TOKEN, train_tokenizer
-from megatron_polar.serve.wire import ENGINES, LAYOUTS, ItemTexts, endpoint, read_reply, request_body
+from megatron_polar.serve.wire import ENGINES, ItemTexts, endpoint, read_reply, request_body
 
 OUTPUT = Path(__file__).with_suffix(".md")
 PROMPT_WORDS = {"short": 30, "long": 700}
@@ -204,7 +205,7 @@ async def measure(servers: Sequence[Server], options: argparse.Namespace) -> str
 
 async def ask_for(seconds: float, server: Server, case: Case, *, seed: int, into: Measured) -> None:
     """Let the case's clients ask, each one request after the other, until the time is over."""
-    choose = random.Random(f"{seed} {case.prompt}")
+    choose = random.Random(f"{seed} {case}")
     limits = httpx.Limits(max_connections=case.num_clients)
     async with httpx.AsyncClient(base_url=server.url, timeout=300.0, limits=limits, trust_env=False) as http:
         await ask(http, server, draw(choose, case))  # opens the connection, warms caches for shapes

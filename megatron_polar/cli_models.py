@@ -9,6 +9,8 @@ from megatron_polar.errors import UserError
 
 
 def add_convert(verbs) -> None:
+    from megatron_polar.convert.families import LAYOUTS
+
     verb = verbs.add_parser("convert", help="checkpoints in and out of Hugging Face's formats")
     ways = verb.add_subparsers(title="directions", required=True, metavar="from-hf|to-hf", dest="way")
     way = ways.add_parser("from-hf", help="a Hugging Face directory to a checkpoint that training starts from")
@@ -24,7 +26,7 @@ def add_convert(verbs) -> None:
     way = ways.add_parser("to-hf", help="a checkpoint to a directory for transformers, vLLM, SGLang and LMDeploy")
     way.add_argument("--checkpoint", type=Path, required=True, help="run directory, or one step of it")
     way.add_argument("--output", type=Path, required=True, help="directory to make")
-    way.add_argument("--layout", choices=("internlm2", "sequence-classification"), required=True)
+    way.add_argument("--layout", choices=LAYOUTS, required=True)
     way.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of the weights (default: the checkpoint's)")
     way.add_argument("--max-shard-size-gb", type=float, default=2.0, help="largest file, in GiB")
     way.add_argument("--verify", action="store_true", help="compare rewards with transformers' on sample texts")
@@ -34,7 +36,7 @@ def add_convert(verbs) -> None:
 def _from_hf(options: argparse.Namespace) -> int:
     from megatron_polar.convert.convert import from_hf
 
-    conversion = from_hf(
+    checkpoint = from_hf(
         options.model,
         output=options.output,
         head=options.head,
@@ -47,7 +49,7 @@ def _from_hf(options: argparse.Namespace) -> int:
     if options.verify:
         from megatron_polar.score.verify_export import verify_conversion
 
-        return verify_conversion(conversion.directory, options.model, with_texts=False)
+        return verify_conversion(checkpoint, options.model, with_texts=False)
     return 0
 
 
@@ -101,16 +103,18 @@ def _serve(options: argparse.Namespace) -> None:
     from megatron_polar.score.scorer import load_scorer
     from megatron_polar.serve.application import ServeOptions
     from megatron_polar.serve.limits import Limits
-    from megatron_polar.serve.server import read_token, serve
+    from megatron_polar.serve.server import serve
     from megatron_polar.serve.shapes import Settings
+    from megatron_polar.serve.token import TOKEN_VARIABLE, read_token
 
     limits = Limits(**{limit.name: vars(options)[limit.name] for limit in fields(Limits)})
     settings = Settings(
         model=options.model_name or options.checkpoint.resolve().name,
         wrapper=options.wrapper,
         max_items=limits.max_items,
+        max_text_bytes=limits.max_text_bytes,
         pooling_shape=options.pooling_shape,
     )
-    token = read_token(options.token_file)
+    token = read_token(options.token_file, variable=TOKEN_VARIABLE)
     load = partial(load_scorer, options.checkpoint, device_kind=options.device)
     serve(load, ServeOptions(settings, limits, host=options.host, port=options.port, token=token))

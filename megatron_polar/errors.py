@@ -1,4 +1,5 @@
-"""The exceptions that mean "you, the user, can mend this", and the exit statuses that a launcher can tell apart."""
+"""The exceptions that mean "you, the user, can mend this", how foreign text stands in them, and the exit statuses that
+a launcher can tell apart."""
 
 import errno
 
@@ -44,3 +45,11 @@ class RunStopped(UserError):
 
 def _rebuild_run_stopped(message: str, status: int) -> RunStopped:
     return RunStopped(message, status=status)
+
+
+def printable(text: str, *, limit: int) -> str:
+    """The head of a text from outside, `limit` characters, as it can stand in a message of one line on a terminal."""
+    near, rest = text[: 4 * limit], text[4 * limit :]  # a whole reply may be megabytes
+    words = " ".join(near.split())
+    head = "".join(mark if mark.isprintable() else f"\\u{ord(mark):04x}" for mark in words[:limit])
+    return head + "..." * (len(words) > limit or bool(rest.strip()))

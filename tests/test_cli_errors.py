@@ -14,9 +14,18 @@ from megatron_polar import cli
 from megatron_polar.config.load import dump_config
 from megatron_polar.data.preprocess import preprocess
 from megatron_polar.data.tokenizer import train_tokenizer
+from megatron_polar.errors import printable
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GOOD = {"prompt": "ba", "trajectories": [{"policy": p, "text": t} for p, t in (("a", "x"), ("a", "y"), ("b", "z"))]}
+
+
+def test_the_head_of_foreign_text_is_one_printable_line_and_says_when_there_is_more():
+    assert printable("x" * 120, limit=120) == "x" * 120
+    assert printable("x" * 121, limit=120) == "x" * 120 + "..."
+    assert printable(" a\n\tb\x1b[2J\u202e ", limit=60) == "a b\\u001b[2J\\u202e"
+    assert printable("x" + " " * 10_000, limit=60) == "x"
+    assert printable("x" + " " * 10_000 + "y", limit=60) == "x..."
 
 
 def run_command(*arguments, **environment) -> subprocess.CompletedProcess:

@@ -3,18 +3,21 @@
 
 import dataclasses
 import inspect
+import json
 import random
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hugging_face_models import make_model
 from tiny_runs import tiny_config
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from megatron_polar.convert.convert import from_hf, to_hf
+from megatron_polar.data.template import EXPORTED_RESPONSE_LENGTH, EXPORTED_SEQUENCE_LENGTH
 from megatron_polar.data.tokenizer import REWARD_TOKEN, SEPARATOR_TOKEN, load_tokenizer
 from megatron_polar.errors import UserError
 from megatron_polar.score.requests import ScoreRequest
@@ -191,12 +194,21 @@ def test_official_text_is_what_engines_are_sent(tokenizer_path):
 
 
 def test_lengths_are_the_exports(tokenizer_path, tmp_path):
-    shutil.copy(tokenizer_path, tmp_path / "tokenizer.model")
-    (tmp_path / "config.json").write_text('{"polar_max_sequence_length": 40, "polar_max_response_length": 4}')
-    client = RewardClient("http://127.0.0.1:1", engine="vllm", tokenizer=tmp_path)
-    assert len(client._encode(RewardItem("ba " * 99, "ke", "li " * 99)).content) <= 40
-    with pytest.raises(UserError, match="max_sequence_length=512, and the export was trained with 40"):
-        RewardClient("http://127.0.0.1:1", engine="vllm", tokenizer=tmp_path, max_sequence_length=512)
+    source = make_model("llama", tmp_path / "source", tokenizer_path=tokenizer_path)
+    lengths = {EXPORTED_SEQUENCE_LENGTH: 40, EXPORTED_RESPONSE_LENGTH: 4}
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | lengths))
+    run = from_hf(source, output=tmp_path / "run")
+    export = to_hf(run, output=tmp_path / "export", layout="sequence-classification")
+    client = RewardClient("http://127.0.0.1:1", engine="vllm", tokenizer=export)
+    encoded = client._encode(RewardItem("ba " * 99, "ke", "li " * 99))
+    tokenizer = load_tokenizer(export)
+    after = encoded.content.tolist()[encoded.content.tolist().index(tokenizer.separator_id) + 1 :]
+    assert 30 < len(encoded.content) <= 40
+    assert tokenizer.decode(after).count("li") == 4
+    for name, value in (("max_sequence_length", 40), ("max_response_length", 4)):
+        with pytest.raises(UserError, match=f"{name}=512, and the export was trained with {value}"):
+            RewardClient("http://127.0.0.1:1", engine="vllm", tokenizer=export, **{name: 512})
 
 
 # --- the default -------------------------------------------------------------------------------------------------

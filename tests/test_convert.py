@@ -150,7 +150,8 @@ def test_rewards_in_bf16_differ_by_little(name, tokenizer_path, tmp_path):
     (sequences,) = run_ranks(sequences_here, 1, tmp_path / "run")
     to_hf(tmp_path / "run", output=tmp_path / "export", layout=layout_for(name))
     there = score_with_transformers(tmp_path / "export", sequences)
-    assert np.abs(np.subtract(here, there)).max() <= 0.05
+    # As --verify allows: bf16 keeps 8 bits, and beside rewards that lie close together 0.05 would prove nothing.
+    assert np.abs(np.subtract(here, there)).max() <= min(0.05, np.ptp(here) / 4)
 
 
 def test_the_internlm2_export_is_loaded_by_transformers_own_classes(tokenizer_path, tmp_path):
@@ -212,6 +213,7 @@ def verify_with(checkpoint: Path, export: Path, spoilt: float | None) -> int:
 def test_what_came_in_is_verified_against_its_source(tokenizer_path, tmp_path, capsys):
     """Through the command, as users do; the source says nothing of a padding token."""
     source = make_model("qwen3", tmp_path / "source", tokenizer_path=tokenizer_path)
+    change_config(pad_token_id=None)(source)
     arguments = ["convert", "from-hf", "--model", str(source), "--verify", "--output"]
     assert run_ranks(cli.main, 1, [*arguments, str(tmp_path / "run")]) == [0]
     assert run_ranks(cli.main, 1, [*arguments, str(tmp_path / "zero"), "--head", "init"]) == [2]
@@ -260,6 +262,30 @@ def test_an_export_has_the_tokenizer_of_training_in_two_forms(tokenizer_path, tm
         half = "".join(generator.choice(alphabet, size=generator.integers(0, 40)))
         ids = theirs(half + ours.separator_token + half + ours.reward_token).input_ids
         assert ids == [ours.bos_id, *ours.encode(half), ours.separator_id, *ours.encode(half), ours.reward_id]
+
+
+def test_a_reward_token_that_pads_is_refused_where_it_would_not_be_read(tokenizer_path, tmp_path):
+    """transformers' classifiers read the last token that is no padding."""
+    source = make_model("llama", tmp_path / "source", tokenizer_path=tokenizer_path)
+    assert load_tokenizer(source, reward_token="<pad>").reward_id == load_tokenizer(source).pad_id
+    from_hf(source, output=tmp_path / "run", reward_token="<pad>")
+    with pytest.raises(UserError, match=r"the reward token '<pad>' is also the padding token.*--layout internlm2"):
+        to_hf(tmp_path / "run", output=tmp_path / "export", layout="sequence-classification")
+    assert not (tmp_path / "export").exists()
+    export = to_hf(tmp_path / "run", output=tmp_path / "export", layout="internlm2")
+    (sequences,) = run_ranks(sequences_here, 1, tmp_path / "run")
+    here = run_ranks(rewards_here, 1, tmp_path / "run", {})[0]
+    np.testing.assert_allclose(score_with_transformers(export, sequences), here, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("reward_id", [0, 1, 9])
+def test_padding_for_the_comparison_is_never_the_reward_token(reward_id, tokenizer_path, tmp_path):
+    model = make_model("llama", tmp_path / "source", tokenizer_path=tokenizer_path)
+    sequences = [[20, 30, reward_id], [40, 50, 60, 70, reward_id]]
+    change_config(pad_token_id=15)(model)
+    wanted = score_with_transformers(model, sequences)
+    change_config(pad_token_id=None)(model)
+    np.testing.assert_allclose(score_with_transformers(model, sequences), wanted, rtol=0, atol=1e-6)
 
 
 def test_a_head_is_never_dropped_or_made_up_silently(tokenizer_path, tmp_path, capsys):

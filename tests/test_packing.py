@@ -10,9 +10,11 @@ from megatron_polar.data.packing import (
     attended_pairs,
     build_micro_batch,
     comparison_flops,
+    join_rewards,
     karmarkar_karp,
     physical_tokens,
     plan_step,
+    split_candidates,
 )
 from megatron_polar.data.template import TokenizedComparison
 
@@ -172,6 +174,25 @@ def test_flops_of_comparisons_add_up_to_those_of_the_row(layout):
     assert sum(comparison_flops(c, layout=layout, architecture=SHAPE) for c in comparisons) == SHAPE.forward_flops(
         tokens=tokens, attended=batch.num_attended
     )
+
+
+# --- splitting -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("max_tokens", [1, 60, 150, 10**6])
+def test_split_comparisons_fit_and_hold_every_candidate_once_in_order(layout, max_tokens):
+    whole = [comparison(np.random.default_rng(seed), candidates=count) for seed, count in enumerate((1, 2, 9, 30))]
+    parts = [split_candidates(c, max_tokens=max_tokens, layout=layout) for c in whole]
+    for original, pieces in zip(whole, parts, strict=True):
+        for piece in pieces:
+            assert len(piece.candidates) == 1 or build([piece], layout, multiple=1).tokens.size <= max_tokens
+            assert piece.prefix is original.prefix
+        assert [candidate for piece in pieces for candidate in piece.candidates] == list(original.candidates)
+        assert [level for piece in pieces for level in piece.levels] == list(original.levels)
+    assert (max(map(len, parts)) == 1) == (max_tokens == 10**6)
+    rewards = [[float(len(candidate)) for candidate in piece.candidates] for pieces in parts for piece in pieces]
+    assert join_rewards(parts, rewards) == [[float(len(candidate)) for candidate in c.candidates] for c in whole]
 
 
 # --- planning --------------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Scores are training's own rewards for the same texts, whatever is asked beside them, on however many ranks."""
 
+import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from megatron_polar.errors import UserError
 from megatron_polar.model.build import build_model
 from megatron_polar.parallel import topology as ranks
 from megatron_polar.parallel.device import select_device
+from megatron_polar.score import scorer as scorer_module
 from megatron_polar.score.requests import ScoreRequest
 from megatron_polar.score.score_file import read_requests
 from megatron_polar.score.scorer import load_scorer
@@ -151,6 +154,34 @@ def test_two_ranks_score_like_one(parallel, trained, records):
     np.testing.assert_allclose(flat(double), flat(single), atol=1e-5)
 
 
+def _rows_and_rewards(directory: str, request: ScoreRequest, max_tokens: int) -> tuple[list[int], list[float]]:
+    """Tokens of each row that the model saw, and the rewards."""
+    scorer = load_scorer(directory, device_kind="cpu")
+    scorer._shape = dataclasses.replace(scorer._shape, max_tokens=max_tokens)
+    rows = []
+
+    def compute(model, *, micro_batches, **keywords):
+        rows.extend(batch.tokens.size for batch in micro_batches)
+        return compute_rewards(model, micro_batches=micro_batches, **keywords)
+
+    scorer_module.compute_rewards = compute
+    return rows, scorer.score([request])[0]
+
+
+def test_outputs_beyond_a_row_are_split_and_get_the_same_rewards(trained, records):
+    base = requests_of(records[:1])[0]
+    outputs = tuple(f"{base.outputs[k % 3]} {'ba ' * (k % 7)}" for k in range(60))
+    request = ScoreRequest(base.prompt, base.reference, outputs, base.wrapper)
+    (rows, split), (one_row, whole) = (
+        run_ranks(_rows_and_rewards, 1, trained.run.directory, request, limit)[0] for limit in (300, 10**6)
+    )
+    assert len(one_row) == 1
+    assert len(rows) > 3
+    assert max(rows) < 300 + 64  # rows are padded to a multiple
+    np.testing.assert_allclose(split, whole, atol=1e-5)  # the same fp32 arithmetic in rows of other lengths
+    assert np.ptp(whole) > 0.1
+
+
 def test_a_layout_that_does_not_fit_the_model_is_refused_before_it_is_built(trained):
     for message in run_ranks(_refused_layout, 3, trained.run.directory):
         assert "parallel.tensor_model_parallel_size=3 does not divide model.num_query_groups=2" in message
@@ -279,4 +310,25 @@ def test_a_failed_score_leaves_no_file_behind(tmp_path):
     (tmp_path / "in.jsonl").write_text('{"prompt": "p", "reference": "r", "outputs": ["x"]}\n')
     with pytest.raises(RuntimeError):
         score_file(BrokenScorer(), tmp_path / "in.jsonl", output=tmp_path / "out.jsonl", default_wrapper="sft")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+class NanScorer:
+    """NaN for the second output of the third request."""
+
+    def score(self, requests):
+        return [
+            [math.nan if (number, place) == (2, 1) else 1.0 for place in range(len(request.outputs))]
+            for number, request in enumerate(requests)
+        ]
+
+
+def test_a_reward_that_is_not_finite_is_an_error_with_its_line_and_leaves_no_file(tmp_path):
+    from megatron_polar.score.score_file import score_file
+
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "p", "reference": "r", "outputs": ["x", "y"]}\n' * 4)
+    with pytest.raises(UserError) as caught:
+        score_file(NanScorer(), source, output=tmp_path / "out.jsonl", default_wrapper="sft")
+    assert str(caught.value).startswith(f"{source}:3: rewards [1.0, nan] are not finite")
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]

@@ -24,8 +24,8 @@ from servers import (
 from megatron_polar import cli
 from megatron_polar.errors import UserError
 from megatron_polar.score.requests import ScoreRequest
-from megatron_polar.serve.server import TOKEN_VARIABLE, read_token
 from megatron_polar.serve.shapes import sigmoid
+from megatron_polar.serve.token import TOKEN_VARIABLE, read_token
 
 SEPARATOR, REWARD = "<|reward|>", "[UNUSED_TOKEN_130]"
 
@@ -39,7 +39,8 @@ def checkpoint(tmp_path_factory, trajectory_corpus) -> str:
 def server(checkpoint, tmp_path_factory):
     """One server for all tests that only ask."""
     directory = tmp_path_factory.mktemp("serving")
-    with serving(checkpoint, "--max-items", 12, "--max-body-bytes", 100_000, directory=directory) as running:
+    limits = ["--max-items", 12, "--max-body-bytes", 100_000, "--max-text-bytes", 100_000]
+    with serving(checkpoint, *limits, directory=directory) as running:
         yield running
 
 
@@ -123,6 +124,16 @@ def test_openrlhf_gets_the_label_as_reference_and_the_query_without_its_prompt_a
     np.testing.assert_allclose(answer["rewards"], np.concatenate(wanted), atol=1e-6)
     np.testing.assert_allclose(answer["scores"], [sigmoid(reward) for reward in answer["rewards"]])
     assert answer["extra_logs"] == {"truncated": [0.0, 0.0]}
+
+
+def test_openrlhfs_end_tokens_are_no_words(client):
+    """A policy that stops by itself gets the reward of its words, however its chat format closes an answer."""
+    ends = ["", "</s>", "<|im_end|>\n", "<|eot_id|><|end_of_text|>"]
+    body = {"query": [f"ba ke li{end}" for end in ends], "prompts": ["ba ke"] * 4, "labels": ["mo"] * 4}
+    rewards = asked(client, "/get_reward", body)["rewards"]
+    assert rewards == pytest.approx([rewards[0]] * 4, abs=1e-6)
+    within = {"query": ["ba ke </s> li"], "prompts": ["ba ke"], "labels": ["mo"]}
+    assert abs(asked(client, "/get_reward", within)["rewards"][0] - rewards[0]) > 1e-4
 
 
 def test_vllm_squashes_rewards_unless_told_not_to(client, item_rewards):
@@ -215,6 +226,8 @@ GOOD_TEXT = texts_of(ITEM)[0]
         ("/v1/score", {"items": [ITEM], "stream": True}, "stream is not known"),
         ("/v1/score", {"items": [ITEM], "model": 3}, "model is a number"),
         ("/v1/score", {"items": [ITEM | {"outputs": ["x"] * 13}]}, "items has 13 outputs; at most 12"),
+        ("/v1/score", {"items": [ITEM | {"prompt": "é" * 5001, "outputs": ["x"] * 9}]}, "items have 100020 bytes"),
+        ("/v1/score", {"items": [ITEM | {"prompt": "é" * 9000, "outputs": ["x"] * 2}] * 2}, "items have 108000 bytes"),
         ("/pooling", {}, "input is missing"),
         ("/pooling", {"input": [GOOD_TEXT] * 13}, "input has 13 inputs; at most 12"),
         ("/pooling", {"input": [GOOD_TEXT, 3]}, "unmixed"),
@@ -262,6 +275,8 @@ def test_what_cannot_be_scored_is_refused_by_the_name_of_its_field(client, path,
 
 def test_the_bounds_of_lengths_and_counts_are_themselves_allowed(client):
     assert len(asked(client, "/pooling", {"input": [GOOD_TEXT] * 12})["data"]) == 12
+    long = ITEM | {"prompt": "é" * 5000, "outputs": ["x"] * 9}
+    assert asked(client, "/v1/score", {"items": [long]})["truncated"] == [[True] * 9]
     assert asked(client, "/pooling", {"input": [1, 4, *[7] * 253, 5]})["usage"]["prompt_tokens"] == 256
     assert asked(client, "/pooling", {"input": [1, 4, 5]})["usage"]["prompt_tokens"] == 3
 
@@ -323,17 +338,25 @@ def test_without_the_token_only_health_and_readiness_are_answered(checkpoint, tm
         assert "correct-horse" not in server.log.read_text()
 
 
-def test_the_token_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
+def test_the_token_comes_from_a_file_or_the_environment(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
-    assert read_token(None) is None
+    assert read_token(None, variable=TOKEN_VARIABLE) is None
     monkeypatch.setenv(TOKEN_VARIABLE, " from-the-environment ")
-    assert read_token(None) == "from-the-environment"
+    assert read_token(None, variable=TOKEN_VARIABLE) == "from-the-environment"
     (tmp_path / "token").write_text("from-the-file\n")
-    assert read_token(tmp_path / "token") == "from-the-file"
+    assert read_token(tmp_path / "token", variable=TOKEN_VARIABLE) == "from-the-file"
     for bad in ("", "\n", "two words", "two\nlines", "ünï"):
         (tmp_path / "token").write_text(bad)
-        with pytest.raises(UserError, match="not a token"):
-            read_token(tmp_path / "token")
+        with pytest.raises(UserError, match="not an API key"):
+            read_token(tmp_path / "token", variable=TOKEN_VARIABLE)
+    (tmp_path / "token").write_bytes(b"\xff")
+    for unreadable in (tmp_path / "token", tmp_path / "missing", tmp_path):
+        with pytest.raises(UserError, match=f"{unreadable}: the file with the API key cannot be read"):
+            read_token(unreadable, variable=TOKEN_VARIABLE)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv(TOKEN_VARIABLE, " ")
+    assert read_token(None, variable=TOKEN_VARIABLE) is None
+    assert f"{TOKEN_VARIABLE} is empty" in capsys.readouterr().err
 
 
 # --- What cannot start -----------------------------------------------------------------------------------------------
@@ -354,7 +377,9 @@ def _serve(arguments: list[str], environment: dict[str, str]) -> int:
         (["--port", "99999"], {}, "--port 99999: cannot listen there"),
         (["--max-items", "0"], {}, "--max-items 0 must be 1 or more"),
         (["--request-seconds", "nan"], {}, "--request-seconds nan must be"),
-        (["--token-file", "/dev/null"], {}, "/dev/null: not a token"),
+        (["--token-file", "/dev/null"], {}, "/dev/null: not an API key"),
+        (["--token-file", "/nowhere"], {}, "/nowhere: the file with the API key cannot be read (FileNotFoundError)"),
+        (["--host", "0.0.0.0"], {TOKEN_VARIABLE: ""}, f"{TOKEN_VARIABLE} is empty, and the server would be open"),
     ],
 )
 def test_a_server_that_cannot_work_says_why(checkpoint, options, environment, part, capfd):

@@ -102,7 +102,7 @@ def test_a_client_that_leaves_takes_its_work_along(checkpoint, tmp_path):
         assert metrics_of(client)["megatron_polar_batch_sequences_count"] == 2, "what had begun, and the other client's"
 
 
-def test_nan_and_failures_are_500_with_an_id_and_hurt_no_other_request(checkpoint, tmp_path):
+def test_nan_is_422_and_a_failure_500_with_an_id_and_hurt_no_other_request(checkpoint, tmp_path):
     nan, crash = "zo " * 30, "zo " * 60
     options = ["--batch-wait-ms", 200]
     with (
@@ -114,8 +114,8 @@ def test_nan_and_failures_are_500_with_an_id_and_hurt_no_other_request(checkpoin
         good, not_finite, failed = pool.map(lambda item: client.post("/v1/score", json={"items": [item]}), items)
         np.testing.assert_allclose(good.json()["rewards"], expected(checkpoint, request_of(ITEM)), atol=1e-5)
         log = server.log.read_text()
-        for response, kind in ((not_finite, "not_finite"), (failed, "internal")):
-            error = error_of(response, 500)
+        for response, status, kind in ((not_finite, 422, "not_finite"), (failed, 500, "internal")):
+            error = error_of(response, status)
             assert error["type"] == kind
             assert error["message"].split()[-1] in log
         assert error_of(client.get("/metrics"), 500)["type"] == "internal"

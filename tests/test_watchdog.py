@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from faults_ranks import join, loop, run_job
-from ranks import run_ranks
+from ranks import free_port, rank_environment, run_ranks
 
 from megatron_polar.errors import STALLED, STOPPED, USER_ERROR, RunStopped, UserError
 from megatron_polar.train.stragglers import SlowRank, Stragglers, find_slow
@@ -396,14 +395,11 @@ with Watchdog(store, rank=rank, world_size=world_size, timeout_seconds=20.0, dir
 
 
 def test_a_real_interpreter_ends_as_it_should_with_the_watchdog_behind_it():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    port = free_port()
     ranks = [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", SCRIPT],
-            env=os.environ | launch | {"RANK": str(rank)},
+            env=os.environ | rank_environment(rank, 2, port),
             stderr=subprocess.PIPE,
         )
         for rank in range(2)

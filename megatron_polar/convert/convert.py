@@ -4,7 +4,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.resources import files as package_files
 from pathlib import Path
 
@@ -18,9 +17,8 @@ from megatron_polar.config.schema import RunConfig
 from megatron_polar.convert.families import (
     EMBEDDING,
     HEAD,
-    MAX_RESPONSE_LENGTH,
-    MAX_SEQUENCE_LENGTH,
     Entry,
+    Layout,
     entries,
     export_config,
     export_family,
@@ -30,6 +28,7 @@ from megatron_polar.convert.hugging_face import HuggingFaceModel, config_of, ope
 from megatron_polar.convert.megatron import SavedTensors, TensorWriter
 from megatron_polar.convert.tensors import padded, separate
 from megatron_polar.convert.tokenizer import export_tokenizer, warn_of_another_tokenizer
+from megatron_polar.data.template import EXPORTED_RESPONSE_LENGTH, EXPORTED_SEQUENCE_LENGTH
 from megatron_polar.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_polar.errors import UserError
 from megatron_polar.manifest import HashedFile
@@ -48,16 +47,6 @@ from megatron_polar.train.shard_files import refusing_what_is_wrong
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _TORCH_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-LAYOUTS = ("internlm2", "sequence-classification")
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What a conversion has written: where, how many tensors and bytes, and what it left out."""
-
-    directory: Path
-    num_tensors: int
-    num_bytes: int
 
 
 # --- From Hugging Face -----------------------------------------------------------------------------------------------
@@ -73,8 +62,8 @@ def from_hf(
     separator_token: str | None = None,
     reward_token: str | None = None,
     needs_head: bool = False,
-) -> Conversion:
-    """Convert a language or reward model to a checkpoint of step 0 in the run directory `output`.
+) -> Path:
+    """Convert a language or reward model to a checkpoint of step 0 in the run directory `output`; returns its place.
 
     `head`: "load" the reward head, or "init" a head of zeros (POLAR's start); default: load it if the model has one.
     `needs_head`: refuse to write a checkpoint with a new head, whose rewards nothing could be compared with.
@@ -115,7 +104,7 @@ def from_hf(
     remove_remains(output)
     size = sum(entry["size"] for entry in writer.entries.values())
     log.info(f"{checkpoint}: {len(wanted)} tensors, {size / 2**30:.2f} GiB, {source.family.name}")
-    return Conversion(checkpoint, len(wanted), size)
+    return checkpoint
 
 
 def _decide_head(source: HuggingFaceModel, head: str | None, *, is_needed: bool) -> bool:
@@ -160,9 +149,9 @@ def _write_small_files(
 
 
 def to_hf(
-    checkpoint: Path, *, output: Path, layout: str, dtype: str | None = None, max_shard_bytes: int = 2 * 2**30
-) -> Conversion:
-    """Convert a checkpoint, saved in any layout of ranks, to a Hugging Face directory that engines serve.
+    checkpoint: Path, *, output: Path, layout: Layout, dtype: str | None = None, max_shard_bytes: int = 2 * 2**30
+) -> Path:
+    """Convert a checkpoint, saved in any layout of ranks, to a Hugging Face directory that engines serve; returns it.
 
     `layout`: "internlm2", as POLAR's published checkpoints, with the code that transformers needs, or
     "sequence-classification", a native class of transformers with one label. `dtype`: bf16, fp16 or fp32; default: as
@@ -173,6 +162,12 @@ def to_hf(
     architecture = architecture_of(config.model)
     family = export_family(architecture, layout=layout)
     tokenizer = load_tokenizer(directory / "tokenizer")
+    if layout == "sequence-classification" and tokenizer.pad_id == tokenizer.reward_id:
+        raise UserError(
+            f"{directory}: the reward token {tokenizer.reward_token!r} is also the padding token, and transformers "
+            f"reads a classifier at the last token that is no padding, which would not be it; use --layout internlm2, "
+            f"or start again from a conversion or data set with another --reward-token"
+        )
     vocab_size = config.model.vocab_size or tokenizer.vocab_size
     with refusing_what_is_wrong(directory):
         saved = SavedTensors(directory)
@@ -190,8 +185,8 @@ def to_hf(
         dtype=_TORCH_NAMES[kind],
         ids={name: id for name, id in ids.items() if id is not None},
     )
-    settings[MAX_SEQUENCE_LENGTH] = config.data.max_sequence_length
-    settings[MAX_RESPONSE_LENGTH] = read_state(directory).max_response_length
+    settings[EXPORTED_SEQUENCE_LENGTH] = config.data.max_sequence_length
+    settings[EXPORTED_RESPONSE_LENGTH] = read_state(directory).max_response_length
     with _fresh_directory(output) as target:
         with refusing_what_is_wrong(directory):
             tensors = _exported(saved, wanted, architecture, vocab_size=vocab_size, kind=kind)
@@ -208,7 +203,7 @@ def to_hf(
     log.info(
         f"{output}: {count} tensors, {size / 2**30:.2f} GiB in {len(shards)} files, {settings['architectures'][0]}"
     )
-    return Conversion(output, count, size)
+    return output
 
 
 def _check_shapes(

@@ -7,19 +7,20 @@ attention, SwiGLU.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from megatron_polar.config.presets import Architecture
 from megatron_polar.config.schema import ModelSection
 from megatron_polar.errors import UserError
 
+Layout = Literal["internlm2", "sequence-classification"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+"""Forms of an export."""
 EMBEDDING, FINAL_NORM, HEAD = (
     "embedding.word_embeddings.weight",
     "decoder.final_layernorm.weight",
     "output_layer.weight",
 )
-MAX_RESPONSE_LENGTH, MAX_SEQUENCE_LENGTH = "polar_max_response_length", "polar_max_sequence_length"
-"""Keys of our own in an export's config.json: where texts were cut in training, in tokens."""
 _ATTENTION, _MLP = "decoder.layers.self_attention.", "decoder.layers.mlp."
 
 
@@ -244,7 +245,7 @@ def _number(config: dict[str, Any], key: str, *, where: str, default: float | No
 # --- Our configuration to theirs -------------------------------------------------------------------------------------
 
 
-def export_family(architecture: Architecture, *, layout: str) -> Family:
+def export_family(architecture: Architecture, *, layout: Layout) -> Family:
     """The family that expresses an architecture in a layout. Raises UserError when none does."""
     has_bias, has_norm = architecture.add_qkv_bias, architecture.qk_layernorm
     if has_bias and has_norm:
@@ -267,7 +268,7 @@ def export_family(architecture: Architecture, *, layout: str) -> Family:
 def export_config(
     family: Family, architecture: Architecture, *, vocab_size: int, max_positions: int, dtype: str, ids: dict[str, int]
 ) -> dict[str, Any]:
-    """The config.json of an export; `ids` are those of bos, eos, pad and reward tokens, as far as there are any.
+    """The config.json of an export; `ids` are those of bos, pad and reward tokens, as far as there are any.
 
     Keys are those that transformers 4 and 5, vLLM, SGLang and LMDeploy all read.
     """

@@ -20,8 +20,6 @@ from megatron_polar.config.schema import (
     TrainSection,
 )
 from megatron_polar.convert.families import (
-    MAX_RESPONSE_LENGTH,
-    MAX_SEQUENCE_LENGTH,
     Entry,
     Family,
     entries,
@@ -30,7 +28,7 @@ from megatron_polar.convert.families import (
     shape_of,
 )
 from megatron_polar.convert.tensors import join
-from megatron_polar.data.template import POLAR_RESPONSE_TOKENS
+from megatron_polar.data.template import EXPORTED_RESPONSE_LENGTH, EXPORTED_SEQUENCE_LENGTH, POLAR_RESPONSE_TOKENS
 from megatron_polar.data.tokenizer import Tokenizer
 from megatron_polar.errors import UserError
 from megatron_polar.manifest import sync_file
@@ -61,7 +59,7 @@ class HuggingFaceModel:
     @property
     def max_response_length(self) -> int:
         """Tokens kept of an answer; an export of ours says so, for others it is POLAR's number."""
-        return _positive_or(self.config.get(MAX_RESPONSE_LENGTH), POLAR_RESPONSE_TOKENS)
+        return _positive_or(self.config.get(EXPORTED_RESPONSE_LENGTH), POLAR_RESPONSE_TOKENS)
 
     def check_tokenizer(self, tokenizer: Tokenizer, *, where: Path | str) -> None:
         """Raise UserError for a tokenizer that cannot be this model's."""
@@ -182,7 +180,7 @@ def _one_line(error: Exception) -> str:
 def config_of(source: HuggingFaceModel, *, run_directory: str, dtype: torch.dtype) -> RunConfig:
     """What is needed to score with a model and to start from it; of training there was none yet."""
     precision = "bf16" if dtype == torch.bfloat16 else "fp32"
-    polar = _positive_or(source.config.get(MAX_SEQUENCE_LENGTH), DataSection(train=()).max_sequence_length)
+    polar = _positive_or(source.config.get(EXPORTED_SEQUENCE_LENGTH), DataSection(train=()).max_sequence_length)
     longest = min(source.model.max_position_embeddings, polar)
     return RunConfig(
         run=RunSection(directory=run_directory),

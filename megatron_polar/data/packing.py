@@ -9,7 +9,7 @@ to be compared with.
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -56,6 +56,38 @@ def physical_tokens(comparison: TokenizedComparison, *, layout: Layout) -> int:
     candidate_lengths = [len(candidate) for candidate in comparison.candidates]
     repeats = 1 if layout == "shared_prefix" else len(candidate_lengths)
     return repeats * len(comparison.prefix) + sum(candidate_lengths)
+
+
+def split_candidates(comparison: TokenizedComparison, *, max_tokens: int, layout: Layout) -> list[TokenizedComparison]:
+    """Cut a comparison into several that fit `max_tokens` each, with at least one candidate: rewards stay what they
+    are, pairs of candidates do not. `join_rewards` puts the rewards together again."""
+    prefix, num_candidates = len(comparison.prefix), len(comparison.candidates)
+    starts, total, longest = [0], 0, 0
+    for index, candidate in enumerate(comparison.candidates):
+        count = index - starts[-1] + 1
+        total, longest = total + len(candidate), max(longest, len(candidate))
+        tokens = {
+            "shared_prefix": prefix + total,
+            "packed": count * prefix + total,
+            "padded": count * (prefix + longest),
+        }[layout]
+        if count > 1 and tokens > max_tokens:
+            starts.append(index)
+            total = longest = len(candidate)
+    if len(starts) == 1:
+        return [comparison]
+    return [
+        replace(comparison, candidates=comparison.candidates[start:end], levels=comparison.levels[start:end])
+        for start, end in zip(starts, [*starts[1:], num_candidates], strict=True)
+    ]
+
+
+def join_rewards(
+    parts: Sequence[Sequence[TokenizedComparison]], rewards: Sequence[Sequence[float]]
+) -> list[list[float]]:
+    """Rewards of each comparison's candidates, from those of all parts that it was split into."""
+    left = iter(rewards)
+    return [[reward for _ in pieces for reward in next(left)] for pieces in parts]
 
 
 def attended_pairs(comparison: TokenizedComparison, *, layout: Layout) -> int:

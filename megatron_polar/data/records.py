@@ -11,9 +11,11 @@ import orjson
 
 from megatron_polar.data.lines import RecordError, read_jsonl
 from megatron_polar.data.template import WRAPPERS, prompt_text
+from megatron_polar.errors import printable
 
 # Far below what the JSON parsers refuse themselves, which depends on how deep the stack already is.
 MAX_DEPTH = 100
+_SHOWN = 60  # characters of a value in a message
 _FORMS = 'one of {"prompt","trajectories"}, {"prompt","reference","chosen","rejected"}, {"prompt","reference","ranked"}'
 
 
@@ -197,7 +199,7 @@ def _check_policies(trajectories: Sequence[Trajectory], *, note: str = "") -> No
         raise _Reason("'trajectories' is empty; give at least two of one policy and one of another")
     if len(counts) > 1 and max(counts.values()) > 1:
         return
-    listed = ", ".join(f"{_printable(policy)} x{count}" for policy, count in counts.most_common(4))
+    listed = ", ".join(f"{printable(policy, limit=_SHOWN)} x{count}" for policy, count in counts.most_common(4))
     listed += ", ..." if len(counts) > 4 else ""
     if max(counts.values()) < 2:
         raise _Reason(f"no policy has two trajectories{note} ({listed}); sample at least two from one policy")
@@ -223,17 +225,11 @@ def _describe(value: Any) -> str:
 
 
 def _quoted(value: Any) -> str:
-    return _printable(orjson.dumps(value).decode("utf-8"))
+    return printable(orjson.dumps(value).decode("utf-8"), limit=_SHOWN)
 
 
 def _keys(value: dict) -> str:
-    return f"[{_printable(', '.join(map(repr, sorted(value))), limit=120)}]"
-
-
-def _printable(text: str, *, limit: int = 60) -> str:
-    """The head of a text from the data, as it can stand in a message of one line on a terminal."""
-    head = "".join(mark if mark.isprintable() else f"\\u{ord(mark):04x}" for mark in text[:limit])
-    return head + ("..." if len(text) > limit else "")
+    return f"[{printable(', '.join(map(repr, sorted(value))), limit=120)}]"
 
 
 def _json_type(value: Any) -> str:

@@ -18,6 +18,8 @@ WRAPPERS = ("sft", "pretrain")
 
 POLAR_RESPONSE_TOKENS = 4096
 """Tokens kept of an answer by POLAR's fine-tuning and its client (pre-training: 5120)."""
+EXPORTED_SEQUENCE_LENGTH, EXPORTED_RESPONSE_LENGTH = "polar_max_sequence_length", "polar_max_response_length"
+"""Keys of our own in an export's config.json: where texts were cut in training, in tokens."""
 # POLAR reserves four places: BOS, separator, reward token and one to spare.
 _RESERVED_TOKENS = 4
 

@@ -13,7 +13,7 @@ import numpy as np
 from megatron_polar import log
 from megatron_polar.errors import UserError
 from megatron_polar.manifest import HashedFile
-from megatron_polar.score.requests import Scorer, ScoreRequest
+from megatron_polar.score.requests import Scorer, ScoreRequest, check_finite
 from megatron_polar.score.statistics import Accuracy, compute_statistics, ordered_pairs
 from megatron_polar.score.suites import EvaluationItem
 
@@ -98,11 +98,7 @@ def _score_items(
                     f"the scorer returned {len(scored)} lists of rewards for {len(chunk)} requests, or wrong ones"
                 )
             for item, row in zip(chunk, scored, strict=True):
-                if not np.isfinite(row).all():
-                    raise UserError(
-                        f"{item.identifier}: rewards {list(row)} are not finite; the checkpoint holds NaN or infinity, "
-                        "or its precision overflows: evaluate an earlier step, or in fp32"
-                    )
+                check_finite(row, where=item.identifier)
                 rewards.append([float(reward) for reward in row])
             bar.advance(len(chunk))
     return rewards

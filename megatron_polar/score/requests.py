@@ -1,8 +1,11 @@
-"""What a scorer is asked: rewards of several outputs for one prompt, against one reference."""
+"""What a scorer is asked, and what is no answer: rewards of several outputs for one prompt, against one reference."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from megatron_polar.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -21,3 +24,12 @@ class Scorer(Protocol):
     def score(self, requests: Sequence[ScoreRequest], /) -> list[list[float]]:
         """Return a list of rewards per request, in order, one reward per output; higher is closer to the reference."""
         ...
+
+
+def check_finite(rewards: Sequence[float], *, where: str) -> None:
+    """Raise UserError for rewards that are NaN or infinite, which JSON would write as null."""
+    if not all(map(math.isfinite, rewards)):
+        raise UserError(
+            f"{where}: rewards {list(rewards)} are not finite; the checkpoint holds NaN or infinity, or its precision "
+            "overflows: take an earlier step, or fp32"
+        )

@@ -9,16 +9,17 @@ import orjson
 
 from megatron_polar import log
 from megatron_polar.data.lines import read_jsonl
-from megatron_polar.data.template import prompt_text
+from megatron_polar.data.template import WRAPPERS, prompt_text
 from megatron_polar.errors import UserError
 from megatron_polar.manifest import HashedFile
-from megatron_polar.score.requests import Scorer, ScoreRequest
+from megatron_polar.score.requests import Scorer, ScoreRequest, check_finite
 
 _LINES_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
 class _Line:
+    where: str
     value: dict
     request: ScoreRequest
     is_single: bool
@@ -33,7 +34,7 @@ def score_file(scorer: Scorer, path: Path, *, output: Path, default_wrapper: str
     """Copy each line of `path` to `output` with `reward` (for `output`) or `rewards` (for `outputs`) added.
 
     The output file appears complete or not at all; every rank scores, the first one writes. Returns the number of
-    lines.
+    lines. Raises UserError for rewards that are not finite.
     """
     total = read_requests(path, default_wrapper=default_wrapper)
     if not log.is_first_rank():
@@ -58,6 +59,7 @@ def _scored_lines(scorer: Scorer, path: Path, *, total: int, default_wrapper: st
         while chunk := list(islice(lines, _LINES_AT_ONCE)):
             rewards = scorer.score([line.request for line in chunk])
             for line, values in zip(chunk, rewards, strict=True):
+                check_finite(values, where=line.where)
                 yield line.value | ({"reward": values[0]} if line.is_single else {"rewards": values})
             bar.advance(len(chunk))
 
@@ -90,9 +92,9 @@ def _parse(raw: bytes, *, where: str, default_wrapper: str) -> _Line:
         _text(output, key="output" if is_single else f"outputs[{i}]", where=where) for i, output in enumerate(outputs)
     ]
     wrapper = value.get("wrapper", default_wrapper)
-    if wrapper not in ("sft", "pretrain"):
-        raise UserError(f"{where}: wrapper={wrapper!r} must be sft or pretrain")
-    return _Line(value, ScoreRequest(prompt, reference, tuple(texts), wrapper), is_single)
+    if wrapper not in WRAPPERS:
+        raise UserError(f"{where}: wrapper={wrapper!r} must be {' or '.join(WRAPPERS)}")
+    return _Line(where, value, ScoreRequest(prompt, reference, tuple(texts), wrapper), is_single)
 
 
 def _text(value: object, *, key: str, where: str) -> str:

@@ -16,8 +16,8 @@ from megatron_polar.config.validate import check_layout
 from megatron_polar.convert.hugging_face import HuggingFaceModel, config_of, is_hugging_face, open_model
 from megatron_polar.convert.load import load_hugging_face
 from megatron_polar.data.loader import lay_out, row_shape
+from megatron_polar.data.packing import join_rewards, split_candidates
 from megatron_polar.data.template import (
-    ControlTokens,
     Half,
     TokenizedComparison,
     assemble_comparison,
@@ -55,6 +55,12 @@ class TokenizedRequest:
         comparison = self.comparisons[number]
         return [*comparison.prefix.tolist(), *comparison.candidates[candidate].tolist()]
 
+    def length(self, index: int) -> int:
+        """Tokens of output `index`, with its prefix."""
+        number, candidate = self.places[index]
+        comparison = self.comparisons[number]
+        return len(comparison.prefix) + len(comparison.candidates[candidate])
+
 
 class Scorer:
     """A loaded reward model. Every rank of the job calls `score` with the same requests and gets all rewards.
@@ -78,12 +84,7 @@ class Scorer:
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.topology, self.device = topology, device
         self.max_response_length = fitting_response_length(max_response_length, config.data.max_sequence_length)
-        self.control = ControlTokens(
-            bos_id=tokenizer.bos_id,
-            separator_id=tokenizer.separator_id,
-            reward_id=tokenizer.reward_id,
-            pad_id=tokenizer.pad_id,
-        )
+        self.control = tokenizer.control
         self._shape = row_shape(config.data, topology=topology, architecture=model.architecture)
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
@@ -97,7 +98,15 @@ class Scorer:
         ]
 
     def score_tokens(self, comparisons: Sequence[TokenizedComparison]) -> list[list[float]]:
-        """Rewards of each comparison's candidates, in order; what they share with their prefix is computed once."""
+        """Rewards of each comparison's candidates, in order; what they share with their prefix is computed once.
+
+        A row holds at most `data.max_tokens_per_micro_batch` tokens, or one candidate with its prefix.
+        """
+        shape = self._shape
+        parts = [split_candidates(c, max_tokens=shape.max_tokens, layout=shape.layout) for c in comparisons]
+        return join_rewards(parts, self._score_rows([piece for pieces in parts for piece in pieces]))
+
+    def _score_rows(self, comparisons: Sequence[TokenizedComparison]) -> list[list[float]]:
         if not comparisons:
             return []
         rows = lay_out(comparisons, shape=self._shape, rank=self.topology.dp_rank, pad_id=self.control.pad_id)

@@ -9,6 +9,7 @@ import torch
 
 from megatron_polar import log
 from megatron_polar.convert.hugging_face import open_model
+from megatron_polar.data.template import join_text
 from megatron_polar.score.requests import ScoreRequest
 from megatron_polar.score.scorer import Scorer, load_scorer
 
@@ -61,14 +62,16 @@ def compare_rewards(
 
 
 def _text(scorer: Scorer, request: ScoreRequest, output: str) -> str:
-    joint = "\n" if request.wrapper == "sft" else ""
-    halves = [request.prompt + (joint if text else "") + text for text in (request.reference, output)]
+    halves = [
+        join_text(prompt=request.prompt, trajectory=text, wrapper=request.wrapper)
+        for text in (request.reference, output)
+    ]
     return scorer.tokenizer.separator_token.join(halves) + scorer.tokenizer.reward_token
 
 
 @torch.no_grad()
 def score_with_transformers(export: Path, sequences: Sequence[Sequence[int]]) -> list[float]:
-    """Rewards of token ids by the export's model, in one batch, padded on the left."""
+    """Rewards of token ids, each ending with the reward token's, by the export's model in one batch, padded left."""
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
 
@@ -80,7 +83,7 @@ def score_with_transformers(export: Path, sequences: Sequence[Sequence[int]]) ->
     model = Model.from_pretrained(export, dtype="auto").eval()
     width = max(map(len, sequences))
     if model.config.pad_token_id is None:  # of many language models; any other than the reward token's will do
-        model.config.pad_token_id = 0
+        model.config.pad_token_id = 1 if sequences[0][-1] == 0 else 0
     pad = model.config.pad_token_id
     ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in sequences])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in sequences])

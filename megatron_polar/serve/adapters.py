@@ -4,13 +4,14 @@ docs/rl.md and examples/rl/ show how each framework is told of them. A reward th
 framework is ever handed None or a made-up number.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from megatron_polar.errors import UserError
 from megatron_polar.serve.client import RewardError
 from megatron_polar.serve.reward_function import PREFIX, Messages, RewardFunction, configured
+from megatron_polar.serve.shapes import sigmoid
+from megatron_polar.serve.wire import without_end
 
 # --- verl --------------------------------------------------------------------------------------------------------
 
@@ -74,16 +75,10 @@ def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence
         is_pair = isinstance(label, dict) and "reference" in label
         references.append(label["reference"] if is_pair else label)
         own_prompts.append(label.get("prompt", prompt) if is_pair else prompt)
-        outputs.append(_without_end(query[len(prompt) :], reward.settings.end_tokens))
+        outputs.append(without_end(query[len(prompt) :], reward.settings.end_tokens))
     found = reward.rewards(prompts=own_prompts, references=references, outputs=outputs)
-    scores = [0.5 + 0.5 * math.tanh(value / 2) for value in found]
+    scores = [sigmoid(value) for value in found]
     return {"rewards": found, "scores": scores, "extra_logs": {"polar_reward": found}}
-
-
-def _without_end(answer: str, end_tokens: Sequence[str]) -> str:
-    while end := next((token for token in end_tokens if token and answer.rstrip().endswith(token)), None):
-        answer = answer.rstrip().removesuffix(end)
-    return answer
 
 
 # --- TRL and ms-swift --------------------------------------------------------------------------------------------

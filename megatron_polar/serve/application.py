@@ -135,6 +135,8 @@ class Application:
         except QueueFull as full:
             message = f"{full.waiting} sequences wait already; try again in {full.retry_after} s"
             return _error(RequestError(429, "queue_full", message, retry_after=full.retry_after))
+        except NotFinite:
+            return self._not_finite(request)
         except ClientDisconnect:
             return Response(status_code=_CLIENT_LEFT)
         except Exception as error:
@@ -148,7 +150,7 @@ class Application:
         flat = [rewards[comparison][candidate] for comparison, candidate in tokenized.places]
         for reward in flat:
             self._metrics.rewards.observe(reward)
-        return Scored(flat, tokenized.truncated, [tokenized.length(i) for i in range(len(flat))])
+        return Scored(flat, list(tokenized.truncated), [tokenized.length(i) for i in range(len(flat))])
 
     async def _in_time(self, request: Request, work: Awaitable[Scored]) -> Scored:
         """Wait for the scores as long as there is time and somebody who wants them."""
@@ -174,14 +176,21 @@ class Application:
 
     async def _internal_error(self, request: Request, error: Exception) -> Response:
         """A reply with an id and no details. The log gets the places in the code: a message could quote a text."""
-        identifier = secrets.token_hex(6)
-        is_nan = isinstance(error, NotFinite)
-        self._metrics.failures.labels("not_finite" if is_nan else "error").inc()
         places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
-        what = "a reward is NaN or infinite" if is_nan else f"{type(error).__name__} at {' '.join(places)}"
+        identifier = self._note_failure(request, "error", what=f"{type(error).__name__} at {' '.join(places)}")
+        return _error(RequestError(500, "internal", f"an error on the server's side; the log has {identifier}"))
+
+    def _not_finite(self, request: Request) -> Response:
+        """Of what is asked, not of the moment: a client must not repeat it, and may halve it to find the item."""
+        identifier = self._note_failure(request, "not_finite", what="a reward is NaN or infinite")
+        return _error(RequestError(422, "not_finite", f"the model gave no finite reward; the log has {identifier}"))
+
+    def _note_failure(self, request: Request, cause: str, *, what: str) -> str:
+        """Count and log it; returns the id that the log has."""
+        identifier = secrets.token_hex(6)
+        self._metrics.failures.labels(cause).inc()
         log.warn(f"request {identifier} to {request.url.path} failed: {what}")
-        message = "the model gave no finite reward" if is_nan else "an error on the server's side"
-        return _error(RequestError(500, "not_finite" if is_nan else "internal", f"{message}; the log has {identifier}"))
+        return identifier
 
     async def _health(self, _: Request) -> Response:
         return _json({"status": "ok"})

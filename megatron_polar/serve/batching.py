@@ -7,9 +7,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from megatron_polar.data.packing import physical_tokens
+from megatron_polar.data.packing import join_rewards, physical_tokens, split_candidates
 from megatron_polar.data.template import TokenizedComparison
 from megatron_polar.serve.metrics import Metrics
 
@@ -77,21 +77,24 @@ class Batcher:
         Raises QueueFull, NotFinite, and what the scorer raises.
         """
         self.check_room(sum(len(comparison.candidates) for comparison in comparisons))
-        pieces = [split_candidates(comparison, max_tokens=self._max_tokens) for comparison in comparisons]
+        parts = [
+            split_candidates(comparison, max_tokens=self._max_tokens, layout="shared_prefix")
+            for comparison in comparisons
+        ]
         loop = asyncio.get_running_loop()
         jobs = [
             _Job(piece, physical_tokens(piece, layout="shared_prefix"), time.monotonic(), loop.create_future())
-            for parts in pieces
-            for piece in parts
+            for pieces in parts
+            for piece in pieces
         ]
         self._jobs.extend(jobs)
         self._count(jobs, sign=1)
         self._arrived.set()
         try:
-            rewards = iter(await asyncio.gather(*(job.result for job in jobs)))
+            rewards = await asyncio.gather(*(job.result for job in jobs))
         finally:
             self._leave(jobs)
-        return [[reward for _ in parts for reward in next(rewards)] for parts in pieces]
+        return join_rewards(parts, rewards)
 
     async def run(self) -> None:
         """Score what arrives, for ever."""
@@ -175,26 +178,6 @@ class Batcher:
         gone = [job for job in self._jobs if job.result.done()]
         self._jobs = deque(job for job in self._jobs if not job.result.done())
         self._count(gone, sign=-1)
-
-
-def split_candidates(comparison: TokenizedComparison, *, max_tokens: int) -> list[TokenizedComparison]:
-    """Cut a comparison with many candidates into several that fit `max_tokens` each, with at least one candidate."""
-    parts: list[list[int]] = []
-    tokens = 0
-    for index, candidate in enumerate(comparison.candidates):
-        if not parts or tokens + len(candidate) > max_tokens:
-            parts.append([])
-            tokens = len(comparison.prefix)
-        parts[-1].append(index)
-        tokens += len(candidate)
-    return [
-        replace(
-            comparison,
-            candidates=tuple(comparison.candidates[i] for i in part),
-            levels=tuple(comparison.levels[i] for i in part),
-        )
-        for part in parts
-    ]
 
 
 def _settle(job: _Job, *, rewards: list[float] | None = None, error: Exception | None = None) -> None:

@@ -8,7 +8,6 @@ A reward is the engine's number or an error, never a guess: nothing is skipped, 
 
 import asyncio
 import functools
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +17,10 @@ import numpy as np
 import orjson
 
 from megatron_polar import log
+from megatron_polar.convert.families import LAYOUTS
 from megatron_polar.data.template import (
+    EXPORTED_RESPONSE_LENGTH,
+    EXPORTED_SEQUENCE_LENGTH,
     POLAR_RESPONSE_TOKENS,
     WRAPPERS,
     Half,
@@ -30,10 +32,10 @@ from megatron_polar.data.template import (
 from megatron_polar.data.tokenizer import load_tokenizer
 from megatron_polar.errors import UserError
 from megatron_polar.serve.official import OfficialText
+from megatron_polar.serve.token import TOKEN_VARIABLE, read_token
 from megatron_polar.serve.transport import Refused, Transport, Unanswered
 from megatron_polar.serve.wire import (
     ENGINES,
-    LAYOUTS,
     Content,
     Encoded,
     Engine,
@@ -83,7 +85,7 @@ class RewardClient:
         deadline_seconds: float = 900.0,
         retries: int = 8,
         backoff_seconds: float = 0.5,
-        api_key_env: str = "MEGATRON_POLAR_API_KEY",
+        api_key_env: str = TOKEN_VARIABLE,
         api_key_file: Path | str | None = None,
         compat: Literal["official"] | None = None,
     ):
@@ -112,7 +114,7 @@ class RewardClient:
             raise UserError("urls is empty; give at least one server, such as http://127.0.0.1:8000")
         self._transport = Transport(
             urls,
-            token=_read_token(api_key_env, api_key_file),
+            token=read_token(api_key_file, variable=api_key_env),
             timeout_seconds=timeout_seconds,
             retries=retries,
             backoff_seconds=backoff_seconds,
@@ -301,7 +303,8 @@ def _lengths_of(tokenizer: Path | str) -> dict[str, int]:
         config = orjson.loads((Path(tokenizer) / "config.json").read_bytes())
     except (OSError, orjson.JSONDecodeError):
         return {}
-    found = {name: config.get(f"polar_{name}") for name in ("max_sequence_length", "max_response_length")}
+    keys = {"max_sequence_length": EXPORTED_SEQUENCE_LENGTH, "max_response_length": EXPORTED_RESPONSE_LENGTH}
+    found = {name: config.get(key) for name, key in keys.items()}
     return {name: value for name, value in found.items() if type(value) is int and value > 0}
 
 
@@ -323,22 +326,6 @@ def _in_batches(groups: Iterable[list[int]], size: int) -> Iterator[tuple[int, .
             batch += piece
     if batch:
         yield tuple(batch)
-
-
-def _read_token(variable: str, file: Path | str | None) -> str | None:
-    """The bearer token; its value appears in no message. Raises UserError when it cannot be read or sent."""
-    if file is not None:
-        try:
-            token, source = Path(file).read_text(encoding="utf-8").strip(), str(file)
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file}: the file with the API key cannot be read ({type(error).__name__})") from None
-    else:
-        token, source = os.environ.get(variable, "").strip(), f"the environment variable {variable}"
-        if not token:
-            return None
-    if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise UserError(f"{source}: not an API key; it must be one word of printable ASCII")
-    return token
 
 
 def _check_choice(name: str, value: object, choices: Sequence[object]) -> None:

@@ -16,6 +16,7 @@ class Limits:
 
     max_body_bytes: int = _limit(2_000_000, "bytes of a request's body (413)")
     max_items: int = _limit(256, "outputs or inputs to score in one request (422)")
+    max_text_bytes: int = _limit(32_000_000, "bytes of a request's prompts, once for each reference and output (422)")
     max_queue: int = _limit(4096, "sequences that may wait to be scored, over all requests (429)")
     max_connections: int = _limit(900, "open connections (503)")
     head_seconds: float = _limit(10.0, "for a connection to send a whole request head, then it is closed")

@@ -26,7 +26,9 @@ class Metrics:
             Counter, "unshared_tokens", "Tokens that sequences would have had without shared prefixes"
         )
         self.rewards = self._make(Histogram, "reward", "Rewards given", buckets=_REWARDS)
-        self.failures = self._make(Counter, "failures", "Replies with status 500, by cause", ["cause"])
+        self.failures = self._make(
+            Counter, "failures", "Replies with status 422 for a reward that is not finite, or 500, by cause", ["cause"]
+        )
 
     def _make(self, kind, name: str, text: str, labels=(), **options):
         return kind(f"megatron_polar_{name}", text, labels, registry=self._registry, **options)

@@ -15,10 +15,9 @@ from typing import Any, Literal
 from megatron_polar.data.template import WRAPPERS, prompt_text
 from megatron_polar.errors import UserError
 from megatron_polar.serve.client import RewardClient, RewardError, RewardItem
+from megatron_polar.serve.wire import END_TOKENS
 
 PREFIX = "MEGATRON_POLAR_REWARD_"
-END_TOKENS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<eos>")
-"""What closes an answer in common chat formats; OpenRLHF hands answers over with it."""
 
 Messages = str | list[dict]
 _OPENED, _CLOSED = "<think>", "</think>"

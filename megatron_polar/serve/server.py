@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 from collections.abc import Callable
-from pathlib import Path
 
 import uvicorn
 
@@ -19,8 +18,7 @@ from megatron_polar.errors import UserError
 from megatron_polar.score.scorer import Scorer
 from megatron_polar.serve.application import Application, ServeOptions
 from megatron_polar.serve.connection import Connection
-
-TOKEN_VARIABLE = "MEGATRON_POLAR_API_KEY"
+from megatron_polar.serve.token import TOKEN_VARIABLE
 
 
 def serve(load: Callable[[], Scorer], options: ServeOptions) -> None:
@@ -34,9 +32,15 @@ def serve(load: Callable[[], Scorer], options: ServeOptions) -> None:
             f"serve was started on {world_size} ranks and works on one; start it without torchrun or srun (for a model "
             f"that needs several GPUs: export it with megatron-polar convert to-hf and serve it with vLLM or SGLang)"
         )
+    is_open = options.token is None and not _is_loopback(options.host)
+    if is_open and not os.environ.get(TOKEN_VARIABLE, "unset").strip():  # somebody meant to have one
+        raise UserError(
+            f"--host {options.host}: the environment variable {TOKEN_VARIABLE} is empty, and the server would be open "
+            "to every machine that reaches it; put a token into it, or unset it"
+        )
     listener = _listen(options.host, options.port)
     address = f"http://{options.host}:{listener.getsockname()[1]}"
-    if options.token is None and not _is_loopback(options.host):
+    if is_open:
         log.warn(f"{address} is open to every machine that reaches it: give --token-file, or keep to 127.0.0.1")
     application = Application(load, options)
     config = uvicorn.Config(
@@ -60,19 +64,6 @@ def serve(load: Callable[[], Scorer], options: ServeOptions) -> None:
     if application.failure is not None:
         raise application.failure
     log.info(f"{address}: stopped")
-
-
-def read_token(path: Path | None) -> str | None:
-    """The bearer token: a file's content, else the environment's, else none. Raises UserError for an unusable one."""
-    if path is not None:
-        where, token = str(path), path.read_text(encoding="utf-8", errors="replace").strip()
-    elif TOKEN_VARIABLE in os.environ:
-        where, token = TOKEN_VARIABLE, os.environ[TOKEN_VARIABLE].strip()
-    else:
-        return None
-    if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise UserError(f"{where}: not a token; it must be one line of ASCII without spaces (openssl rand -hex 32)")
-    return token
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -16,9 +16,9 @@ import orjson
 
 from megatron_polar.data.template import WRAPPERS, prompt_text
 from megatron_polar.score.requests import ScoreRequest
+from megatron_polar.serve.wire import without_end
 
 PoolingShape = Literal["vllm", "lmdeploy"]
-POOLING_SHAPES = ("vllm", "lmdeploy")
 
 
 class RequestError(Exception):
@@ -39,6 +39,7 @@ class Settings:
     model: str
     wrapper: str
     max_items: int
+    max_text_bytes: int
     pooling_shape: PoolingShape
 
 
@@ -95,7 +96,7 @@ def read_json(body: bytes) -> dict[str, Any]:
     except orjson.JSONDecodeError as error:
         raise RequestError(400, "invalid_json", f"the body is not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise _refusal(f"the body is {_kind(value)}; it must be a JSON object")
+        raise refusal(f"the body is {_kind(value)}; it must be a JSON object")
     return value
 
 
@@ -110,17 +111,18 @@ def read_score(body: dict[str, Any], settings: Settings) -> Question:
     requests = tuple(_item(item, f"items[{i}]", settings=settings) for i, item in enumerate(items))
     counts = [len(request.outputs) for request in requests]
     _check_count(sum(counts), "items", what="outputs", settings=settings)
+    _check_text_bytes(requests, settings=settings)
     return Question(Texts(requests, "items"), partial(_score_reply, counts, settings.model))
 
 
 def _item(item: Any, where: str, *, settings: Settings) -> ScoreRequest:
     if not isinstance(item, dict):
-        raise _refusal(f"{where} is {_kind(item)}; it must be an object with prompt, reference and outputs")
+        raise refusal(f"{where} is {_kind(item)}; it must be an object with prompt, reference and outputs")
     _only(item, ("prompt", "reference", "outputs", "wrapper"), where=f"{where}.")
     outputs = _list(item.get("outputs"), f"{where}.outputs")
     wrapper = item.get("wrapper", settings.wrapper)
     if wrapper not in WRAPPERS:
-        raise _refusal(f"{where}.wrapper must be one of {', '.join(WRAPPERS)}")
+        raise refusal(f"{where}.wrapper must be one of {', '.join(WRAPPERS)}")
     return ScoreRequest(
         prompt=_text(item.get("prompt"), f"{where}.prompt"),
         reference=_text(item.get("reference"), f"{where}.reference"),
@@ -153,13 +155,13 @@ def read_classify(body: dict[str, Any], settings: Settings) -> Question:
     """POST /classify: SGLang's where the body has `text` or `input_ids`, vLLM's where it has `input`."""
     given = [field for field in ("text", "input_ids", "input") if body.get(field) is not None]
     if len(given) != 1:
-        raise _refusal("give exactly one of text or input_ids (SGLang's form) and input (vLLM's)")
+        raise refusal("give exactly one of text or input_ids (SGLang's form) and input (vLLM's)")
     asks = _inputs(body, given[0], settings=settings)
     if given[0] != "input":
         if given[0] == "text" and not all(isinstance(entry, str) for entry in asks.inputs):
-            raise _refusal("text must be a string or a list of strings; token ids go into input_ids")
+            raise refusal("text must be a string or a list of strings; token ids go into input_ids")
         if given[0] == "input_ids" and any(isinstance(entry, str) for entry in asks.inputs):
-            raise _refusal("input_ids must be a list of token ids or a list of such lists; texts go into text")
+            raise refusal("input_ids must be a list of token ids or a list of such lists; texts go into text")
         return Question(asks, partial(_sglang_reply, asks.is_single))
     _check_model(body, settings)
     entry = partial(_classify_entry, _activation(body))
@@ -179,19 +181,19 @@ def _inputs(body: dict[str, Any], field: str, *, settings: Settings) -> Sequence
     if kinds == {list}:
         for index, ids in enumerate(entries):
             if {type(id) for id in ids} != {int}:
-                raise _refusal(f"{field}[{index}] must be a non-empty list of whole numbers, token ids")
+                raise refusal(f"{field}[{index}] must be a non-empty list of whole numbers, token ids")
     elif kinds != {str}:
-        raise _refusal(f"{field} must be a text, a list of texts, a list of token ids or a list of such lists, unmixed")
+        raise refusal(f"{field} must be a text, a list of texts, a list of token ids or a list of such lists, unmixed")
     return Sequences(tuple(entries), field, is_single=False)
 
 
 def _activation(body: dict[str, Any]) -> bool:
     """Whether vLLM would squash the reward: it does, unless it is told not to."""
     if body.get("encoding_format", "float") != "float":
-        raise _refusal("encoding_format must be float; other encodings are not served here")
+        raise refusal("encoding_format must be float; other encodings are not served here")
     value = body.get("use_activation")
     if value is not None and not isinstance(value, bool):
-        raise _refusal(f"use_activation is {_kind(value)}; it must be true or false")
+        raise refusal(f"use_activation is {_kind(value)}; it must be true or false")
     return value is not False
 
 
@@ -237,23 +239,23 @@ def _sglang_reply(is_single: bool, scored: Scored) -> Any:
 
 
 def read_openrlhf(body: dict[str, Any], settings: Settings) -> Question:
-    """POST /get_reward: the reference is the label, the output is the query without its prompt."""
+    """POST /get_reward: the reference is the label, the output is the query without its prompt and end tokens."""
     columns = [_list(body.get(name), name) for name in ("query", "prompts", "labels")]
     if len({len(column) for column in columns}) != 1:
         sizes = ", ".join(map(str, map(len, columns)))
-        raise _refusal(f"query, prompts and labels have {sizes} entries; they must be as many")
+        raise refusal(f"query, prompts and labels have {sizes} entries; they must be as many")
     _check_count(len(columns[0]), "query", what="queries", settings=settings)
     requests = []
     for i, (query, prompt, label) in enumerate(zip(*columns, strict=True)):
         for name, value in (("query", query), ("prompts", prompt), ("labels", label)):
             if not isinstance(value, str):
                 why = ", the reference; set OpenRLHF's label key" if name == "labels" else ""
-                raise _refusal(f"{name}[{i}] is {_kind(value)}; it must be a string{why}")
+                raise refusal(f"{name}[{i}] is {_kind(value)}; it must be a string{why}")
         if not label:
-            raise _refusal(f"labels[{i}], the reference, is empty; OpenRLHF sends that without a label key: set it")
+            raise refusal(f"labels[{i}], the reference, is empty; OpenRLHF sends that without a label key: set it")
         if not query.startswith(prompt):
-            raise _refusal(f"query[{i}] does not begin with prompts[{i}], so the output in it cannot be told")
-        requests.append(ScoreRequest(prompt, label, (query[len(prompt) :],), settings.wrapper))
+            raise refusal(f"query[{i}] does not begin with prompts[{i}], so the output in it cannot be told")
+        requests.append(ScoreRequest(prompt, label, (without_end(query[len(prompt) :]),), settings.wrapper))
     return Question(Texts(tuple(requests), "query"), _openrlhf_reply)
 
 
@@ -274,43 +276,53 @@ def sigmoid(reward: float) -> float:
     return (1.0 if reward >= 0 else small) / (1.0 + small)
 
 
-def _refusal(message: str) -> RequestError:
+def refusal(message: str) -> RequestError:
     return RequestError(422, "invalid_request", message)
 
 
 def _check_model(body: dict[str, Any], settings: Settings) -> None:
     model = body.get("model")
     if model is not None and not isinstance(model, str):
-        raise _refusal(f"model is {_kind(model)}; it must be a string")
+        raise refusal(f"model is {_kind(model)}; it must be a string")
     if model not in (None, settings.model):
         raise RequestError(404, "unknown_model", f"model: this server has {settings.model!r} only, or leave it out")
 
 
 def _check_count(count: int, field: str, *, what: str, settings: Settings) -> None:
     if count > settings.max_items:
-        raise _refusal(f"{field} has {count} {what}; at most {settings.max_items} fit one request: send several")
+        raise refusal(f"{field} has {count} {what}; at most {settings.max_items} fit one request: send several")
+
+
+def _check_text_bytes(requests: Sequence[ScoreRequest], *, settings: Settings) -> None:
+    """A prompt is encoded once with the reference and once with each output, and all of that is in memory at a time."""
+    size = sum((1 + len(request.outputs)) * len(request.prompt.encode()) for request in requests)
+    if size > settings.max_text_bytes:
+        raise refusal(
+            f"items have {size} bytes of prompts, each counted once for its reference and once for each output; at "
+            f"most {settings.max_text_bytes} fit one request: send fewer outputs at once, or shorten the prompt"
+        )
 
 
 def _only(body: dict[str, Any], known: Sequence[str], *, where: str) -> None:
     unknown = sorted(body.keys() - set(known))
     if unknown:
-        raise _refusal(f"{where}{unknown[0][:100]} is not known here; there are {', '.join(known)}")
+        raise refusal(f"{where}{unknown[0][:100]} is not known here; there are {', '.join(known)}")
 
 
 def _list(value: Any, where: str) -> list:
     if not isinstance(value, list) or not value:
         found = "is missing" if value is None else "is empty" if value == [] else f"is {_kind(value)}"
-        raise _refusal(f"{where} {found}; it must be a non-empty list")
+        raise refusal(f"{where} {found}; it must be a non-empty list")
     return value
 
 
 def _text(value: Any, where: str) -> str:
     if value is None:
-        raise _refusal(f"{where} is missing")
+        raise refusal(f"{where} is missing")
     try:
         return prompt_text(value)
     except TypeError as error:
-        raise _refusal(f"{where}: {error}") from None
+        raise refusal(f"{where}: {error}") from None
 
 
 def _kind(value: Any) -> str:

@@ -1,47 +1,34 @@
 """What is asked, in tokens: texts cut as in training; whole POLAR sequences as they are, with shared prefixes found."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 
-from megatron_polar.data.template import Half, TokenizedComparison, assemble_comparison
+from megatron_polar.data.template import Half, assemble_comparison
 from megatron_polar.errors import UserError
 from megatron_polar.score.requests import ScoreRequest
 from megatron_polar.score.scorer import Scorer, TokenizedRequest
-from megatron_polar.serve.shapes import RequestError, Sequences, Texts
+from megatron_polar.serve.shapes import RequestError, Sequences, Texts, refusal
 
 
-@dataclass(frozen=True)
-class Tokenized:
-    """Comparisons to score; output or input i of the request is candidate places[i][1] of comparison places[i][0]."""
+def tokenize(scorer: Scorer, asks: Texts | Sequences) -> TokenizedRequest:
+    """Turn a request into comparisons; all its outputs, or inputs, are counted through.
 
-    comparisons: list[TokenizedComparison]
-    places: list[tuple[int, int]]
-    truncated: list[bool]
-
-    def length(self, index: int) -> int:
-        """Tokens of sequence `index`, with its prefix."""
-        number, candidate = self.places[index]
-        comparison = self.comparisons[number]
-        return len(comparison.prefix) + len(comparison.candidates[candidate])
-
-
-def tokenize(scorer: Scorer, asks: Texts | Sequences) -> Tokenized:
-    """Turn a request into comparisons. Raises RequestError (422), which names the field."""
+    Raises RequestError (422), which names the field.
+    """
     if isinstance(asks, Texts):
         return _tokenize_texts(scorer, asks)
     return _tokenize_sequences(scorer, asks)
 
 
-def _tokenize_texts(scorer: Scorer, asks: Texts) -> Tokenized:
+def _tokenize_texts(scorer: Scorer, asks: Texts) -> TokenizedRequest:
     done = [_cut(scorer, request, where=f"{asks.field}[{i}]") for i, request in enumerate(asks.requests)]
     first = np.cumsum([0, *(len(request.comparisons) for request in done)]).tolist()
-    return Tokenized(
-        comparisons=[comparison for request in done for comparison in request.comparisons],
-        places=[(first[i] + number, k) for i, request in enumerate(done) for number, k in request.places],
-        truncated=[cut for request in done for cut in request.truncated],
+    return TokenizedRequest(
+        comparisons=tuple(comparison for request in done for comparison in request.comparisons),
+        places=tuple((first[i] + number, k) for i, request in enumerate(done) for number, k in request.places),
+        truncated=tuple(cut for request in done for cut in request.truncated),
     )
 
 
@@ -49,10 +36,10 @@ def _cut(scorer: Scorer, request: ScoreRequest, *, where: str) -> TokenizedReque
     try:
         return scorer.tokenize(request)
     except UserError as error:
-        raise _refusal(f"{where}: {error}") from None
+        raise refusal(f"{where}: {error}") from None
 
 
-def _tokenize_sequences(scorer: Scorer, asks: Sequences) -> Tokenized:
+def _tokenize_sequences(scorer: Scorer, asks: Sequences) -> TokenizedRequest:
     """Sequences with the same prompt and reference become one comparison, so that these are computed once."""
     encode = cache(scorer.tokenizer.encode)
     numbers: dict[bytes, int] = {}
@@ -68,7 +55,7 @@ def _tokenize_sequences(scorer: Scorer, asks: Sequences) -> Tokenized:
             groups.append((reference, []))
         places.append((number, len(groups[number][1])))
         groups[number][1].append(candidate)
-    comparisons = [
+    comparisons = tuple(
         assemble_comparison(
             reference,
             candidates,
@@ -77,8 +64,8 @@ def _tokenize_sequences(scorer: Scorer, asks: Sequences) -> Tokenized:
             max_length=2 * scorer.config.data.max_sequence_length,  # their lengths are known to fit: nothing is cut
         )
         for reference, candidates in groups
-    ]
-    return Tokenized(comparisons, places, [False] * len(places))
+    )
+    return TokenizedRequest(comparisons, tuple(places), (False,) * len(places))
 
 
 def _check_length(scorer: Scorer, reference: Half, candidate: Half, *, where: str) -> None:
@@ -97,38 +84,34 @@ def _split_text(scorer: Scorer, text: str, *, encode: Callable[[str], list[int]]
     """The halves of a POLAR text whose control tokens are active; other special tokens in it stay text."""
     separator, reward = scorer.tokenizer.separator_token, scorer.tokenizer.reward_token
     if not text.endswith(reward):
-        raise _refusal(f"{where} does not end with {reward}, the reward token")
+        raise refusal(f"{where} does not end with {reward}, the reward token")
     if text.count(reward) > 1:
-        raise _refusal(f"{where} has {reward}, the reward token, within it; only its end may have it")
+        raise refusal(f"{where} has {reward}, the reward token, within it; only its end may have it")
     halves = text.removesuffix(reward).split(separator)
     if len(halves) != 2:
-        raise _refusal(f"{where} has {len(halves) - 1} times {separator}, the separator; it must have it once")
+        raise refusal(f"{where} has {len(halves) - 1} times {separator}, the separator; it must have it once")
     try:
         return _half(encode(halves[0])), _half(encode(halves[1]))
     except UserError as error:
-        raise _refusal(f"{where}: {error}") from None
+        raise refusal(f"{where}: {error}") from None
 
 
 def _split_ids(scorer: Scorer, ids: Sequence[int], *, where: str) -> tuple[Half, Half]:
     control, size = scorer.control, scorer.tokenizer.vocab_size
     if not (min(ids) >= 0 and max(ids) < size):
-        raise _refusal(f"{where} has ids outside of the vocabulary, 0 to {size - 1}")
+        raise refusal(f"{where} has ids outside of the vocabulary, 0 to {size - 1}")
     if ids[-1] != control.reward_id:
-        raise _refusal(f"{where} does not end with {control.reward_id}, the id of the reward token")
+        raise refusal(f"{where} does not end with {control.reward_id}, the id of the reward token")
     if ids.count(control.reward_id) > 1:
-        raise _refusal(f"{where} has {control.reward_id}, the id of the reward token, within it; only its end may")
+        raise refusal(f"{where} has {control.reward_id}, the id of the reward token, within it; only its end may")
     if control.bos_id is not None and ids[0] != control.bos_id:
-        raise _refusal(f"{where} does not begin with {control.bos_id}, the id of BOS")
+        raise refusal(f"{where} does not begin with {control.bos_id}, the id of BOS")
     if ids.count(control.separator_id) != 1:
         found = ids.count(control.separator_id)
-        raise _refusal(f"{where} has {found} times {control.separator_id}, the separator's id; it must have it once")
+        raise refusal(f"{where} has {found} times {control.separator_id}, the separator's id; it must have it once")
     middle = ids.index(control.separator_id)
     return _half(ids[control.bos_id is not None : middle]), _half(ids[middle + 1 : -1])
 
 
 def _half(ids: Sequence[int]) -> Half:
     return Half(np.asarray(ids, dtype=np.int32), prompt_length=0, response_tokens_cut=0)
-
-
-def _refusal(message: str) -> RequestError:
-    return RequestError(422, "invalid_request", message)

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from megatron_polar.errors import UserError
+from megatron_polar.errors import UserError, printable
 from megatron_polar.serve.wire import BadReply
 
 Answer = TypeVar("Answer")
@@ -181,12 +181,8 @@ class Transport:
         return f"HTTP {response.status_code} {response.reason_phrase}" + (f": {said}" if said else "")
 
     def _printable(self, text: str) -> str:
-        """The head of a text in one line; a server that repeats our headers must not get the token into a log."""
-        if self._token:
-            text = text.replace(self._token, "***")
-        text = " ".join(text[:400].split())
-        text = "".join(mark if mark.isprintable() else f"\\u{ord(mark):04x}" for mark in text)
-        return text[:200] + "..." * (len(text) > 200)
+        """The head of a text; a server that repeats our headers must not get the token into a log."""
+        return printable(text.replace(self._token, "***") if self._token else text, limit=200)
 
 
 class _Session:

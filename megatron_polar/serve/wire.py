@@ -21,12 +21,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_polar.errors import UserError
+from megatron_polar.convert.families import Layout
+from megatron_polar.errors import UserError, printable
 
 Engine = Literal["vllm", "sglang", "lmdeploy", "megatron-polar"]
-Layout = Literal["internlm2", "sequence-classification"]
 ENGINES: tuple[Engine, ...] = ("vllm", "sglang", "lmdeploy", "megatron-polar")
-LAYOUTS: tuple[Layout, ...] = ("internlm2", "sequence-classification")
+END_TOKENS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<eos>")
+"""What closes an answer in common chat formats; OpenRLHF hands answers over with it."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,13 @@ def read_reply(reply: Any, *, contents: Sequence[Content], engine: Engine) -> Re
     return Reply(tuple(_reward_of(entry, keys, position) for position, entry in enumerate(entries)))
 
 
+def without_end(answer: str, end_tokens: Sequence[str] = END_TOKENS) -> str:
+    """An answer of OpenRLHF's without the end tokens that it closes with."""
+    while end := next((token for token in end_tokens if token and answer.rstrip().endswith(token)), None):
+        answer = answer.rstrip().removesuffix(end)
+    return answer
+
+
 def _groups(contents: Sequence[ItemTexts]) -> list[list[ItemTexts]]:
     return [list(group) for _, group in groupby(contents, key=lambda item: (item.prompt, item.reference, item.wrapper))]
 
@@ -204,7 +212,4 @@ def _field(reply: Any, key: str) -> Any:
 
 
 def _brief(value: Any) -> str:
-    """The head of what was received, as it can stand in a message of one line."""
-    text = " ".join((value if isinstance(value, str) else repr(value)).split())
-    text = "".join(mark if mark.isprintable() else f"\\u{ord(mark):04x}" for mark in text[:120])
-    return text + ("..." if len(text) >= 120 else "")
+    return printable(value if isinstance(value, str) else repr(value), limit=120)
