@@ -2,14 +2,24 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import megatron_polar
 from megatron_polar import log
-from megatron_polar.cli_models import add_convert, add_serve
-from megatron_polar.errors import ENVIRONMENT_ERRORS, INTERRUPTED, STALLED, USER_ERROR, RunStopped, UserError
+from megatron_polar.cli_models import add_convert, add_serve, add_wrapper
+from megatron_polar.errors import (
+    ENVIRONMENT_ERRORS,
+    INTERRUPTED,
+    STALLED,
+    USER_ERROR,
+    RunStopped,
+    UserError,
+    describe_os_error,
+)
+from megatron_polar.outputs import check_output_directory, check_output_file
 
 _GO_ON = ("sample", "preprocess", "train")
 """Verbs that, started again, keep what an interrupted call has finished."""
@@ -20,9 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and not ("overrides" in options and all("=" in word and not word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        hint = _hint_at_overrides(rest) if "overrides" in options else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     if rest:  # argparse gives up on positional arguments behind an option: train a.yaml --dry-run a.b=c
-        options.overrides += rest
+        options.overrides = [*options.overrides, *rest]
     try:
         return options.run(options) or 0
     except RunStopped as stop:
@@ -36,14 +47,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in ENVIRONMENT_ERRORS:
             raise
-        where = error.filename or options.verb
-        print(f"error: {where}: {os.strerror(error.errno)}; make room, or check the path", file=sys.stderr, flush=True)
+        print(f"error: {describe_os_error(error, otherwise=options.verb)}", file=sys.stderr, flush=True)
         return USER_ERROR
     except KeyboardInterrupt as interrupt:
         if log.is_first_rank():
             goes_on = ": nothing is lost, the same command goes on from here" if options.verb in _GO_ON else ""
             print(str(interrupt) or f"interrupted{goes_on}", file=sys.stderr, flush=True)
         return INTERRUPTED
+
+
+def _hint_at_overrides(words: Sequence[str]) -> str:
+    """What to write instead of `--train.num_steps=4`."""
+    dashed = next((word for word in words if re.match(r"--?[a-z_]+\.[a-z_]+", word)), None)
+    if dashed is None:
+        return ""
+    key, _, value = dashed.lstrip("-").partition("=")
+    return f"; overrides are written without dashes: {key}={value or 'VALUE'}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,6 +111,7 @@ def _add_sample(verbs) -> None:
 def _sample(options: argparse.Namespace) -> None:
     from megatron_polar.policies.sample import sample_pool
 
+    check_output_directory(options.output)
     report = sample_pool(
         options.pool,
         prompts=options.prompts,
@@ -123,6 +143,7 @@ def _train_tokenizer(options: argparse.Namespace) -> None:
     from megatron_polar.data.records import read_texts
     from megatron_polar.data.tokenizer import train_tokenizer
 
+    check_output_file(options.output)
     texts = read_texts(list_inputs(options.inputs))
     path = train_tokenizer(texts, vocab_size=options.vocab_size, output=options.output)
     log.info(f"{path}: {options.vocab_size} pieces")
@@ -154,6 +175,7 @@ def _add_preprocess(verbs) -> None:
 def _preprocess(options: argparse.Namespace) -> None:
     from megatron_polar.data.preprocess import preprocess
 
+    check_output_directory(options.output)
     preprocess(
         options.inputs,
         output=options.output,
@@ -173,7 +195,8 @@ def _preprocess(options: argparse.Namespace) -> None:
 def _add_train(verbs) -> None:
     verb = verbs.add_parser("train", help="pre-training and fine-tuning from a YAML")
     verb.add_argument("config", type=Path, metavar="CONFIG.yaml")
-    verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="on top of the YAML")
+    # A default of its own: without it argparse calls them required.
+    verb.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="on top of the YAML")
     verb.add_argument("--dry-run", action="store_true", help="check and print the resolved configuration, then stop")
     verb.add_argument(
         "--replay-step", type=int, metavar="N", help="repeat step N micro-batch by micro-batch, change nothing"
@@ -186,6 +209,7 @@ def _train(options: argparse.Namespace) -> int | None:
 
     config = load_config(options.config, options.overrides)
     _refuse_another_place(options, run_directory=Path(config.run.directory))
+    check_output_directory(Path(config.run.directory), name="run.directory")
     if options.dry_run:
         print(dump_config(config), end="")
         return None
@@ -250,21 +274,22 @@ def _add_evaluate(verbs) -> None:
     )
     verb.add_argument("--limit", type=int, help="draw this many items (seeded)")
     verb.add_argument("--seed", type=int, default=0)
-    verb.add_argument("--wrapper", choices=("sft", "pretrain"), default="sft", help="for records that name none")
+    add_wrapper(verb, of="records")
     verb.set_defaults(run=_evaluate)
 
 
 def _evaluate(options: argparse.Namespace) -> int:
     from megatron_polar.score.evaluate import evaluate, exit_status
-    from megatron_polar.score.suites import load_suite
+    from megatron_polar.score.suites import load_suite, with_wrapper
 
+    check_output_directory(options.output)
     items = load_suite(
         options.suite, options.data, limit=options.limit, seed=options.seed, default_wrapper=options.wrapper
     )
     scorer = _load_scorer(options)
     summary = evaluate(
         scorer,
-        items,
+        with_wrapper(items, scorer.default_wrapper(options.wrapper)),
         output=options.output,
         suite=options.suite,
         seed=options.seed,
@@ -283,16 +308,18 @@ def _add_score(verbs) -> None:
     _add_checkpoint_options(verb)
     verb.add_argument("--input", type=Path, required=True, help="JSONL: prompt, reference, output (or outputs: [...])")
     verb.add_argument("--output", type=Path, required=True, help="the same lines with `reward` (or `rewards`) added")
-    verb.add_argument("--wrapper", choices=("sft", "pretrain"), default="sft", help="for lines that name none")
+    add_wrapper(verb, of="lines")
     verb.set_defaults(run=_score)
 
 
 def _score(options: argparse.Namespace) -> None:
     from megatron_polar.score.score_file import read_requests, score_file
 
-    read_requests(options.input, default_wrapper=options.wrapper)  # refuse a bad file before the model is loaded
+    check_output_file(options.output)
+    read_requests(options.input)  # refuse a bad file before the model is loaded
     scorer = _load_scorer(options)
-    count = score_file(scorer, options.input, output=options.output, default_wrapper=options.wrapper)
+    wrapper = scorer.default_wrapper(options.wrapper)
+    count = score_file(scorer, options.input, output=options.output, default_wrapper=wrapper)
     log.info(f"{options.output}: {count} lines scored")
 
 

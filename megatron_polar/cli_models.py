@@ -4,6 +4,17 @@ import argparse
 from pathlib import Path
 
 from megatron_polar.errors import UserError
+from megatron_polar.outputs import check_output_directory
+
+
+def add_wrapper(verb, *, of: str) -> None:
+    """The option of verbs that score: None is the model's own wrapper."""
+    verb.add_argument(
+        "--wrapper",
+        choices=("sft", "pretrain"),
+        help=f"for {of} that name none (default: what the model was trained with, else sft)",
+    )
+
 
 # --- convert ---------------------------------------------------------------------------------------------------------
 
@@ -36,6 +47,7 @@ def add_convert(verbs) -> None:
 def _from_hf(options: argparse.Namespace) -> int:
     from megatron_polar.convert.convert import from_hf
 
+    check_output_directory(options.output)
     checkpoint = from_hf(
         options.model,
         output=options.output,
@@ -56,6 +68,7 @@ def _from_hf(options: argparse.Namespace) -> int:
 def _to_hf(options: argparse.Namespace) -> int:
     from megatron_polar.convert.convert import to_hf
 
+    check_output_directory(options.output)
     if not options.max_shard_size_gb > 0:
         raise UserError(f"--max-shard-size-gb {options.max_shard_size_gb} must be above 0")
     max_bytes = int(options.max_shard_size_gb * 2**30)
@@ -88,7 +101,7 @@ def add_serve(verbs) -> None:
     verb.add_argument("--port", type=int, default=8000, help="0: any free one, which is printed")
     verb.add_argument("--token-file", type=Path, help="file with the bearer token (or: MEGATRON_POLAR_API_KEY)")
     verb.add_argument("--model-name", help="what replies call the model (default: the directory's name)")
-    verb.add_argument("--wrapper", choices=("sft", "pretrain"), default="sft", help="for items that name none")
+    add_wrapper(verb, of="items")
     verb.add_argument("--pooling-shape", choices=("vllm", "lmdeploy"), default="vllm", help="whose /pooling to answer")
     for limit in fields(Limits):
         name = f"--{limit.name.replace('_', '-')}"

@@ -10,6 +10,7 @@ CANNOT_SAVE = 73
 """Checkpoints could not be written several times in a row."""
 ENVIRONMENT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 ENVIRONMENT_ERRORS |= {errno.ELOOP, errno.EISDIR, errno.ENXIO}  # links, directories and pipes in the place of a file
+ENVIRONMENT_ERRORS |= {errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG}  # names where something else or nothing is
 """What the operating system says when the user can mend it; the command line exits with USER_ERROR."""
 STALLED = 74
 """A rank hung or died: start again."""
@@ -45,6 +46,13 @@ class RunStopped(UserError):
 
 def _rebuild_run_stopped(message: str, status: int) -> RunStopped:
     return RunStopped(message, status=status)
+
+
+def describe_os_error(error: OSError, *, otherwise: str) -> str:
+    """What the operating system says, in one line with the path (or `otherwise`) and the remedy."""
+    remedies = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EIO: "check the disk"}
+    where = error.filename2 or error.filename or otherwise
+    return f"{where}: {error.strerror or error}; {remedies.get(error.errno, 'check the path')}"
 
 
 def printable(text: str, *, limit: int) -> str:

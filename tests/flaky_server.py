@@ -13,10 +13,11 @@ class FlakyServer:
     """`answer(request)` gives the reply to a request as (status, headers, object or raw bytes), or None to hang up.
 
     `requests` holds the decoded bodies in the order of their arrival, `most_at_once` how many were under way together.
+    GET /v1/models is answered by `models()` in the same form; without it there is no such page.
     """
 
-    def __init__(self, answer: "Callable[[Request], Any]"):
-        self.answer = answer
+    def __init__(self, answer: "Callable[[Request], Any]", models: Callable[[], Any] = lambda: (404, {}, {})):
+        self.answer, self.models, self.num_looks = answer, models, 0
         self.requests: list[Request] = []
         self.most_at_once = 0
         self._under_way, self._lock = 0, threading.Lock()
@@ -65,7 +66,13 @@ def _handler(server: FlakyServer):
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            reply = server.take(Request(self.path, dict(self.headers), body))
+            self.reply(server.take(Request(self.path, dict(self.headers), body)))
+
+        def do_GET(self):
+            server.num_looks += 1
+            self.reply(server.models())
+
+        def reply(self, reply):
             if reply is None:
                 self.close_connection = True
                 return
@@ -90,7 +97,7 @@ def _handler(server: FlakyServer):
 
 
 def value_of(content: Any) -> float:
-    """A number that tells contents apart: of token ids, of a text, or of (prompt, reference, output, wrapper)."""
+    """A number that tells contents apart: of token ids, of a text, or of prompt, reference, output and wrapper."""
     return zlib.crc32(json.dumps(content).encode()) / 2**32 - 0.5
 
 
@@ -118,7 +125,7 @@ def native(request: Request, value: Callable[[dict, str], float] | None = None) 
     """Our own /v1/score."""
 
     def default(item: dict, output: str) -> float:
-        return value_of([item["prompt"], item["reference"], output, item["wrapper"]])
+        return value_of([item["prompt"], item["reference"], output, item.get("wrapper")])
 
     rewards = [[(value or default)(item, output) for output in item["outputs"]] for item in request.body["items"]]
     return {"model": "m", "rewards": rewards, "truncated": [[False] * len(row) for row in rewards]}

@@ -17,7 +17,7 @@ def sequence_of(tokenizer_path, item: RewardItem, *, max_length=16384, max_respo
             tokenizer,
             prompt=item.prompt,
             trajectory=text,
-            wrapper=item.wrapper,
+            wrapper=item.wrapper or "sft",
             max_response_length=max_response_length,
         )
         for text in (item.reference, item.output)

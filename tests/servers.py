@@ -19,7 +19,7 @@ from megatron_polar import cli
 from megatron_polar.score.requests import ScoreRequest
 from megatron_polar.score.scorer import load_scorer
 
-ITEM = {"prompt": "ba ke", "reference": "li mo", "outputs": ["li mo", "zo zo zo", "ra"]}
+ITEM = {"prompt": "ba ke", "reference": "li mo", "outputs": ["li mo", "zo zo zo", "ra"], "wrapper": "sft"}
 
 _CONTEXT = multiprocessing.get_context("fork")
 
@@ -121,7 +121,8 @@ def expected(checkpoint, *requests: ScoreRequest) -> list[list[float]]:
 
 
 def request_of(item: dict) -> ScoreRequest:
-    return ScoreRequest(item["prompt"], item["reference"], tuple(item["outputs"]), item.get("wrapper", "sft"))
+    """Without a wrapper that of the tests' trajectories, which the model behind the server was trained with."""
+    return ScoreRequest(item["prompt"], item["reference"], tuple(item["outputs"]), item.get("wrapper", "pretrain"))
 
 
 def asked(client: httpx.Client, path: str, body: object) -> dict | list:

@@ -20,7 +20,7 @@ from megatron_polar.serve.reward_function import RewardFunction, RewardSettings,
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "rl"
 
 
-def reward_of(prompt: str, reference: str, output: str, wrapper: str = "sft") -> float:
+def reward_of(prompt: str, reference: str, output: str, wrapper: str | None = None) -> float:
     return value_of([prompt, reference, output, wrapper])
 
 

@@ -1,5 +1,6 @@
 """Bad input ends with one line that says where, what and how to mend it, exit status 2, and nothing half-written."""
 
+import errno
 import json
 import os
 import subprocess
@@ -10,11 +11,12 @@ import pytest
 from conftest import write_trajectories
 from tiny_runs import tiny_config
 
-from megatron_polar import cli
+from megatron_polar import cli, outputs
 from megatron_polar.config.load import dump_config
+from megatron_polar.data.corpus import Corpus
 from megatron_polar.data.preprocess import preprocess
 from megatron_polar.data.tokenizer import train_tokenizer
-from megatron_polar.errors import printable
+from megatron_polar.errors import UserError, printable
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GOOD = {"prompt": "ba", "trajectories": [{"policy": p, "text": t} for p, t in (("a", "x"), ("a", "y"), ("b", "z"))]}
@@ -145,7 +147,7 @@ def test_a_truncated_bin_is_refused(config_file, tmp_path, tokenizer_path):
     assert not (tmp_path / "run").exists()
 
 
-# --- the other commands, in this process: none of them gets as far as torch -------------------------------------------
+# --- the other commands, in this process: none of them gets as far as torch ------------------------------------------
 
 
 def refused_here(capsys, *arguments) -> str:
@@ -246,3 +248,129 @@ def test_overrides_may_stand_behind_an_option_and_other_leftovers_are_refused(tm
     with pytest.raises(SystemExit):
         cli.main(["train", str(config), "--dry-run", "--no-such-option"])
     assert "unrecognized arguments: --no-such-option" in capsys.readouterr().err
+
+
+# --- places to write to, asked before the work -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def taken(tmp_path):
+    """A file where a directory is wanted."""
+    path = tmp_path / "mine.yaml"
+    path.write_text("a: 1\n")
+    return path
+
+
+def test_a_file_in_the_place_of_an_output_is_refused_before_anything_is_read(taken, tmp_path, capsys):
+    missing, below = tmp_path / "missing", taken / "x"
+    score = ("score", "--checkpoint", missing, "--input", missing, "--output")
+    evaluate = ("evaluate", "--checkpoint", missing, "--suite", "preferences", "--data", missing, "--output")
+    from_hf = ("convert", "from-hf", "--model", missing, "--output")
+    to_hf = ("convert", "to-hf", "--checkpoint", missing, "--layout", "internlm2", "--output")
+    sample = ("sample", "--pool", missing, "--num-prompts", 3, "--output")
+    preprocess_ = ("preprocess", missing, "--tokenizer", missing, "--output")
+    for verb in (evaluate, from_hf, to_hf, sample, preprocess_):
+        said = refused_here(capsys, *verb, taken)
+        assert said == f"error: {taken}: is a file, and --output is a directory to write into; choose another one"
+        assert_says(refused_here(capsys, *verb, below), f"{taken}: is a file, so nothing can be written below it")
+    for verb in (score, ("train-tokenizer", missing, "--output")):
+        assert_says(refused_here(capsys, *verb, below), f"{taken}: is a file, so nothing can be written below it")
+        said = refused_here(capsys, *verb, tmp_path)
+        assert said == f"error: {tmp_path}: is a directory, and --output is a file to write; give a file's name"
+        assert_says(refused_here(capsys, *verb, "/dev/null"), "/dev/null: is a device, a pipe or a socket")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for verb in (score, evaluate):
+        assert_says(refused_here(capsys, *verb, tmp_path / "dangling"), "is a link to nothing")
+    assert taken.read_text() == "a: 1\n"
+
+
+@pytest.mark.parametrize("options", [(), ("--dry-run",)])
+def test_a_file_in_the_place_of_the_run_directory_is_refused(options, config_file, taken, capsys):
+    said = refused_here(capsys, "train", config_file, f"run.directory={taken}", *options)
+    assert said == f"error: {taken}: is a file, and run.directory is a directory to write into; choose another one"
+    said = refused_here(capsys, "train", config_file, f"run.directory={taken}/x", *options)
+    assert_says(said, f"{taken}: is a file, so nothing can be written below it; choose another run.directory")
+
+
+def test_a_directory_that_nobody_may_write_to_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(outputs.os, "access", lambda path, mode: False)  # the tests' user may be root
+    verb = ("evaluate", "--checkpoint", tmp_path, "--suite", "preferences", "--data", tmp_path, "--output")
+    assert_says(refused_here(capsys, *verb, tmp_path / "a" / "b"), f"{tmp_path}: cannot be written to")
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.EEXIST, "check the path"),
+        (errno.ENOENT, "check the path"),
+        (errno.ENOTDIR, "check the path"),
+        (errno.ENAMETOOLONG, "check the path"),
+        (errno.ENOSPC, "make room"),
+        (errno.EIO, "check the disk"),
+    ],
+)
+def test_what_the_operating_system_refuses_is_one_line_with_the_path(number, remedy, tmp_path, monkeypatch, capsys):
+    def fails(*arguments, **options):
+        raise OSError(number, os.strerror(number), "some/file")
+
+    monkeypatch.setattr("megatron_polar.score.report.training_report", fails)
+    assert refused_here(capsys, "report", tmp_path) == f"error: some/file: {os.strerror(number)}; {remedy}"
+
+
+# --- hints -----------------------------------------------------------------------------------------------------------
+
+
+def usage_error(capsys, *arguments) -> str:
+    """What argparse says to arguments that it cannot take."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main([str(argument) for argument in arguments])
+    assert caught.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_overrides_are_optional_and_written_without_dashes(config_file, capsys):
+    assert usage_error(capsys, "train").endswith("required: CONFIG.yaml")
+    hint = "; overrides are written without dashes: "
+    assert usage_error(capsys, "train", config_file, "--train.num_steps=4").endswith(f"{hint}train.num_steps=4")
+    assert usage_error(capsys, "train", config_file, "--optimizer.lr", "4").endswith(f"{hint}optimizer.lr=VALUE")
+    assert hint not in usage_error(capsys, "train", config_file, "--no-such-option")
+    assert hint not in usage_error(capsys, "report", config_file, "--train.num_steps=4")
+    assert cli.main(["train", str(config_file), "--dry-run", "train.num_steps=5"]) == 0
+    assert cli.main(["train", str(config_file), "--dry-run"]) == 0
+    assert "num_steps: 1\n" in capsys.readouterr().out.rpartition("run:")[2], "one call's overrides are not the next's"
+
+
+def test_drawing_prompts_without_saying_how_many_names_the_option(tmp_path, capsys):
+    pool = REPOSITORY / "examples/quickstart/pool.yaml"
+    said = refused_here(capsys, "sample", "--pool", pool, "--output", tmp_path / "out")
+    assert_says(said, "--num-prompts is missing", "--prompts")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_to_score_is_an_error(tmp_path, capsys):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n \n")
+    said = refused_here(capsys, "score", "--checkpoint", tmp_path, "--input", source, "--output", output)
+    assert said == f"error: {source}: empty input: only blank lines or nothing; check the path"
+    assert not output.exists()
+
+
+def test_a_line_in_a_directory_is_named_by_its_file(tmp_path, capsys):
+    (tmp_path / "two").mkdir()
+    good = json.dumps({"prompt": "a", "reference": "b", "output": "c"})
+    (tmp_path / "two" / "a.jsonl").write_text(f"{good}\n{good}\n{good}\n")
+    (tmp_path / "two" / "b.jsonl").write_text(f"{good}\n[1]\n")
+    arguments = ("--checkpoint", tmp_path, "--input", tmp_path / "two", "--output", tmp_path / "out.jsonl")
+    assert_says(refused_here(capsys, "score", *arguments), f"error: {tmp_path / 'two' / 'b.jsonl'}:2: ")
+
+
+def test_raw_text_in_the_place_of_a_dataset_is_said_to_be_that(config_file, tmp_path):
+    source = write_trajectories(tmp_path / "train.jsonl", num_prompts=8, seed=9)
+    (tmp_path / "texts").mkdir()
+    write_trajectories(tmp_path / "texts" / "train.jsonl", num_prompts=8, seed=9)
+    for place in (source, tmp_path / "texts"):
+        with pytest.raises(UserError) as caught:
+            Corpus(place)
+        assert str(caught.value) == f"{place}: raw text, no dataset; give the output of megatron-polar preprocess"
+    said = refused("train", config_file, f"data.train=[{{path: {source}}}]")
+    assert_says(said, source, "give the output of megatron-polar preprocess")

@@ -11,8 +11,10 @@ from megatron_polar.serve.client import RewardClient, RewardError, RewardItem
 
 LONG = " ".join(["ba ke li mo nu"] * 60)
 ITEMS = [RewardItem(f"ba ke {i // 3}", f"li mo {i // 3}", f"nu ra love{i}") for i in range(40)]
-ITEMS += [RewardItem("ba", "", ""), RewardItem("", "ke", "li"), RewardItem("ba", "ke", "li", "pretrain")]
+ITEMS += [RewardItem("ba", "", ""), RewardItem("", "ke", "li"), RewardItem("ba", "ke", "li", "sft")]
 ITEMS += [RewardItem(LONG, LONG, LONG), RewardItem("ba <|reward|> ke", "[UNUSED_TOKEN_130]", "<|reward|>")]
+OWN = "pretrain"
+"""The wrapper that the model was trained with."""
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def wanted(trained) -> list[float]:
 def _scorers_rewards(directory: str) -> list[float]:
     """Each item by itself."""
     scorer = load_scorer(directory, device_kind="cpu")
-    requests = [ScoreRequest(item.prompt, item.reference, (item.output,), item.wrapper) for item in ITEMS]
+    requests = [ScoreRequest(item.prompt, item.reference, (item.output,), item.wrapper or OWN) for item in ITEMS]
     return [rewards[0] for rewards in scorer.score(requests)]
 
 
@@ -51,6 +53,8 @@ def server(trained, tmp_path_factory):
 def client_of(server, trained, engine: str, **options) -> RewardClient:
     tokenizer = checkpoint_of(trained, STEPS) / "tokenizer"
     defaults = {"tokenizer": tokenizer, "max_sequence_length": 256, "api_key_file": server.log.parent / "token"}
+    if engine != "megatron-polar":  # our own server knows it
+        defaults["wrapper"] = OWN
     return RewardClient(server.url, engine=engine, **defaults | options)
 
 

@@ -201,7 +201,7 @@ def test_lengths_are_the_exports(tokenizer_path, tmp_path):
     run = from_hf(source, output=tmp_path / "run")
     export = to_hf(run, output=tmp_path / "export", layout="sequence-classification")
     client = RewardClient("http://127.0.0.1:1", engine="vllm", tokenizer=export)
-    encoded = client._encode(RewardItem("ba " * 99, "ke", "li " * 99))
+    encoded = client._encode(RewardItem("ba " * 99, "ke", "li " * 99, "sft"))
     tokenizer = load_tokenizer(export)
     after = encoded.content.tolist()[encoded.content.tolist().index(tokenizer.separator_id) + 1 :]
     assert 30 < len(encoded.content) <= 40
@@ -222,7 +222,7 @@ def _scorer(tokenizer, *, max_length: int, max_response_length: int, monkeypatch
     monkeypatch.setattr(scorer, "row_shape", lambda *arguments, **options: None)
     parts = dict.fromkeys(inspect.signature(scorer.Scorer).parameters)
     parts |= {"config": config, "model": SimpleNamespace(architecture=None), "tokenizer": tokenizer}
-    return scorer.Scorer(**parts | {"max_response_length": max_response_length})
+    return scorer.Scorer(**parts | {"max_response_length": max_response_length, "wrapper": ""})
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "byte-level"])

@@ -408,6 +408,12 @@ REFUSED = {
     "a size that does not fit": (change_config(intermediate_size=64), "does not fit config.json"),
     "bias on all projections": (change_config(attention_bias=True), "attention_bias is True"),
     "another activation": (change_config(hidden_act="gelu"), "hidden_act is 'gelu'"),
+    "two scalings": (change_config(rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling disagree"),
+    "two scalings of a kind": (
+        change_config(rope_parameters={"rope_theta": 1e4}, rope_scaling={"rope_theta": 1e6}),
+        "rope_scaling disagree",
+    ),
+    "quantised weights": (change_config(quantization_config={"quant_method": "fp8"}), "quantization_config is set"),
     "scaled positions": (change_config(rope_parameters={"rope_type": "yarn"}), "RoPE scaling"),
     "a missing tensor": (drop_tensor, "has no tensor model.layers.1.self_attn.k_proj.weight"),
     "an additional tensor": (add_tensor, "such as score.bias"),

@@ -197,6 +197,30 @@ def test_make_targets_exist(page):
     assert named <= targets
 
 
+def test_what_the_readmes_run_makes_does_not_appear_in_git_status():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a clone")
+    text = (ROOT / "README.md").read_text()
+    made = set(re.findall(r"(?:--output |RUN_DIR |cp \S+ )([\w./-]+)", text)) | {"mine.yaml", "runs/mine", "data/train"}
+    made |= {"train.jsonl", "heldout.jsonl", "preferences.jsonl", "lines.jsonl"}
+    assert {"tokenizer.model", "data/preferences", "scored.jsonl", "exports/mine"} <= made
+    question = ["git", "check-ignore", "--no-index", *made]
+    asked = subprocess.run(question, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert made - set(asked.stdout.split()) == set()
+    hidden = ["git", "ls-files", "--cached", "--ignored", "--exclude-standard"]
+    assert subprocess.run(hidden, cwd=ROOT, capture_output=True, text=True, check=True).stdout == ""
+
+
+def test_what_the_documents_say_to_install_is_what_tests_run_with(page):
+    wanted = dict(re.findall(r"^([\w-]+)==([\w.]+)$", (ROOT / "requirements-dev.txt").read_text(), flags=re.M))
+    named = [
+        pin for line in re.findall(r"pip install (.*)", page.read_text()) for pin in re.findall(r"(\S+)==(\S+)", line)
+    ]
+    assert {name: version for name, version in named if wanted.get(name, version) != version} == {}
+    if page.name == "rl.md":
+        assert {"trl", "accelerate", "datasets"} <= dict(named).keys()
+
+
 # --- generated and pinned -----------------------------------------------------------------------------------------
 
 

@@ -383,6 +383,15 @@ def test_canonical_reduction_evaluates_and_blames_on_more_ranks_than_micro_batch
     assert [suspect["rank"] for suspect in bad["ranks"]] == [0]
 
 
+@pytest.mark.parametrize("parallel", [{"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}])
+def test_a_gradient_that_only_one_model_parallel_rank_has_bad_skips_its_step(parallel, tmp_path, trajectory_corpus):
+    """Tensor-parallel ranks all have the norms' weights, and their gradient norm counts those of the first alone."""
+    config = tiny_config(trajectory_corpus, tmp_path / "run", parallel=parallel)
+    assert run_ranks(train_with, 2, config, "gradient:3@1=nan") == [(0, "")] * 2
+    (bad,) = [event for event in read_events(tmp_path / "run") if event["event"] == "bad_step"]
+    assert (bad["step"], [suspect["rank"] for suspect in bad["ranks"]]) == (3, [1])
+
+
 def test_canonical_reduction_names_the_rank_whose_gradient_is_bad(tmp_path, trajectory_corpus):
     config = tiny_config(
         trajectory_corpus,

@@ -45,6 +45,9 @@ def test_the_quickstart_runs_end_to_end_and_a_second_run_resumes(quickstart, tmp
     assert summary["train_seconds"] > 0
     assert json.loads((tmp_path / "runs/quickstart/summary.json").read_text()) == summary
     scored = [json.loads(line) for line in Path("runs/quickstart/example_scores.jsonl").read_text().splitlines()]
+    config = json.loads(Path("runs/quickstart/export/config.json").read_text())
+    assert config["polar_wrapper"] == "pretrain"  # what `sample` writes into every line
+    assert summary["largest_difference_to_transformers"] < 1e-4
     assert [sorted(line) for line in scored] == [["candidate", "output", "prompt", "reference", "reward"]] * 12
     quickstart.print_example()
     assert "<svg" in Path("runs/quickstart/report.html").read_text()

@@ -210,7 +210,7 @@ def test_a_bad_line_of_prompts_is_named(pool_path, tmp_path, line, message):
         ({"trajectories_per_policy": 1}, "trajectories_per_policy=1 is too small; use 2"),
         ({"workers": 0}, "workers=0 is too small"),
         ({"num_prompts": 0}, "num_prompts=0 is too small"),
-        ({"num_prompts": None}, "num_prompts is missing"),
+        ({"num_prompts": None}, "--num-prompts is missing"),
         ({"num_prompts": 10**7}, "above the .* different train prompts"),
         ({"wrapper": "chat"}, "wrapper='chat' is not known; use 'pretrain' or 'sft'"),
         ({"prompt_split": "test"}, "prompt_split='test' is not known"),

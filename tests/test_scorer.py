@@ -17,9 +17,11 @@ from megatron_polar.model.build import build_model
 from megatron_polar.parallel import topology as ranks
 from megatron_polar.parallel.device import select_device
 from megatron_polar.score import scorer as scorer_module
+from megatron_polar.score.evaluate import evaluate
 from megatron_polar.score.requests import ScoreRequest
 from megatron_polar.score.score_file import read_requests
 from megatron_polar.score.scorer import load_scorer
+from megatron_polar.score.suites import EvaluationItem
 from megatron_polar.train.build import open_data
 from megatron_polar.train.gradients import GradientReduction
 from megatron_polar.train.optimizer import build_optimizer
@@ -229,6 +231,7 @@ def test_the_command_copies_lines_and_adds_rewards(trained, records, tmp_path):
             "prompt": [{"role": "user", "content": "ba"}, {"role": "user", "content": "ke"}],
             "reference": "li",
             "output": "mo",
+            "wrapper": "sft",
         },
     ]
     source, output = tmp_path / "in.jsonl", tmp_path / "deep" / "out.jsonl"
@@ -240,7 +243,7 @@ def test_the_command_copies_lines_and_adds_rewards(trained, records, tmp_path):
     expected = score(
         trained,
         [
-            ScoreRequest(base[0].prompt, base[0].reference, base[0].outputs[:1], "sft"),
+            ScoreRequest(base[0].prompt, base[0].reference, base[0].outputs[:1], "pretrain"),  # as in training
             base[1],
             ScoreRequest("ba\nke", "li", ("mo",), "sft"),
         ],
@@ -271,7 +274,7 @@ def test_a_bad_line_is_refused_with_its_place_before_any_model_is_loaded(line, p
     source = tmp_path / "in.jsonl"
     source.write_text(f"{GOOD}\n{line}\n")
     with pytest.raises(UserError) as caught:
-        read_requests(source, default_wrapper="sft")
+        read_requests(source)
     assert str(caught.value).startswith(f"{source}:2: ")
     assert part in str(caught.value)
     arguments = ["--checkpoint", str(tmp_path), "--input", str(source), "--output", str(tmp_path / "out.jsonl")]
@@ -332,3 +335,20 @@ def test_a_reward_that_is_not_finite_is_an_error_with_its_line_and_leaves_no_fil
         score_file(NanScorer(), source, output=tmp_path / "out.jsonl", default_wrapper="sft")
     assert str(caught.value).startswith(f"{source}:3: rewards [1.0, nan] are not finite")
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_outputs_that_a_cut_makes_the_same_tie_and_are_counted(trained, tmp_path, capfd):
+    """In rows of their own they would differ by roundings, and their order would be chance."""
+    word = "bakelimo " * 400
+    item = EvaluationItem("i", "p", "r", (word + "a", word + "b", "c"), (2, 1, 0), "c", "sft")
+    summary, rewards = run_ranks(score_cut, 1, trained.run.directory, item, tmp_path)[0]
+    assert summary["outputs_cut"] == 2
+    assert rewards[0] == rewards[1] != rewards[2]
+    assert "2 candidates were cut as in training" in capfd.readouterr().err
+
+
+def score_cut(checkpoint, item, directory):
+    scorer = load_scorer(checkpoint, device_kind="cpu")
+    summary = evaluate(scorer, [item], output=directory / "out", suite="s")
+    (line,) = (directory / "out" / "rewards.jsonl").read_text().splitlines()
+    return summary, json.loads(line)["rewards"]

@@ -52,7 +52,7 @@ def client(server):
 
 def texts_of(item: dict) -> list[str]:
     """The whole POLAR text of each output, as clients of engines build it."""
-    joint = "\n" if item.get("wrapper", "sft") == "sft" else ""
+    joint = "\n" if item.get("wrapper", "pretrain") == "sft" else ""
     head = f"{item['prompt']}{joint}{item['reference']}{SEPARATOR}{item['prompt']}{joint}"
     return [f"{head}{output}{REWARD}" for output in item["outputs"]]
 
@@ -119,7 +119,7 @@ def test_openrlhf_gets_the_label_as_reference_and_the_query_without_its_prompt_a
     body = {"query": ["ba ke li", "nu zo"], "prompts": ["ba ke", "nu"], "labels": ["mo", "ra"]}
     answer = asked(client, "/get_reward", body)
     wanted = expected(
-        checkpoint, ScoreRequest("ba ke", "mo", (" li",), "sft"), ScoreRequest("nu", "ra", (" zo",), "sft")
+        checkpoint, ScoreRequest("ba ke", "mo", (" li",), "pretrain"), ScoreRequest("nu", "ra", (" zo",), "pretrain")
     )
     np.testing.assert_allclose(answer["rewards"], np.concatenate(wanted), atol=1e-6)
     np.testing.assert_allclose(answer["scores"], [sigmoid(reward) for reward in answer["rewards"]])

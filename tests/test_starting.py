@@ -1,5 +1,7 @@
 """Where a run may not start from: a model that its weights were not trained as."""
 
+import shutil
+
 import pytest
 from ranks import run_ranks
 from tiny_runs import change, metric_rows, run_training, tiny_config, training_refusal
@@ -38,3 +40,12 @@ def test_heads_of_another_number_are_another_function(trajectory_corpus, tmp_pat
     shape |= {f"model__{name}": value for name, value in other.items()}
     config = tiny_config(trajectory_corpus, tmp_path / "new", train__init_from=str(tmp_path / "run"), **shape)
     assert "was made with model.num_attention_heads=4, and this run has 2" in training_refusal(config)
+
+
+def test_a_run_whose_checkpoints_have_vanished_does_not_start_over(trajectory_corpus, tmp_path):
+    config = tiny_config(trajectory_corpus, tmp_path / "run", train__num_steps=3)
+    run_ranks(run_training, 1, config)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    message = training_refusal(change(config, train__num_steps=6))
+    assert f"{tmp_path}/run: events.jsonl tells of a checkpoint of step 3, and there is none" in message
+    assert [row["iteration"] for row in metric_rows(tmp_path / "run")] == [1, 2, 3]

@@ -88,6 +88,23 @@ def test_the_mean_reward_of_a_policy_rises(reward_model, tmp_path):
     assert (tmp_path / "trained/model.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({}, "error: set MEGATRON_POLAR_REWARD_URL to the reward server's address, such as http://127.0.0.1:8000"),
+        ({"URL": "http://127.0.0.1:9", "STD": "0"}, "error: mean=None and std=0.0: give both, std above 0, or neither"),
+    ],
+)
+def test_wrong_variables_are_said_at_the_start(variables, said, tmp_path):
+    """Before TRL is loaded, and before the model and the data are looked at."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MEGATRON_POLAR_REWARD_")}
+    environment |= {f"MEGATRON_POLAR_REWARD_{name}": value for name, value in variables.items()}
+    command = [sys.executable, str(EXAMPLE), "--model", "none", "--data", "none", "--output", str(tmp_path / "out")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    assert result.returncode != 0
+    assert result.stderr.splitlines() == [said]
+
+
 def test_a_run_whose_rewards_cannot_be_had_ends_with_the_reason(tmp_path):
     result = train(tmp_path, "--max-steps", "2", url="http://127.0.0.1:9", retries=1)
     assert result.returncode != 0

@@ -66,7 +66,7 @@ def sequences(export: Path, items: list[RewardItem]) -> list[list[int]]:
     scorer = load_scorer(export, device_kind="cpu")
     found = []
     for item in items:
-        request = ScoreRequest(item.prompt, item.reference, (item.output,), item.wrapper)
+        request = ScoreRequest(item.prompt, item.reference, (item.output,), item.wrapper or scorer.wrapper)
         found.append(scorer.tokenize(request).sequence(0))
     return found
 

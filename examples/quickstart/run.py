@@ -111,7 +111,7 @@ def steps() -> list[tuple[str, ...]]:
         ),
         (
             "Score them",
-            *(*polar, "score", "--checkpoint", str(RUN), "--wrapper", "pretrain"),
+            *(*polar, "score", "--checkpoint", str(RUN)),
             *("--input", str(RUN / "example.jsonl"), "--output", str(RUN / "example_scores.jsonl")),
         ),
         (

@@ -14,13 +14,14 @@ from transformers.utils import logging
 
 @torch.no_grad()
 def main(export: str, lines: Path, output: Path) -> None:
-    """Add `transformers_reward` to every line; texts are joined as the "pretrain" wrapper does."""
+    """Add `transformers_reward` to every line; texts are joined as the export's config.json says."""
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(export)
     model = AutoModelForSequenceClassification.from_pretrained(export).eval()
+    between = "" if model.config.polar_wrapper == "pretrain" else "\n"
     records = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
     for record in records:
-        reference, candidate = (record["prompt"] + record[key] for key in ("reference", "output"))
+        reference, candidate = (record["prompt"] + between + record[key] for key in ("reference", "output"))
         text = f"{reference}<|reward|>{candidate}[UNUSED_TOKEN_130]"
         record["transformers_reward"] = model(**tokenizer(text, return_tensors="pt")).logits.item()
     output.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

@@ -28,7 +28,12 @@ from megatron_polar.convert.hugging_face import HuggingFaceModel, config_of, ope
 from megatron_polar.convert.megatron import SavedTensors, TensorWriter
 from megatron_polar.convert.tensors import padded, separate
 from megatron_polar.convert.tokenizer import export_tokenizer, warn_of_another_tokenizer
-from megatron_polar.data.template import EXPORTED_RESPONSE_LENGTH, EXPORTED_SEQUENCE_LENGTH
+from megatron_polar.data.template import (
+    EXPORTED_RESPONSE_LENGTH,
+    EXPORTED_SEQUENCE_LENGTH,
+    EXPORTED_TOKENIZER,
+    EXPORTED_WRAPPER,
+)
 from megatron_polar.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_polar.errors import UserError
 from megatron_polar.manifest import HashedFile
@@ -74,7 +79,9 @@ def from_hf(
     codec = load_tokenizer(tokenizer or model, separator_token=separator_token, reward_token=reward_token)
     if tokenizer:
         warn_of_another_tokenizer(codec, given=tokenizer, model=model)
-    source.check_tokenizer(codec, where=tokenizer or model)
+    is_own = not (tokenizer or separator_token or reward_token)
+    source.check_tokenizer(codec, where=tokenizer or model, is_own=is_own)
+    wrapper = source.wrapper
     if has_checkpoints(output):
         raise UserError(f"{output}: has checkpoints already; choose another --output")
     kind = DTYPES[dtype] if dtype else torch.bfloat16 if source.dtype == torch.bfloat16 else torch.float32
@@ -95,8 +102,17 @@ def from_hf(
         if not has_head:
             writer.add(HEAD, torch.zeros(1, architecture.hidden_size))
         writer.finish()
-        limit = source.max_response_length
-        _write_small_files(saved, writer, config=config, tokenizer=codec, max_response_length=limit)
+        state = TrainingState(
+            step=0,
+            consumed_comparisons=0,
+            data_fingerprint="",
+            max_response_length=source.max_response_length,
+            layout={},
+            backend="",
+            precision=config.train.precision,
+            wrapper=wrapper,
+        )
+        _write_small_files(saved, writer, config=config, tokenizer=codec, state=state)
         checkpoint = publish(saved, step=0, entries=writer.entries)
     except BaseException:
         shutil.rmtree(saved, ignore_errors=True)
@@ -122,17 +138,8 @@ def _decide_head(source: HuggingFaceModel, head: str | None, *, is_needed: bool)
 
 
 def _write_small_files(
-    saved: Path, writer: TensorWriter, *, config: RunConfig, tokenizer: Tokenizer, max_response_length: int
+    saved: Path, writer: TensorWriter, *, config: RunConfig, tokenizer: Tokenizer, state: TrainingState
 ) -> None:
-    state = TrainingState(
-        step=0,
-        consumed_comparisons=0,
-        data_fingerprint="",
-        max_response_length=max_response_length,
-        layout={},
-        backend="",
-        precision=config.train.precision,
-    )
     tokenizer.save(saved / "tokenizer")
     for name, content in (("config.yaml", dump_config(config).encode()), ("state.json", encode_state(state))):
         with HashedFile(saved / name) as file:
@@ -185,8 +192,12 @@ def to_hf(
         dtype=_TORCH_NAMES[kind],
         ids={name: id for name, id in ids.items() if id is not None},
     )
+    state = read_state(directory)
     settings[EXPORTED_SEQUENCE_LENGTH] = config.data.max_sequence_length
-    settings[EXPORTED_RESPONSE_LENGTH] = read_state(directory).max_response_length
+    settings[EXPORTED_RESPONSE_LENGTH] = state.max_response_length
+    settings[EXPORTED_TOKENIZER] = tokenizer.fingerprint
+    if state.wrapper:
+        settings[EXPORTED_WRAPPER] = state.wrapper
     with _fresh_directory(output) as target:
         with refusing_what_is_wrong(directory):
             tensors = _exported(saved, wanted, architecture, vocab_size=vocab_size, kind=kind)

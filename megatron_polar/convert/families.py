@@ -201,6 +201,10 @@ def model_section(config: dict[str, Any], family: Family, *, where: str) -> Mode
 
 def _refuse_what_changes_results(config: dict[str, Any], family: Family, *, where: str) -> None:
     expected = {"hidden_act": ("silu",), "mlp_bias": (False,), "bias": (False,), "use_sliding_window": (False,)}
+    if config.get("quantization_config"):
+        raise UserError(
+            f"{where}: quantization_config is set: quantised weights cannot be converted; use the originals"
+        )
     if family is not QWEN2:  # whose bias on q, k, v is not in its configuration
         expected["attention_bias"] = (False,)
     for key, allowed in expected.items():
@@ -212,11 +216,17 @@ def _refuse_what_changes_results(config: dict[str, Any], family: Family, *, wher
 
 def _rope(config: dict[str, Any], *, where: str) -> tuple[float, float | None]:
     """RoPE's base, and Llama 3.1's scaling factor or None. transformers 4 and 5 write these differently."""
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        raise UserError(f"{where}: rope_scaling is {scaling!r:.80}; fetch the file again")
+    given = {name: config[name] for name in ("rope_parameters", "rope_scaling") if config.get(name)}
+    for name, scaling in given.items():
+        if not isinstance(scaling, dict):
+            raise UserError(f"{where}: {name} is {scaling!r:.80}; fetch the file again")
+    settings = {(name, repr(value)) for scaling in given.values() for name, value in scaling.items()}
+    kinds = {_kind_of_rope(scaling) for scaling in given.values()}
+    if len(kinds) > 1 or len({name for name, _ in settings}) < len(settings):
+        raise UserError(f"{where}: rope_parameters and rope_scaling disagree ({given}); take out the one that is wrong")
+    scaling = {name: value for entry in given.values() for name, value in entry.items()}
     theta = _number({**config, **scaling}, "rope_theta", where=where, default=10000)
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = _kind_of_rope(scaling)
     if kind in ("default", "dynamic"):  # dynamic: nothing changes within max_position_embeddings
         return theta, None
     llama3 = {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
@@ -226,6 +236,10 @@ def _rope(config: dict[str, Any], *, where: str) -> tuple[float, float | None]:
         f"{where}: RoPE scaling {scaling} cannot be expressed here; known are default, dynamic (within "
         f"max_position_embeddings) and Llama 3.1's {llama3}"
     )
+
+
+def _kind_of_rope(scaling: dict[str, Any]) -> str:
+    return str(scaling.get("rope_type", scaling.get("type", "default")))
 
 
 def _positive(config: dict[str, Any], key: str, *, where: str, default: int | None = None) -> int:

@@ -28,7 +28,13 @@ from megatron_polar.convert.families import (
     shape_of,
 )
 from megatron_polar.convert.tensors import join
-from megatron_polar.data.template import EXPORTED_RESPONSE_LENGTH, EXPORTED_SEQUENCE_LENGTH, POLAR_RESPONSE_TOKENS
+from megatron_polar.data.template import (
+    EXPORTED_RESPONSE_LENGTH,
+    EXPORTED_SEQUENCE_LENGTH,
+    POLAR_RESPONSE_TOKENS,
+    check_exported_tokenizer,
+    exported_wrapper,
+)
 from megatron_polar.data.tokenizer import Tokenizer
 from megatron_polar.errors import UserError
 from megatron_polar.manifest import sync_file
@@ -61,8 +67,16 @@ class HuggingFaceModel:
         """Tokens kept of an answer; an export of ours says so, for others it is POLAR's number."""
         return _positive_or(self.config.get(EXPORTED_RESPONSE_LENGTH), POLAR_RESPONSE_TOKENS)
 
-    def check_tokenizer(self, tokenizer: Tokenizer, *, where: Path | str) -> None:
-        """Raise UserError for a tokenizer that cannot be this model's."""
+    @property
+    def wrapper(self) -> str:
+        """What joined prompts and answers in training, if this is an export of ours that says so; else ""."""
+        return exported_wrapper(self.config, where=f"{self.directory / 'config.json'}")
+
+    def check_tokenizer(self, tokenizer: Tokenizer, *, where: Path | str, is_own: bool = True) -> None:
+        """Raise UserError for a tokenizer that cannot be this model's; `is_own`: that lies beside it, and must be what
+        it was exported with."""
+        if is_own:
+            check_exported_tokenizer(self.config, tokenizer.fingerprint, where=f"{where}")
         if tokenizer.vocab_size > self.model.vocab_size:
             raise UserError(
                 f"{where}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, and the model's embedding "

@@ -16,12 +16,17 @@ _SPECIAL = {"single_word": False, "lstrip": False, "rstrip": False, "normalized"
 
 def export_tokenizer(tokenizer: Tokenizer, target: Path, *, max_length: int) -> None:
     """Write a tokenizer into an export. Its control tokens are active in text there, and BOS comes by itself, as in
-    POLAR's own. Warns when transformers encodes a probe differently from training."""
+    POLAR's own. Warns when transformers encodes a probe differently from training. Raises UserError for a tokenizer
+    that the export's files cannot express."""
     from transformers import PreTrainedTokenizerFast
 
     tokenizer.save(target)
     if tokenizer.kind == "sentencepiece":
         _write_fast(tokenizer, target, max_length=max_length)
+        if load_tokenizer(target).fingerprint != tokenizer.fingerprint:
+            raise UserError(
+                f"{target}: the exported tokenizer is not that of the checkpoint; give it as tokenizer.json"
+            )
     fast = PreTrainedTokenizerFast.from_pretrained(target)
     different = [probe for probe in _PROBES if not _agrees(fast, tokenizer, probe)]
     if different:
@@ -78,6 +83,18 @@ def _write_fast(tokenizer: Tokenizer, target: Path, *, max_length: int) -> None:
         model_max_length=max_length,
         padding_side="left",
     ).save_pretrained(target)
+    _add_what_ids_depend_on(tokenizer, target / "tokenizer_config.json")
+
+
+def _add_what_ids_depend_on(tokenizer: Tokenizer, path: Path) -> None:
+    """transformers has written its own configuration over the tokenizer's; tokenizer.model alone needs these of it."""
+    config = orjson.loads(path.read_bytes())
+    if tokenizer.added_tokens:
+        named = {str(id): {"content": token, **_SPECIAL} for token, id in tokenizer.added_tokens.items()}
+        config["added_tokens_decoder"] = named
+    if tokenizer.bos_id is None:
+        config["add_bos_token"] = False
+    path.write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))
 
 
 def _agrees(fast, tokenizer: Tokenizer, text: str) -> bool:

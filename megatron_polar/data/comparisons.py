@@ -74,6 +74,12 @@ class ComparisonDataset:
         parts += [str(self.seed), str(self.candidates_per_comparison), str(self.max_sequence_length)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
+    @property
+    def wrapper(self) -> str:
+        """What joins prompt and answer in all of the data; "" where that differs or is not known."""
+        found = {corpus.wrapper for corpus in self.corpora}
+        return found.pop() if len(found) == 1 else ""
+
     def locate(self, index: int) -> tuple[int, int]:
         """The corpus, and the running number of the draw from it, that comparison `index` means."""
         epoch, position = divmod(index, len(self))

@@ -13,6 +13,7 @@ import numpy as np
 import orjson
 
 from megatron_polar import log
+from megatron_polar.data.lines import INPUT_SUFFIXES
 from megatron_polar.data.preprocess import preprocess
 from megatron_polar.data.preprocess_report import PreprocessReport
 from megatron_polar.data.storage import (
@@ -58,19 +59,27 @@ def _refusing_damage(path: Path) -> Iterator[None]:
         raise UserError(f"{error.filename or path}: cannot be read ({error.strerror}); check the disk") from error
 
 
+_REMEDY = "give a directory that `preprocess` has written"
+_RAW_TEXT = "raw text, no dataset; give the output of megatron-polar preprocess"
+
+
 def _check_place(path: Path) -> None:
     """Refuse a path that was mistaken for a dataset, and say what is there instead."""
+    if path.is_file() and path.name.endswith(INPUT_SUFFIXES):
+        raise UserError(f"{path}: {_RAW_TEXT}")
     if not path.is_dir():
         raise UserError(f"{path}: {'not a' if path.exists() else 'no such'} directory; check the path")
     if any(os.path.lexists(path / name) for name in (MANIFEST, TOKENS, INDEX, WORK)):
         return  # a dataset, or what is left of one
     inside = sorted(str(entry.parent) for entry in path.glob(f"*/{TOKENS}"))
     if (path / "checkpoints").is_dir() or (path / "status.json").is_file():
-        problem = "a run directory of `train`, no dataset; give a directory that `preprocess` has written"
+        problem = f"a run directory of `train`, no dataset; {_REMEDY}"
     elif inside:
         problem = f"no dataset itself, but holds some; give {', '.join(inside[:4])}{', ...' if inside[4:] else ''}"
+    elif any(entry.name.endswith(INPUT_SUFFIXES) for entry in path.iterdir()):
+        problem = _RAW_TEXT
     else:
-        problem = f"no dataset ({MANIFEST} is missing); give a directory that `preprocess` has written"
+        problem = f"no dataset ({MANIFEST} is missing); {_REMEDY}"
     raise UserError(f"{path}: {problem}")
 
 
@@ -104,6 +113,13 @@ class Corpus:
         files = [self.manifest["files"][name]["sha256"] for name in (TOKENS, INDEX)]
         parts = [FORMAT_VERSION, files, self.manifest["policies"], self.manifest["tokenizer"]["fingerprint"]]
         return hashlib.sha256(orjson.dumps(parts)).hexdigest()
+
+    @property
+    def wrapper(self) -> str:
+        """What joins prompt and answer in all documents; "" where they differ, and where an older `preprocess` did not
+        write it down."""
+        found = self.manifest.get("wrappers", ())
+        return found[0] if len(found) == 1 else ""
 
     @property
     def control(self) -> ControlTokens:

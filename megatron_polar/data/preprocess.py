@@ -304,6 +304,7 @@ def _publish(merger: Merger, manifest: dict, *, tokenizer: Tokenizer, output: Pa
     maxima = {name: merger.counts[name] for name in MAXIMA}
     manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, **manifest}
     manifest |= {"counts": counts, "invariants": {**sequences, **maxima}, "policies": list(merger.policies)}
+    manifest["wrappers"] = sorted(merger.wrappers)
     manifest |= {"files": entries, "blocks": {TOKENS: written[0].blocks}}
     with HashedFile(work / MANIFEST) as file:
         file.write(encode_manifest(manifest))

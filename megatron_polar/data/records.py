@@ -37,7 +37,7 @@ class TrajectoryGroup:
 
     prompt: str
     trajectories: tuple[Trajectory, ...]
-    wrapper: str
+    wrapper: str | None
     meta: dict
 
 
@@ -48,7 +48,7 @@ class Preference:
     prompt: str
     reference: str
     candidates: tuple[str, ...]
-    wrapper: str
+    wrapper: str | None
     meta: dict
 
 
@@ -62,11 +62,12 @@ class Distinct:
 
 
 def parse_record(
-    line: bytes | str, *, source: str, line_number: int, default_wrapper: str = "sft"
+    line: bytes | str, *, source: str, line_number: int, default_wrapper: str | None = "sft"
 ) -> TrajectoryGroup | Preference:
     """Read one input line of docs/data.md, whichever of the three forms it has.
 
-    Raises RecordError (a UserError) whose message starts with `source:line_number`.
+    `default_wrapper` is for a line that names none; None leaves it open. Raises RecordError (a UserError) whose message
+    starts with `source:line_number`.
     """
     try:
         return _parse(_load_object(line), default_wrapper=default_wrapper)
@@ -143,7 +144,7 @@ def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> None:
 _ALL_KEYS = json.JSONDecoder(object_pairs_hook=_refuse_repeated_keys, parse_int=str, parse_float=str)
 
 
-def _parse(value: dict, *, default_wrapper: str) -> TrajectoryGroup | Preference:
+def _parse(value: dict, *, default_wrapper: str | None) -> TrajectoryGroup | Preference:
     if "trajectories" in value:
         required: tuple[str, ...] = ("prompt", "trajectories")
     elif "ranked" in value:
@@ -159,7 +160,7 @@ def _parse(value: dict, *, default_wrapper: str) -> TrajectoryGroup | Preference
     if not prompt.strip():
         raise _Reason("'prompt' is empty; every record needs a prompt, drop the line")
     wrapper = value.get("wrapper", default_wrapper)
-    if wrapper not in WRAPPERS:
+    if wrapper not in WRAPPERS and ("wrapper" in value or wrapper is not None):
         raise _Reason(f"'wrapper' is {_describe(wrapper)}; use one of {', '.join(WRAPPERS)}")
     meta = {key: item for key, item in value.items() if key not in (*required, "wrapper")}
     if "trajectories" in value:

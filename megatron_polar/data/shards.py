@@ -27,7 +27,17 @@ import xxhash
 from megatron_polar import faults, log
 from megatron_polar.data.lines import InputLine, RecordError, read_lines, too_long
 from megatron_polar.data.records import Preference, TrajectoryGroup, drop_duplicates, parse_record
-from megatron_polar.data.storage import COUNTS, HEADER_FIELDS, INDEX, KINDS, MAXIMA, QUARANTINE, TOKENS, write_index
+from megatron_polar.data.storage import (
+    COUNTS,
+    HEADER_FIELDS,
+    INDEX,
+    KINDS,
+    MAXIMA,
+    QUARANTINE,
+    TOKENS,
+    WRAPPER_FIELD,
+    write_index,
+)
 from megatron_polar.data.template import WRAPPERS, encode_half
 from megatron_polar.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_polar.errors import UserError
@@ -199,19 +209,27 @@ def _read_shard(shard: Path, done: dict) -> tuple[np.ndarray, np.ndarray, np.nda
         or lengths[headers].min(initial=HEADER_FIELDS) < HEADER_FIELDS
     ):
         raise Damaged(f"{shard.name}: its numbers of tokens, sequences and documents do not fit together")
+    wrappers = tokens[_header_places(lengths, documents) + WRAPPER_FIELD]
+    if wrappers.min(initial=0) < 0 or wrappers.max(initial=0) >= len(WRAPPERS):
+        raise Damaged(f"{shard.name} has a wrapper that is none of {', '.join(WRAPPERS)}")
     policies = tokens[_policy_places(lengths, documents)]
     if policies.min(initial=-1) < -1 or policies.max(initial=-1) >= len(done["policies"]):
         raise Damaged(f"{shard.name} has policies that its done file does not name")
     return tokens, lengths, documents
 
 
+def _header_places(lengths: np.ndarray, documents: np.ndarray) -> np.ndarray:
+    """Where in the tokens the headers begin."""
+    starts = np.cumsum(lengths, dtype=np.int64) - lengths
+    return starts[np.cumsum(documents, dtype=np.int64) - documents]
+
+
 def _policy_places(lengths: np.ndarray, documents: np.ndarray) -> np.ndarray:
     """Where in the tokens the policy ids of all headers are."""
-    starts = np.cumsum(lengths, dtype=np.int64) - lengths
     headers = np.cumsum(documents, dtype=np.int64) - documents  # sequence number of every document's header
     sizes = lengths[headers] - HEADER_FIELDS
     within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    return np.repeat(starts[headers] + HEADER_FIELDS, sizes) + within
+    return np.repeat(_header_places(lengths, documents) + HEADER_FIELDS, sizes) + within
 
 
 # ---------------------------------------------------------------- in the workers
@@ -347,6 +365,7 @@ class Merger:
         self._work = work
         self.counts: Counter = Counter(dict.fromkeys((*COUNTS, *MAXIMA), 0))
         self.policies: dict[str, int] = {}
+        self.wrappers: set[str] = set()
         self.num_sequences = 0
 
     def __enter__(self) -> "Merger":
@@ -365,6 +384,8 @@ class Merger:
         faults.point("merge")
         tokens, lengths, documents = _read_shard(shard, done)
         self._use_global_policies(tokens, lengths, documents, names=done["policies"])
+        numbers = np.unique(tokens[_header_places(lengths, documents) + WRAPPER_FIELD])
+        self.wrappers |= {WRAPPERS[number] for number in numbers}
         self._tokens.write(tokens.tobytes())
         self._lengths.write(lengths.tobytes())
         self._documents.write(documents.tobytes())

@@ -8,6 +8,7 @@ import numpy as np
 import xxhash
 
 from megatron_polar import log
+from megatron_polar.data.template import WRAPPERS
 from megatron_polar.manifest import (
     MANIFEST,
     Damaged,
@@ -42,6 +43,7 @@ COUNTS = (
     "identical_candidates",
 )
 HEADER_FIELDS = 3  # kind, wrapper, prompt length; then one policy id per half
+WRAPPER_FIELD = 1
 
 # Megatron's .idx: magic, version 1, dtype code 4 (int32), number of sequences, number of document bounds.
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -58,19 +60,28 @@ _ENTRIES: dict[str, dict[str, type]] = {
 """What the sections of a manifest must hold, as far as anything looks into it."""
 
 
+_ITEMS: dict[str, Callable[[object], bool]] = {
+    "policies": lambda item: isinstance(item, str),
+    "inputs": lambda item: isinstance(item, dict),
+    "wrappers": lambda item: item in WRAPPERS,
+}
+"""Lists of a manifest, and what each of their entries must be."""
+
+
 def read_dataset_manifest(directory: Path) -> dict:
     """Read a dataset's manifest and check that it has what the other functions here look for. Raises Damaged."""
     manifest = read_manifest(directory, format_name=FORMAT, format_version=FORMAT_VERSION)
     kinds = dict.fromkeys(("files", "blocks", "invariants", "counts", "tokenizer", "settings"), dict)
-    for key, kind in {**kinds, "policies": list, "inputs": list}.items():
-        if not isinstance(manifest.get(key), kind):
+    lists = {"wrappers": [], **manifest}  # an older dataset does not say them
+    for key, kind in {**kinds, **dict.fromkeys(_ITEMS, list)}.items():
+        if not isinstance(lists.get(key), kind):
             raise Damaged(f"{MANIFEST} has no {key!r}: preprocess did not write it")
     for section, entries in _ENTRIES.items():
         for key, kind in entries.items():
             if type(manifest[section].get(key)) is not kind:
                 raise Damaged(f"{MANIFEST} has no {section}.{key}: preprocess did not write it")
-    for key, kind in {"policies": str, "inputs": dict}.items():
-        if not all(isinstance(item, kind) for item in manifest[key]):
+    for key, is_good in _ITEMS.items():
+        if not all(map(is_good, lists[key])):
             raise Damaged(f"{MANIFEST} has odd {key!r}: preprocess did not write it")
     for name in (TOKENS, INDEX):
         if name not in manifest["files"]:

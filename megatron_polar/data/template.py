@@ -6,7 +6,7 @@
 it are each encoded as one joined text, so that ids equal those of the whole text with its control tokens active.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +20,8 @@ POLAR_RESPONSE_TOKENS = 4096
 """Tokens kept of an answer by POLAR's fine-tuning and its client (pre-training: 5120)."""
 EXPORTED_SEQUENCE_LENGTH, EXPORTED_RESPONSE_LENGTH = "polar_max_sequence_length", "polar_max_response_length"
 """Keys of our own in an export's config.json: where texts were cut in training, in tokens."""
+EXPORTED_WRAPPER, EXPORTED_TOKENIZER = "polar_wrapper", "polar_tokenizer"
+"""Likewise: what joined prompts and answers in training, and the fingerprint of the tokenizer."""
 # POLAR reserves four places: BOS, separator, reward token and one to spare.
 _RESERVED_TOKENS = 4
 
@@ -89,6 +91,24 @@ def prompt_text(messages_or_str: Any) -> str:
     if not all(isinstance(content, str) for content in contents):
         raise TypeError('every message needs a "content" string')
     return "\n".join(contents)
+
+
+def exported_wrapper(config: Mapping[str, Any], *, where: str) -> str:
+    """What the model of a config.json was trained with; "" where that is not said. Raises UserError."""
+    wrapper = config.get(EXPORTED_WRAPPER, "")
+    if wrapper not in ("", *WRAPPERS):
+        raise UserError(f"{where}: {EXPORTED_WRAPPER} is {wrapper!r:.60}; use one of {', '.join(WRAPPERS)}")
+    return wrapper
+
+
+def check_exported_tokenizer(config: Mapping[str, Any], fingerprint: str, *, where: str) -> None:
+    """Raise UserError where a config.json names another tokenizer than the one that lies beside it."""
+    made_with = config.get(EXPORTED_TOKENIZER, fingerprint)
+    if made_with != fingerprint:
+        raise UserError(
+            f"{where}: the tokenizer here is {fingerprint[:12]}, and config.json says that the model was trained with "
+            f"{made_with!s:.12}, so texts would get other ids; restore the tokenizer's files, or export the model again"
+        )
 
 
 def join_text(*, prompt: str, trajectory: str, wrapper: str) -> str:

@@ -134,7 +134,7 @@ def draw_prompts(pool: Pool, *, num_prompts: int | None, split: Literal["train",
     """
     if num_prompts is None:
         raise UserError(
-            "num_prompts is missing: give how many prompts to draw from the pool's corpus, or a file of prompts"
+            "--num-prompts is missing: say how many prompts to draw from the pool's corpus, or give a file: --prompts"
         )
     on_side = (words for words in _openings(pool.documents, pool.prompts) if prompt_side(words) == split)
     openings = sorted(set(map(join_words, on_side)))

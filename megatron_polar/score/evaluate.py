@@ -13,7 +13,7 @@ import numpy as np
 from megatron_polar import log
 from megatron_polar.errors import UserError
 from megatron_polar.manifest import HashedFile
-from megatron_polar.score.requests import Scorer, ScoreRequest, check_finite
+from megatron_polar.score.requests import Scorer, ScoreRequest, check_finite, outputs_cut
 from megatron_polar.score.statistics import Accuracy, compute_statistics, ordered_pairs
 from megatron_polar.score.suites import EvaluationItem
 
@@ -43,6 +43,7 @@ def evaluate(
     start = time.monotonic()
     rewards = _score_items(scorer, items, description=f"{suite}: scoring", items_per_request=items_per_request)
     seconds = time.monotonic() - start
+    cut = outputs_cut(scorer)
     swapped_items = [swap_labels(item) for item in items]
     swapped_rewards = _score_items(
         scorer, swapped_items, description=f"{suite}: label-swap check", items_per_request=items_per_request
@@ -62,12 +63,15 @@ def evaluate(
         "swap_largest_reward_difference": _largest_difference(rewards, swapped_rewards),
         "items_with_reference_among_candidates": sum(item.reference in item.candidates for item in items),
         "items_with_equal_candidates": sum(len(set(item.candidates)) < len(item.candidates) for item in items),
+        "outputs_cut": cut,
         "seconds": seconds,
         "items_per_second": len(items) / seconds if seconds > 0 else None,
         "categories": figures["categories"],
     }
     _write_atomically(output / "summary.json", [json.dumps(summary, indent=2, ensure_ascii=False)])
     log.info(_one_line(summary))
+    if cut:
+        log.warn(f"{suite}: {cut} candidates were cut as in training; those that are the same then count as ties")
     if exit_status(summary):
         log.warn(f"{suite}: label-swap check {summary['swap_check']}")
     return summary

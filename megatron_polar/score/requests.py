@@ -26,6 +26,11 @@ class Scorer(Protocol):
         ...
 
 
+def outputs_cut(scorer: Scorer) -> int:
+    """Outputs that a scorer has cut to its model's length so far; 0 for one that cuts nothing."""
+    return getattr(scorer, "outputs_cut", 0)
+
+
 def check_finite(rewards: Sequence[float], *, where: str) -> None:
     """Raise UserError for rewards that are NaN or infinite, which JSON would write as null."""
     if not all(map(math.isfinite, rewards)):

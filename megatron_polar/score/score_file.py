@@ -8,11 +8,11 @@ from pathlib import Path
 import orjson
 
 from megatron_polar import log
-from megatron_polar.data.lines import read_jsonl
+from megatron_polar.data.lines import list_inputs, read_jsonl
 from megatron_polar.data.template import WRAPPERS, prompt_text
 from megatron_polar.errors import UserError
 from megatron_polar.manifest import HashedFile
-from megatron_polar.score.requests import Scorer, ScoreRequest, check_finite
+from megatron_polar.score.requests import Scorer, ScoreRequest, check_finite, outputs_cut
 
 _LINES_AT_ONCE = 256
 
@@ -25,9 +25,13 @@ class _Line:
     is_single: bool
 
 
-def read_requests(path: Path, *, default_wrapper: str) -> int:
-    """Count the lines of a score file. Raises UserError with file:line for the first line that cannot be scored."""
-    return sum(1 for _ in _read_lines(path, default_wrapper=default_wrapper))
+def read_requests(path: Path) -> int:
+    """Count the lines of a score file or directory of them. Raises UserError with file:line for the first line that
+    cannot be scored, and where there is no line at all."""
+    count = sum(1 for _ in _read_lines(path, default_wrapper=WRAPPERS[0]))
+    if not count:
+        raise UserError(f"{path}: empty input: only blank lines or nothing; check the path")
+    return count
 
 
 def score_file(scorer: Scorer, path: Path, *, output: Path, default_wrapper: str) -> int:
@@ -36,7 +40,7 @@ def score_file(scorer: Scorer, path: Path, *, output: Path, default_wrapper: str
     The output file appears complete or not at all; every rank scores, the first one writes. Returns the number of
     lines. Raises UserError for rewards that are not finite.
     """
-    total = read_requests(path, default_wrapper=default_wrapper)
+    total = read_requests(path)
     if not log.is_first_rank():
         for _ in _scored_lines(scorer, path, total=total, default_wrapper=default_wrapper):
             pass
@@ -48,6 +52,8 @@ def score_file(scorer: Scorer, path: Path, *, output: Path, default_wrapper: str
             for line in _scored_lines(scorer, path, total=total, default_wrapper=default_wrapper):
                 sink.write(orjson.dumps(line) + b"\n")
         temporary.replace(output)
+        if cut := outputs_cut(scorer):
+            log.warn(f"{output}: {cut} outputs were too long with prompt and reference, and were cut as in training")
     finally:
         temporary.unlink(missing_ok=True)
     return total
@@ -65,9 +71,9 @@ def _scored_lines(scorer: Scorer, path: Path, *, total: int, default_wrapper: st
 
 
 def _read_lines(path: Path, *, default_wrapper: str) -> Iterator[_Line]:
-    for number, raw in read_jsonl(path):
-        if raw.strip():
-            yield _parse(raw, where=f"{path}:{number}", default_wrapper=default_wrapper)
+    for file in list_inputs([path]) if path.is_dir() else [path]:
+        for number, raw in read_jsonl(file):
+            yield _parse(raw, where=f"{file}:{number}", default_wrapper=default_wrapper)
 
 
 def _parse(raw: bytes, *, where: str, default_wrapper: str) -> _Line:

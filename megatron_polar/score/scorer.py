@@ -18,6 +18,7 @@ from megatron_polar.convert.load import load_hugging_face
 from megatron_polar.data.loader import lay_out, row_shape
 from megatron_polar.data.packing import join_rewards, split_candidates
 from megatron_polar.data.template import (
+    WRAPPERS,
     Half,
     TokenizedComparison,
     assemble_comparison,
@@ -61,12 +62,21 @@ class TokenizedRequest:
         comparison = self.comparisons[number]
         return len(comparison.prefix) + len(comparison.candidates[candidate])
 
+    def in_order(self, rewards: Sequence[Sequence[float]]) -> list[float]:
+        """Rewards of the comparisons' candidates as rewards of the outputs. Outputs of the same tokens, of which a cut
+        may have left no difference, get the same one: rounding would order them."""
+        first: dict[tuple[int, ...], float] = {}
+        return [
+            first.setdefault(tuple(self.sequence(i)), rewards[number][candidate])
+            for i, (number, candidate) in enumerate(self.places)
+        ]
+
 
 class Scorer:
     """A loaded reward model. Every rank of the job calls `score` with the same requests and gets all rewards.
 
     With tensor or pipeline parallelism the ranks work on one model together; the others (data-parallel) share the
-    requests between them.
+    requests between them. `wrapper` is what the model was trained with, "" where that is not known.
     """
 
     def __init__(
@@ -79,23 +89,34 @@ class Scorer:
         device: Device,
         max_response_length: int,
         checkpoint: Path,
+        wrapper: str,
     ):
-        self.checkpoint = checkpoint
+        self.checkpoint, self.wrapper = checkpoint, wrapper
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.topology, self.device = topology, device
         self.max_response_length = fitting_response_length(max_response_length, config.data.max_sequence_length)
         self.control = tokenizer.control
+        self.outputs_cut = 0
+        """Outputs scored so far of which, with their prompt and reference, not all tokens were seen."""
         self._shape = row_shape(config.data, topology=topology, architecture=model.architecture)
+
+    def default_wrapper(self, given: str | None) -> str:
+        """The wrapper of texts that name none: the one that the user gives, else the model's own, else sft. Says which
+        it is, and warns where the first two differ."""
+        own = self.wrapper
+        if given and own and given != own and log.is_first_rank():
+            log.warn(f"--wrapper {given}: {self.checkpoint} was trained with {own}, so its rewards will be others")
+        chosen = given or own or WRAPPERS[0]
+        reason = "as --wrapper says" if given else "as in training" if own else "training's is not known"
+        log.info(f"wrapper of texts that name none: {chosen} ({reason})")
+        return chosen
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
         """Rewards of each request's outputs, in order; higher means closer to the reference's policy."""
         tokenized = [self.tokenize(request) for request in requests]
         flat = iter(self.score_tokens([comparison for request in tokenized for comparison in request.comparisons]))
-        rewards = [[next(flat) for _ in request.comparisons] for request in tokenized]
-        return [
-            [row[number][candidate] for number, candidate in request.places]
-            for row, request in zip(rewards, tokenized, strict=True)
-        ]
+        self.outputs_cut += sum(sum(request.truncated) for request in tokenized)
+        return [request.in_order([next(flat) for _ in request.comparisons]) for request in tokenized]
 
     def score_tokens(self, comparisons: Sequence[TokenizedComparison]) -> list[list[float]]:
         """Rewards of each comparison's candidates, in order; what they share with their prefix is computed once.
@@ -191,6 +212,7 @@ def load_scorer(
     else:
         load_hugging_face(source, model=model)
     log.info(f"scoring with {directory} ({model.transformer_impl} layers, {model.attention}) on {device.name}")
+    trained = source or read_state(directory)
     return Scorer(
         config=config,
         model=model,
@@ -198,7 +220,8 @@ def load_scorer(
         topology=topology,
         device=device,
         checkpoint=directory,
-        max_response_length=source.max_response_length if source else read_state(directory).max_response_length,
+        max_response_length=trained.max_response_length,
+        wrapper=trained.wrapper,
     )
 
 

@@ -9,8 +9,9 @@ import heapq
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice, permutations, zip_longest
 from pathlib import Path
 
@@ -30,7 +31,7 @@ class EvaluationItem:
     """Candidates with known order beside a reference.
 
     `levels[i]` is the rank of candidate i: 0 is the best, and equal levels have no order between them. `identifier` is
-    unique in its suite and the same on every machine.
+    unique in its suite and the same on every machine. `wrapper` is None where that is left open (`with_wrapper`).
     """
 
     identifier: str
@@ -39,7 +40,7 @@ class EvaluationItem:
     candidates: tuple[str, ...]
     levels: tuple[int, ...]
     category: str
-    wrapper: str
+    wrapper: str | None
 
 
 def load_suite(
@@ -49,7 +50,7 @@ def load_suite(
     limit: int | None = None,
     seed: int = 0,
     comparisons_per_group: int = 1,
-    default_wrapper: str = "sft",
+    default_wrapper: str | None = "sft",
 ) -> list[EvaluationItem]:
     """Load the comparisons of a suite, at most `limit` of them, drawn by the seed and kept in the order of the files.
 
@@ -58,6 +59,7 @@ def load_suite(
       second trajectory of its own policy. `comparisons_per_group` such draws are made per prompt, without repetition;
     - "gsm8k", "gsm8k-all": OpenAI's example_model_solutions.jsonl, its held-out problems or all of them;
     - "rmb": the published folder RMB_dataset.
+    `default_wrapper` is for items that name none; None leaves it open until the model is known.
     Raises UserError for an unknown name, unusable files, and a suite without a single comparison.
     """
     if name not in SUITES:
@@ -68,23 +70,29 @@ def load_suite(
     if comparisons_per_group < 1:
         raise UserError(f"comparisons_per_group={comparisons_per_group} draws nothing; give 1 or more")
     path, skipped = Path(path), Counter[str]()
+    parsed = partial(_parse_records, source=name.removesuffix("-all"), default_wrapper=default_wrapper)
     if name == "preferences":
         items = _preference_items(_parse_files(path, default_wrapper=default_wrapper), fallback="preferences")
     elif name == "policies":
         groups = _parse_files(path, default_wrapper=default_wrapper)
         items = _policy_items(groups, comparisons_per_group=comparisons_per_group, seed=seed, skipped=skipped)
     elif name == "rmb":
-        items = _preference_items(_parse_records(public.rmb_preferences(path, skipped=skipped), name), fallback="rmb")
+        items = _preference_items(parsed(public.rmb_preferences(path, skipped=skipped)), fallback="rmb")
     else:
         split = "heldout" if name == "gsm8k" else "all"
         records = public.gsm8k_preferences(path, split=split, skipped=skipped)
-        items = _preference_items(_parse_records(records, "gsm8k"), fallback="gsm8k")
+        items = _preference_items(parsed(records), fallback="gsm8k")
     found = list(items)
     for reason, count in skipped.most_common():
         log.info(f"suite {name}: skipped {count}: {reason}")
     if not found:
         raise UserError(f"{path}: no comparison for the suite {name!r} in it; check the path and docs/evaluation.md")
     return found if limit is None else _draw_items(found, limit, seed=seed)
+
+
+def with_wrapper(items: Sequence[EvaluationItem], wrapper: str) -> list[EvaluationItem]:
+    """The items, those that leave it open with this wrapper."""
+    return [replace(item, wrapper=wrapper) if item.wrapper is None else item for item in items]
 
 
 def _draw_items(items: list[EvaluationItem], limit: int, *, seed: int) -> list[EvaluationItem]:
@@ -96,7 +104,7 @@ def _draw_key(seed: int, name: str) -> bytes:
     return hashlib.blake2b(f"{seed}\0{name}".encode("utf-8", errors="replace"), digest_size=8).digest()
 
 
-def _parse_files(path: Path, *, default_wrapper: str) -> Iterator[tuple[str, _Parsed]]:
+def _parse_files(path: Path, *, default_wrapper: str | None) -> Iterator[tuple[str, _Parsed]]:
     """Yield ("file:line", record); the identifier holds a file's path below `path`, so that it is the same anywhere."""
     for file in list_inputs([path]):
         source = file.name if file == path else file.relative_to(path).as_posix()
@@ -105,10 +113,12 @@ def _parse_files(path: Path, *, default_wrapper: str) -> Iterator[tuple[str, _Pa
             yield f"{source}:{number}", record
 
 
-def _parse_records(records: Iterable[public.Record], source: str) -> Iterator[tuple[str, _Parsed]]:
+def _parse_records(
+    records: Iterable[public.Record], *, source: str, default_wrapper: str | None
+) -> Iterator[tuple[str, _Parsed]]:
     for number, record in enumerate(records, start=1):
-        line = json.dumps(record).encode()
-        yield f"{source}:{number}", parse_record(line, source=source, line_number=number, default_wrapper="sft")
+        parsed = parse_record(json.dumps(record), source=source, line_number=number, default_wrapper=default_wrapper)
+        yield f"{source}:{number}", parsed
 
 
 def _category(record: _Parsed, *, fallback: str) -> str:

@@ -6,6 +6,7 @@ answers.
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import hmac
 import secrets
@@ -65,7 +66,7 @@ class Application:
     """The state of a server and its endpoints; `asgi` is what uvicorn runs."""
 
     def __init__(self, load: Callable[[], Scorer], options: ServeOptions):
-        self._load, self._options, self._limits = load, options, options.limits
+        self._load, self._limits, self._settings = load, options.limits, options.settings
         self._metrics = Metrics()
         self._model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._tokenizing = ThreadPoolExecutor(2, thread_name_prefix="tokenize")  # a long text holds up but one of them
@@ -111,8 +112,10 @@ class Application:
             max_queue=self._limits.max_queue,
             metrics=self._metrics,
         )
+        wrapper = scorer.default_wrapper(self._settings.wrapper)
+        self._settings = dataclasses.replace(self._settings, wrapper=wrapper)
         self._scorer, self._loaded_at = scorer, int(time.time())
-        log.info(f"{self._options.settings.model} is ready")
+        log.info(f"{self._settings.model} is ready")
         await self._batcher.run()
 
     def _note_end(self, worker: asyncio.Task) -> None:
@@ -127,7 +130,7 @@ class Application:
             scorer, batcher = self._loaded()
             _check_content(request)
             body = await _read_body(request, self._limits)
-            question = read(read_json(body), self._options.settings)
+            question = read(read_json(body), self._settings)
             scored = await self._in_time(request, self._score(question, scorer=scorer, batcher=batcher))
             return _json(question.reply(scored))
         except RequestError as error:
@@ -212,13 +215,14 @@ class Application:
         except RequestError as error:
             return _error(error)
         model = {
-            "id": self._options.settings.model,
+            "id": self._settings.model,
             "object": "model",
             "created": self._loaded_at,
             "owned_by": "megatron-polar",
             "max_model_len": scorer.config.data.max_sequence_length,
             "max_response_tokens": scorer.max_response_length,
             "tokenizer": scorer.tokenizer.fingerprint,
+            "wrapper": self._settings.wrapper,
         }
         return _json({"object": "list", "data": [model]})
 

@@ -10,6 +10,7 @@ import asyncio
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,18 +20,19 @@ import orjson
 from megatron_polar import log
 from megatron_polar.convert.families import LAYOUTS
 from megatron_polar.data.template import (
-    EXPORTED_RESPONSE_LENGTH,
-    EXPORTED_SEQUENCE_LENGTH,
+    EXPORTED_WRAPPER,
     POLAR_RESPONSE_TOKENS,
     WRAPPERS,
     Half,
     assemble_comparison,
+    check_exported_tokenizer,
     encode_half,
     fitting_response_length,
     prompt_text,
 )
-from megatron_polar.data.tokenizer import load_tokenizer
+from megatron_polar.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_polar.errors import UserError
+from megatron_polar.serve.export import ServedModel, read_export, response_length, sequence_length, wrapper_of
 from megatron_polar.serve.official import OfficialText
 from megatron_polar.serve.token import TOKEN_VARIABLE, read_token
 from megatron_polar.serve.transport import Refused, Transport, Unanswered
@@ -61,8 +63,9 @@ class RewardClient:
     """Asks one or several equal servers for rewards. Threads may share one client; so may event loops.
 
     `tokenizer` is the directory or file that the model was trained with (an export has it); our own server needs none,
-    as it encodes texts itself. Lengths are in tokens; they are the export's own
-    where its directory is the `tokenizer`, else POLAR's, and must be those of the server's model. A request carries
+    as it encodes texts itself. A server that says that its model has another one is refused before its first request.
+    Lengths are in tokens; they are the export's own where its directory is the `tokenizer`, else POLAR's, and must be
+    those of the server's model. `wrapper` is for items that name none (see RewardItem). A request carries
     `batch_size` items and at most `max_concurrency` requests are under way. One attempt may take `timeout_seconds`,
     all of a call `deadline_seconds`; a request is repeated up to `retries` times, after a pause that starts at
     `backoff_seconds` and doubles. A bearer token comes from the file `api_key_file` or, if it is set, from the
@@ -88,10 +91,12 @@ class RewardClient:
         api_key_env: str = TOKEN_VARIABLE,
         api_key_file: Path | str | None = None,
         compat: Literal["official"] | None = None,
+        wrapper: str | None = None,
     ):
         _check_choice("engine", engine, ENGINES)
         _check_choice("layout", layout, LAYOUTS)
         _check_choice("compat", compat, (None, "official"))
+        _check_choice("wrapper", wrapper, (None, *WRAPPERS))
         for name, value in (("max_sequence_length", max_sequence_length), ("max_response_length", max_response_length)):
             if value is not None:
                 _check_at_least(1, **{name: value})
@@ -102,12 +107,23 @@ class RewardClient:
         self.engine, self.model, self.layout = engine, model, layout
         self.batch_size, self.max_concurrency, self.deadline_seconds = batch_size, max_concurrency, deadline_seconds
         self.num_truncated = 0
+        config = {} if tokenizer is None else read_export(tokenizer)
+        codec = None if tokenizer is None else load_tokenizer(tokenizer)
+        if codec is not None:
+            check_exported_tokenizer(config, codec.fingerprint, where=f"{tokenizer}")
         self._encode = _choose_encoder(
             engine=engine,
             tokenizer=tokenizer,
+            codec=codec,
             compat=compat,
-            max_sequence_length=max_sequence_length,
-            max_response_length=max_response_length,
+            max_sequence_length=sequence_length(config, max_sequence_length, otherwise=16384),
+            max_response_length=response_length(config, max_response_length, otherwise=POLAR_RESPONSE_TOKENS),
+        )
+        is_native = engine == "megatron-polar"  # it joins texts itself, and knows best how
+        self._wrapper = wrapper if is_native else wrapper_of(config, wrapper, where=f"{tokenizer}")
+        is_guess = not (is_native or wrapper or EXPORTED_WRAPPER in config)
+        inspect = codec and ServedModel(
+            tokenizer, fingerprint=codec.fingerprint, guessed_wrapper=self._wrapper if is_guess else None, model=model
         )
         urls = (urls,) if isinstance(urls, str) else tuple(urls)
         if not urls:
@@ -119,6 +135,7 @@ class RewardClient:
             retries=retries,
             backoff_seconds=backoff_seconds,
             max_concurrency=max_concurrency,
+            inspect=inspect,
         )
 
     def score(self, items: Sequence[RewardItem]) -> list[float]:
@@ -150,6 +167,8 @@ class RewardClient:
         for index, item in enumerate(items):
             if not isinstance(item, RewardItem):
                 raise RewardError([index], f"it is of type {type(item).__name__}, not a RewardItem")
+        if self._wrapper is not None:
+            items = [replace(item, wrapper=self._wrapper) if item.wrapper is None else item for item in items]
         rewards: dict[int, float] = {}
         batches = self._batches(items)
         waiting = iter(batches)
@@ -229,8 +248,8 @@ class RewardClient:
 class _TokenIds:
     """The ids of training and of the scorer: a literal control token in a text stays text, so it forges nothing."""
 
-    def __init__(self, tokenizer: Path | str, *, max_sequence_length: int, max_response_length: int):
-        self._tokenizer, self._max_length = load_tokenizer(tokenizer), max_sequence_length
+    def __init__(self, tokenizer: Tokenizer, *, max_sequence_length: int, max_response_length: int):
+        self._tokenizer, self._max_length = tokenizer, max_sequence_length
         self._max_response_length = fitting_response_length(max_response_length, max_sequence_length)
         self._count = functools.lru_cache(_KEPT_REFERENCES)(lambda prompt: len(self._tokenizer.encode(prompt)))
         self._reference_half = functools.lru_cache(_KEPT_REFERENCES)(self._half)
@@ -257,7 +276,7 @@ class _TokenIds:
 
 
 def _plain_texts(item: RewardItem) -> Encoded:
-    if item.wrapper not in WRAPPERS:
+    if item.wrapper not in (None, *WRAPPERS):
         raise UserError(f"wrapper={item.wrapper!r} is unknown; use one of {', '.join(WRAPPERS)}")
     texts = map(_text, (item.prompt, item.reference, item.output))
     return Encoded(ItemTexts(*texts, wrapper=item.wrapper), is_truncated=False)
@@ -273,9 +292,10 @@ def _choose_encoder(
     *,
     engine: Engine,
     tokenizer: Path | str | None,
+    codec: Tokenizer | None,
     compat: str | None,
-    max_sequence_length: int | None,
-    max_response_length: int | None,
+    max_sequence_length: int,
+    max_response_length: int,
 ) -> Callable[[RewardItem], Encoded]:
     if engine == "megatron-polar":
         if compat:
@@ -284,34 +304,12 @@ def _choose_encoder(
                 "'vllm', 'sglang' or 'lmdeploy', whose requests it takes too"
             )
         return _plain_texts
-    if tokenizer is None:
+    if tokenizer is None or codec is None:
         raise UserError(
             f"engine={engine!r} is sent token ids and needs `tokenizer`; give the directory of the served export"
         )
-    encoder = OfficialText if compat else _TokenIds
-    saved = _lengths_of(tokenizer)
-    return encoder(
-        tokenizer,
-        max_sequence_length=_length("max_sequence_length", max_sequence_length, saved, otherwise=16384),
-        max_response_length=_length("max_response_length", max_response_length, saved, otherwise=POLAR_RESPONSE_TOKENS),
-    )
-
-
-def _lengths_of(tokenizer: Path | str) -> dict[str, int]:
-    """Where texts were cut in training, as an export's config.json says beside its tokenizer."""
-    try:
-        config = orjson.loads((Path(tokenizer) / "config.json").read_bytes())
-    except (OSError, orjson.JSONDecodeError):
-        return {}
-    keys = {"max_sequence_length": EXPORTED_SEQUENCE_LENGTH, "max_response_length": EXPORTED_RESPONSE_LENGTH}
-    found = {name: config.get(key) for name, key in keys.items()}
-    return {name: value for name, value in found.items() if type(value) is int and value > 0}
-
-
-def _length(name: str, given: int | None, saved: dict[str, int], *, otherwise: int) -> int:
-    if given is not None and name in saved and given != saved[name]:
-        raise UserError(f"{name}={given}, and the export was trained with {saved[name]}; leave it out")
-    return given or saved.get(name, otherwise)
+    lengths = {"max_sequence_length": max_sequence_length, "max_response_length": max_response_length}
+    return OfficialText(tokenizer, **lengths) if compat else _TokenIds(codec, **lengths)
 
 
 def _in_batches(groups: Iterable[list[int]], size: int) -> Iterator[tuple[int, ...]]:

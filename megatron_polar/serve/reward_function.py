@@ -36,7 +36,7 @@ _READERS: dict[Any, Callable[[str], Any]] = {
 
 @dataclass(frozen=True)
 class RewardSettings:
-    """How rewards are asked for and what is done to them; the fields up to `api_key_file` are RewardClient's.
+    """How rewards are asked for and what is done to them; the fields up to `wrapper` are RewardClient's.
 
     `malformed_think` says what becomes of an output whose <think> block is unclosed, repeated or not at its start:
     an error, the whole text scored as it is, or the fixed reward `malformed_think_reward`. A reward becomes
@@ -59,7 +59,7 @@ class RewardSettings:
     deadline_seconds: float = 900.0
     retries: int = 8
     api_key_file: str | None = None
-    wrapper: str = "sft"
+    wrapper: str | None = None
     malformed_think: Literal["error", "keep", "penalty"] = "error"
     malformed_think_reward: float | None = None
     mean: float | None = None
@@ -69,7 +69,7 @@ class RewardSettings:
 
     def __post_init__(self) -> None:
         for name, value, choices in (
-            ("wrapper", self.wrapper, WRAPPERS),
+            ("wrapper", self.wrapper or WRAPPERS[0], WRAPPERS),
             ("malformed_think", self.malformed_think, _MALFORMED),
         ):
             if value not in choices:
@@ -123,6 +123,7 @@ class RewardSettings:
             deadline_seconds=self.deadline_seconds,
             retries=self.retries,
             api_key_file=self.api_key_file,
+            wrapper=self.wrapper,
         )
 
 

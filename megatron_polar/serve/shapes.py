@@ -34,10 +34,11 @@ class RequestError(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """What reading a request depends on."""
+    """What reading a request depends on; `wrapper`, for texts that name none, is None while it is to be the model's own
+    and the model is not loaded."""
 
     model: str
-    wrapper: str
+    wrapper: str | None
     max_items: int
     max_text_bytes: int
     pooling_shape: PoolingShape

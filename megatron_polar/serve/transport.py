@@ -4,7 +4,9 @@ Rewards are a pure function of what is sent, so asking twice does no harm.
 """
 
 import asyncio
+import contextlib
 import email.utils
+import json
 import math
 import os
 import random
@@ -26,6 +28,7 @@ Answer = TypeVar("Answer")
 _PASSING_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 _MAX_PAUSE_SECONDS = 30.0
 _CONNECT_SECONDS = 10.0
+_LOOK_SECONDS = 5.0
 
 
 class Refused(Exception):
@@ -54,9 +57,11 @@ class _Passing(Exception):
 
 @dataclass
 class _Server:
-    """One base URL; it is left alone until `wakes` (monotonic seconds) after `strikes` failures in a row."""
+    """One base URL; it is left alone until `wakes` (monotonic seconds) after `strikes` failures in a row. `is_known`:
+    it has said what it serves, or does not."""
 
     url: str
+    is_known: bool = False
     wakes: float = 0.0
     strikes: int = 0
 
@@ -65,7 +70,8 @@ class Transport:
     """Sends bodies to `urls` in turn, at most `max_concurrency` at a time whichever threads they come from.
 
     A failed server rests, twice as long after each failure in a row and as long as its Retry-After says; a server that
-    rests is asked only where all of them do. `token` goes into the Authorization header and nowhere else.
+    rests is asked only where all of them do. `token` goes into the Authorization header and nowhere else. `inspect` is
+    given a server's URL and its reply to GET /v1/models before its first request, and may raise UserError.
     """
 
     def __init__(
@@ -77,7 +83,9 @@ class Transport:
         retries: int,
         backoff_seconds: float,
         max_concurrency: int,
+        inspect: Callable[[str, Any], None] | None = None,
     ):
+        self._inspect = inspect
         self._servers = [_Server(_checked_url(url)) for url in urls]
         self._token, self._timeout, self._retries = token, timeout_seconds, retries
         self._backoff, self._max_concurrency = backoff_seconds, max_concurrency
@@ -105,7 +113,8 @@ class Transport:
     async def ask(self, path: str, body: bytes, *, read: Callable[[Any], Answer], deadline: float) -> Answer:
         """POST a JSON body and return `read(decoded reply)`; a BadReply that it raises counts as a failure.
 
-        `deadline` is in seconds of time.monotonic(). Raises Refused or Unanswered. To be called through `submit`.
+        `deadline` is in seconds of time.monotonic(). Raises Refused or Unanswered, and what `inspect` raises. To be
+        called through `submit`.
         """
         started, attempts, failure, place = time.monotonic(), 0, None, path
         while attempts <= self._retries:
@@ -133,6 +142,8 @@ class Transport:
         session = self._session
         assert session is not None, "ask() runs on the thread that submit() started"
         async with session.slots:
+            if self._inspect is not None and not server.is_known:
+                await self._look_at(server, session, seconds=min(_LOOK_SECONDS, deadline - time.monotonic()))
             seconds = max(0.001, min(self._timeout, deadline - time.monotonic()))
             try:
                 # httpx's own limits are per read; a reply that trickles in would outlast them.
@@ -152,6 +163,23 @@ class Transport:
             raise _Passing(f"not usable: {error}", position=error.position) from None
         except (ValueError, RecursionError) as error:
             raise _Passing(f"not JSON ({self._printable(str(error))}): {self._printable(response.text)}") from None
+
+    async def _look_at(self, server: _Server, session: "_Session", *, seconds: float) -> None:
+        """Ask a server what it serves. Where it does not say, nothing is known against it; one that cannot be asked now
+        is asked again next time."""
+        try:
+            response = await asyncio.wait_for(session.http.get(f"{server.url}/v1/models"), max(0.001, seconds))
+        except httpx.HTTPError:
+            return
+        except asyncio.TimeoutError:
+            server.is_known = True
+            return
+        if response.status_code in _PASSING_STATUSES:
+            return
+        with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+            if response.status_code == httpx.codes.OK:
+                self._inspect(server.url, response.json())
+        server.is_known = True
 
     def _choose(self) -> _Server:
         """The next server in turn that is awake, else the one that wakes first."""

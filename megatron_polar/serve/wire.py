@@ -6,7 +6,7 @@
 | vllm, sequence-classification | `POST /classify`, the same body | `data[i].probs[0]` |
 | sglang | `POST /classify {"input_ids": [ids]}`, or `text` | `[i].embedding[0]` |
 | lmdeploy | `POST /pooling {"input": [ids]}` | `data[i].data`, a bare number |
-| megatron-polar | `POST /v1/score {"items": [{"prompt", "reference", "outputs", "wrapper"}]}` | `rewards[i][j]` |
+| megatron-polar | `POST /v1/score {"items": [{"prompt", "reference", "outputs", "wrapper"?}]}` | `rewards[i][j]` |
 
 Without `use_activation: false` vLLM would send the sigmoid of the reward. Whatever the engine, a reward may come as a
 number, as a list of one number, or as one such list per token, of which the last counts; but from LMDeploy, which knows
@@ -34,23 +34,24 @@ END_TOKENS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_tex
 class RewardItem:
     """One output to be rewarded: texts, or lists of {"role", "content"} messages whose contents are joined by newlines.
 
-    `wrapper` says what stands between a prompt and what follows it: a newline ("sft") or nothing ("pretrain").
+    `wrapper` says what stands between a prompt and what follows it: a newline ("sft") or nothing ("pretrain"). None is
+    what the model was trained with, as far as its server or its export knows (else "sft").
     """
 
     prompt: str | list[dict]
     reference: str | list[dict]
     output: str | list[dict]
-    wrapper: str = "sft"
+    wrapper: str | None = None
 
 
 @dataclass(frozen=True)
 class ItemTexts:
-    """An item as our own server takes it, which encodes the texts itself."""
+    """An item as our own server takes it, which encodes the texts itself; it knows what to do without a wrapper."""
 
     prompt: str
     reference: str
     output: str
-    wrapper: str
+    wrapper: str | None
 
 
 Content = np.ndarray | str | ItemTexts
@@ -149,7 +150,8 @@ def _groups(contents: Sequence[ItemTexts]) -> list[list[ItemTexts]]:
 def _native_item(group: list[ItemTexts]) -> dict[str, Any]:
     first = group[0]
     outputs = [item.output for item in group]
-    return {"prompt": first.prompt, "reference": first.reference, "outputs": outputs, "wrapper": first.wrapper}
+    wrapper = {} if first.wrapper is None else {"wrapper": first.wrapper}
+    return {"prompt": first.prompt, "reference": first.reference, "outputs": outputs, **wrapper}
 
 
 def _read_native(reply: Any, contents: Sequence[ItemTexts]) -> Reply:

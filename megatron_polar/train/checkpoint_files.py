@@ -17,6 +17,7 @@ from pathlib import Path
 import orjson
 
 from megatron_polar import faults, log
+from megatron_polar.data.template import WRAPPERS
 from megatron_polar.errors import UserError
 from megatron_polar.manifest import (
     MANIFEST,
@@ -50,9 +51,11 @@ class TrainingState:
     precision: str = ""
     """`train.precision`: the optimizer's state of one is not that of another."""
     optimizer: str = ""
-    """"distributed" or "replicated": nor are their states the same."""
+    """Which optimizer, as resume.py says it: the states of two are not the same."""
     guard: dict = field(default_factory=dict)
     """What the guard against bad steps remembers (train/guard.py)."""
+    wrapper: str = ""
+    """What joined prompts and answers in the training data; "" where it differed or is not known."""
 
 
 def read_state(directory: Path) -> TrainingState:
@@ -65,6 +68,8 @@ def read_state(directory: Path) -> TrainingState:
         value, kind = getattr(state, entry.name), typing.get_origin(entry.type) or entry.type
         if type(value) is not kind or (kind is int and value < 0):
             raise UserError(f"{directory}/state.json: {entry.name} is {value!r:.60}; use another checkpoint")
+    if state.wrapper not in ("", *WRAPPERS):
+        raise UserError(f"{directory}/state.json: wrapper is {state.wrapper!r:.60}; use another checkpoint")
     return state
 
 
@@ -250,6 +255,9 @@ def candidates(path: str | Path) -> list[Path]:
         raise UserError(f"{path}: was set aside because it did not verify; {remedy}")
     if path.name == "checkpoints" and list_steps(path.parent):
         raise UserError(f"{path}: holds the checkpoints of a run; give the run directory, {path.parent}")
+    if (path / "config.json").is_file():
+        command = f"megatron-polar convert from-hf --model {path} --output RUN_DIR"
+        raise UserError(f"{path}: this is a Hugging Face model; convert it first: {command}, and give RUN_DIR here")
     raise UserError(f"{path}: no checkpoint here; give a run directory or one of its checkpoints/step_... directories")
 
 

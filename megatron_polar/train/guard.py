@@ -46,10 +46,16 @@ class StepGuard:
         self.skipped = self.nonfinite = self.in_a_row = 0
         self._recent = {name: deque(maxlen=section.spike_window) for name in _SHAPE}
 
-    def judge(self, *, loss: float, grad_norm: float) -> "Verdict":
-        """Whether the step must not be taken, and why. `loss` is the mean over pairs."""
+    def judge(self, *, loss: float, grad_norm: float, are_finite: bool = True) -> "Verdict":
+        """Whether the step must not be taken, and why. `loss` is the mean over pairs.
+
+        `are_finite`: this rank's own gradients. The norm does not show all of them: weights that tensor-parallel ranks
+        all have are counted on the first of these alone.
+        """
         values = {"loss": loss, "grad_norm": grad_norm}
         reasons = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+        if not reasons and not are_finite:
+            reasons = ["a gradient of this rank is not finite"]
         if reasons:
             return Verdict(NOT_FINITE, ", ".join(reasons))
         reasons = [reason for name in _SHAPE if (reason := self._spike(name, values[name]))]

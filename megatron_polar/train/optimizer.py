@@ -12,13 +12,18 @@ from megatron_polar.train.gradients import GradientReduction
 def build_optimizer(section: OptimizerSection, *, model: BuiltModel, reduction: GradientReduction) -> MegatronOptimizer:
     """Build AdamW over the chunks and connect both to megatron-core's schedules.
 
-    Weight decay spares norms, biases and the reward head.
+    Weight decay spares norms, biases and the reward head. The head is a group of its own: in bf16 it alone is fp32, and
+    where a group mixes precisions megatron-core 0.16.1's distributed optimizer saves state under other weights' names.
     """
     transformer_config = model.transformer_config
-    spared = ParamWithNamePredicate(
-        name="norms_biases_reward_head",
-        fn=lambda parameter, name: parameter.dim() == 1 or name.endswith(("bias", "output_layer.weight")),
+    norms = ParamWithNamePredicate(
+        name="norms_and_biases", fn=lambda parameter, name: parameter.dim() == 1 or name.endswith("bias")
     )
+    head = ParamWithNamePredicate(name="reward_head", fn=lambda parameter, name: name.endswith("output_layer.weight"))
+    overrides = {
+        ParamKey(with_name_predicate=norms): {"wd_mult": 0.0},
+        ParamKey(with_name_predicate=head): {"wd_mult": 0.0, "max_lr": section.lr},  # what it is anyway: makes a group
+    }
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -35,10 +40,18 @@ def build_optimizer(section: OptimizerSection, *, model: BuiltModel, reduction: 
             overlap_param_gather=section.overlap_param_gather,
         ),
         model.chunks,
-        config_overrides={ParamKey(with_name_predicate=spared): {"wd_mult": 0.0}},
+        config_overrides=overrides,
     )
+    _check_precisions(optimizer)
     _connect(model, optimizer=optimizer, reduction=reduction, section=section)
     return optimizer
+
+
+def _check_precisions(optimizer: MegatronOptimizer) -> None:
+    for one in optimizer.chained_optimizers:
+        groups = zip(getattr(one, "model_fp32_groups", ()), getattr(one, "model_float16_groups", ()), strict=True)
+        if any(wide and narrow for wide, narrow in groups):
+            raise AssertionError("a parameter group mixes precisions: its state would be saved under wrong names")
 
 
 def _connect(

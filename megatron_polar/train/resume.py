@@ -13,12 +13,12 @@ from megatron_polar.config.load import load_saved_config
 from megatron_polar.config.presets import architecture_of
 from megatron_polar.config.schema import RunConfig
 from megatron_polar.data.tokenizer import load_tokenizer
-from megatron_polar.errors import CANNOT_SAVE, RunStopped, UserError
+from megatron_polar.errors import CANNOT_SAVE, RunStopped, UserError, describe_os_error
 from megatron_polar.parallel.topology import Topology
 from megatron_polar.train.build import Run
 from megatron_polar.train.checkpoint import Found, agree_on_checkpoint
 from megatron_polar.train.checkpoint_files import read_state, remove_remains, set_aside_newer
-from megatron_polar.train.journal import read_rows
+from megatron_polar.train.journal import EVENTS, read_events, read_rows
 from megatron_polar.train.state_dict import load_training, load_weights
 from megatron_polar.train.watchdog import Watchdog
 
@@ -36,7 +36,8 @@ class Start:
 
 def optimizer_kind(config: RunConfig) -> str:
     """What `TrainingState.optimizer` says of a configuration."""
-    return "distributed" if config.optimizer.use_distributed_optimizer else "replicated"
+    # Before the reward head had a group of its own, bf16 runs saved optimizer state under wrong names: no resuming.
+    return "distributed, head apart" if config.optimizer.use_distributed_optimizer else "replicated, head apart"
 
 
 def start_or_resume(run: Run, *, watchdog: Watchdog) -> Start:
@@ -58,19 +59,29 @@ def start_or_resume(run: Run, *, watchdog: Watchdog) -> Start:
         rest = "" if state.step < run.num_steps else "; all steps are done, nothing is left to train"
         log.info(f"resumed from {checkpoint} at step {state.step}{rest}")
         return Start(state.step, checkpoint.name, damaged)
+    _refuse_lost_checkpoints(run.directory)
     if config.train.init_from is not None:
         source = agree_on_checkpoint(config.train.init_from, topology=run.topology, after_each=watchdog.progress)
         checkpoint = source.path
         _check_same_function(checkpoint, run=run, what=f"train.init_from={checkpoint}")
-        tokenizer = load_tokenizer(checkpoint / "tokenizer")
-        for corpus in run.data.train.corpora:
-            corpus.check_tokenizer(tokenizer)
+        _check_same_tokenizer(checkpoint, run=run)
         load_weights(checkpoint, model=run.model, after_each=watchdog.progress)
         run.optimizer.reload_model_params()
         log.info(f"starting at step 0 from the weights of {checkpoint}")
         return Start(0, f"weights of {checkpoint}", {})
     log.info(f"no checkpoint in {run.directory}: starting at step 0 from random weights")
     return Start(0, "random weights", {})
+
+
+def _refuse_lost_checkpoints(run_directory: Path) -> None:
+    """A run whose checkpoints have vanished would start over, and cut its metrics to nothing."""
+    saves = [event for event in read_events(run_directory) if event["event"] == "save"]
+    saved = [event["step"] for event in saves if event.get("problem", "?") is None and "step" in event]
+    if saved:
+        raise UserError(
+            f"{run_directory}: {EVENTS} tells of a checkpoint of step {max(saved)}, and there is none; bring back its "
+            f"checkpoints directory, or choose another run.directory to start again"
+        )
 
 
 def _tidy(run_directory: Path, *, found: Found) -> dict[str, str]:
@@ -90,7 +101,7 @@ def on_first_rank(topology: Topology, function: Callable[[], T]) -> T | None:
         try:
             result = function()
         except OSError as error:
-            problem = [f"{error.filename or 'a file'}: {error.strerror or error}; make room, or check the path"]
+            problem = [describe_os_error(error, otherwise="a file")]
     dist.broadcast_object_list(problem, src=0)
     if problem[0] is not None:
         raise RunStopped(problem[0], status=CANNOT_SAVE)
@@ -111,6 +122,19 @@ def _check_same_function(checkpoint: Path, *, run: Run, what: str) -> None:
                 f"{what}: was made with model.{name}={getattr(saved, name)}, and this run has "
                 f"{getattr(now, name)}, which would make another model of its weights; use the model section of "
                 f"{checkpoint}/config.yaml"
+            )
+
+
+def _check_same_tokenizer(checkpoint: Path, *, run: Run) -> None:
+    """Ids of another tokenizer mean other words to these weights."""
+    wanted = load_tokenizer(checkpoint / "tokenizer").fingerprint
+    for corpus in run.data.train.corpora:
+        made_with = corpus.manifest["tokenizer"]["fingerprint"]
+        if made_with != wanted:
+            raise UserError(
+                f"{corpus.path}: made with tokenizer {made_with[:12]}, and train.init_from={checkpoint} was trained "
+                f"with {wanted[:12]}; make the data with the checkpoint's own: megatron-polar preprocess INPUT "
+                f"--output ANOTHER_DIR --tokenizer {checkpoint / 'tokenizer'}"
             )
 
 

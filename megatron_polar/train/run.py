@@ -283,6 +283,7 @@ def _save(training: Training, *, blocking: bool = False) -> None:
         precision=run.config.train.precision,
         optimizer=optimizer_kind(run.config),
         guard=run.guard.state(),
+        wrapper=run.data.train.wrapper,
     )
     training.checkpointer.save(state, blocking=blocking)
 
@@ -320,7 +321,7 @@ def _write_down_bad_step(training: Training, result: StepResult) -> None:
         "bad_step",
         step=training.done,
         reason=result.skipped,
-        loss=repr(result.sums["loss"]),
+        loss=repr(result.sums["loss"] / max(result.sums["pairs"], 1.0)),
         grad_norm=repr(result.grad_norm),
         ranks=result.suspects,
     )

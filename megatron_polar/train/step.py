@@ -84,7 +84,8 @@ def train_step(
     sums = local if in_order else reduce_sums(local, topology=topology, device=device)
     figures = dict(zip(SUMS, sums.sum(0).tolist(), strict=True))
     grad_norm = measure_gradients(optimizer)
-    verdict = guard.judge(loss=figures["loss"] / max(figures["pairs"], 1.0), grad_norm=grad_norm)
+    loss = figures["loss"] / max(figures["pairs"], 1.0)
+    verdict = guard.judge(loss=loss, grad_norm=grad_norm, are_finite=reduction.own_gradients_are_finite is not False)
     skipped = guard.agree(verdict, device=device)
     suspects = []
     if skipped is None:

@@ -11,17 +11,24 @@ MEGATRON_POLAR_REWARD_* variables (docs/rl.md); a reward that cannot be had ends
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
-from datasets import Dataset
-from trl import GRPOConfig, GRPOTrainer
-
+from megatron_polar.errors import UserError
 from megatron_polar.serve.adapters import trl_reward
+from megatron_polar.serve.reward_function import configured
 
 
 def main() -> None:
     """Train, and leave the policy and trainer_state.json (with the rewards of every step) in --output."""
     options = _options()
+    try:
+        configured()  # wrong variables are said here, not in the middle of the first step
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    from datasets import Dataset  # below: TRL takes its time to load
+    from trl import GRPOConfig, GRPOTrainer
+
     rows = [json.loads(line) for line in options.data.read_text(encoding="utf-8").splitlines() if line.strip()]
     config = GRPOConfig(
         output_dir=str(options.output),
