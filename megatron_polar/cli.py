@@ -9,6 +9,7 @@ from pathlib import Path
 
 import megatron_polar
 from megatron_polar import log
+from megatron_polar.cli_launch import add_plan, add_preflight
 from megatron_polar.cli_models import add_convert, add_serve, add_wrapper
 from megatron_polar.errors import (
     ENVIRONMENT_ERRORS,
@@ -73,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
         _add_sample,
         _add_tokenizer,
         _add_preprocess,
+        add_plan,
+        add_preflight,
         _add_train,
         _add_evaluate,
         _add_score,
@@ -105,13 +108,25 @@ def _add_sample(verbs) -> None:
     verb.add_argument("--wrapper", choices=("sft", "pretrain"), default="pretrain")
     verb.add_argument("--seed", type=int, default=1)
     verb.add_argument("--workers", type=int, default=1)
+    _add_part(verb, "only every N-th shard, from shard I on; then once without --part")
     verb.set_defaults(run=_sample)
+
+
+def _add_part(verb: argparse.ArgumentParser, what: str) -> None:
+    verb.add_argument("--part", metavar="I/N", help=f"for an array of N jobs, I from 0 to N-1: {what}")
+
+
+def _part(options: argparse.Namespace):
+    from megatron_polar.data.parts import parse_part
+
+    return None if options.part is None else parse_part(options.part)
 
 
 def _sample(options: argparse.Namespace) -> None:
     from megatron_polar.policies.sample import sample_pool
 
     check_output_directory(options.output)
+    part = _part(options)
     report = sample_pool(
         options.pool,
         prompts=options.prompts,
@@ -123,8 +138,11 @@ def _sample(options: argparse.Namespace) -> None:
         seed=options.seed,
         workers=options.workers,
         wrapper=options.wrapper,
+        part=part,
     )
-    log.info(f"{report.output}: {report.num_trajectories} trajectories for {report.num_prompts} prompts")
+    who = "" if part is None else f"part {part}: "
+    rest = "" if report.is_complete else "; the same command without --part draws what is missing and ends the output"
+    log.info(f"{report.output}: {who}{report.num_trajectories} trajectories for {report.num_prompts} prompts{rest}")
 
 
 # --- train-tokenizer and preprocess ----------------------------------------------------------------------------------
@@ -169,6 +187,7 @@ def _add_preprocess(verbs) -> None:
     verb.add_argument(
         "--max-bad-fraction", type=float, default=0.0, help="share of bad lines to quarantine instead of failing"
     )
+    _add_part(verb, "only every N-th work unit, from unit I on; then once without --part")
     verb.set_defaults(run=_preprocess)
 
 
@@ -186,6 +205,7 @@ def _preprocess(options: argparse.Namespace) -> None:
         max_bad_fraction=options.max_bad_fraction,
         separator_token=options.separator_token,
         reward_token=options.reward_token,
+        part=_part(options),
     )
 
 

@@ -23,6 +23,11 @@ REPLICAS_DIFFER = 76
 
 FENCED = 77
 """Another job has taken over the run directory: leave it to that one."""
+PREFLIGHT_FAILED = 79
+"""A node is not fit for the job, before anything was computed: start again without the nodes that are named."""
+
+NO_PROGRESS = 78
+"""Of a Slurm job: several restarts have brought no newer checkpoint, or there were too many: look at its log."""
 
 
 class UserError(ValueError):

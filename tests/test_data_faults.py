@@ -342,7 +342,7 @@ def test_a_done_file_that_changed_is_not_believed(call, tmp_path, dataset, no_fa
 
 def test_a_run_does_not_touch_what_another_finished_meanwhile(call, dataset_copy, monkeypatch):
     before = hashes(dataset_copy)
-    monkeypatch.setattr("megatron_polar.data.preprocess._complete_output", lambda *_, **__: None)
+    monkeypatch.setattr("megatron_polar.data.preprocess.complete_output", lambda *_, **__: None)
     with pytest.raises(UserError, match="another preprocess has just finished here"):
         preprocess_quietly(**call, output=dataset_copy)
     shutil.rmtree(dataset_copy / ".work")

@@ -79,7 +79,7 @@ def test_every_path_into_the_repository_exists(page):
 
 def _is_ours(word: str) -> bool:
     first, slash, _ = word.partition("/")
-    return word.endswith(".py") or (slash == "/" and first in FOLDERS and not _is_ignored(first))
+    return word.endswith(".py") or (slash == "/" and first in FOLDERS and not _is_ignored(word))
 
 
 def _exists(word: str) -> bool:
@@ -90,9 +90,10 @@ def _exists(word: str) -> bool:
     return any(place.exists() for place in places)
 
 
-def _is_ignored(folder: str) -> bool:
+def _is_ignored(word: str) -> bool:
+    """By .gitignore: what users and runs put there."""
     patterns = [line.strip("/") for line in (ROOT / ".gitignore").read_text().split()]
-    return any(Path(folder).match(pattern) for pattern in patterns)
+    return any(place.match(pattern) for place in (Path(word), *Path(word).parents) for pattern in patterns)
 
 
 def test_the_readme_names_every_top_level_folder():

@@ -8,6 +8,7 @@ from pathlib import Path
 import orjson
 
 from megatron_polar import log
+from megatron_polar.data.parts import Part
 
 _MOST_KINDS = 1000
 
@@ -47,6 +48,25 @@ class PreprocessReport:
             policies=len(manifest["policies"]),
             duplicates_dropped=counts["duplicate_trajectories"] + counts["duplicate_candidates"],
         )
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """What a run of one part has left in `output/.work`: its work units, made now or found made already."""
+
+    output: Path
+    part: Part
+    already_complete: bool
+    units_made: int
+    units_resumed: int
+
+
+def say_what_a_part_made(report: PartReport) -> None:
+    """One line of figures, and what to do next."""
+    log.info(
+        f"{report.output}: part {report.part}: {report.units_made} units made, {report.units_resumed} found made "
+        "already; the same command without --part merges all parts"
+    )
 
 
 def say_what_was_made(report: PreprocessReport, *, quarantine: Path) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import io
 import multiprocessing
 import os
+import secrets
 import signal
 import threading
 from collections import Counter, deque
@@ -17,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ import orjson
 import xxhash
 
 from megatron_polar import faults, log
-from megatron_polar.data.lines import InputLine, RecordError, read_lines, too_long
+from megatron_polar.data.lines import InputLine, RecordError, too_long
 from megatron_polar.data.records import Preference, TrajectoryGroup, drop_duplicates, parse_record
 from megatron_polar.data.storage import (
     COUNTS,
@@ -40,79 +40,14 @@ from megatron_polar.data.storage import (
 )
 from megatron_polar.data.template import WRAPPERS, encode_half
 from megatron_polar.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_polar.data.units import Unit, UnitContext, UnitSource
 from megatron_polar.errors import UserError
 from megatron_polar.manifest import Damaged, HashedFile, encode_manifest, write_durably
-
-# Bytes of text in a work unit. It decides nothing about the output, only how much memory a worker takes and how much
-# work a kill can cost.
-UNIT_BYTES = 4 * 1024 * 1024
 
 QUARANTINE_FIELDS = ("file", "line", "byte_offset", "reason", "sha256")
 
 
-# ---------------------------------------------------------------- work units
-
-
-@dataclass(frozen=True)
-class UnitContext:
-    """All that a worker needs beside the lines of a unit."""
-
-    tokenizer_path: Path
-    separator_token: str
-    reward_token: str
-    wrapper: str
-    max_response_length: int
-    work: Path
-    files: tuple[str, ...]
-    key: bytes
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """Consecutive input lines, each with the number of its file."""
-
-    index: int
-    lines: list[tuple[int, InputLine]]
-    digest: str
-
-
-class UnitSource:
-    """Cuts the input files into units, and notes name, size and hash of each file that was read to its end."""
-
-    def __init__(self, files: Sequence[Path], *, context: UnitContext, unit_bytes: int):
-        self.files, self.context, self._unit_bytes = files, context, unit_bytes
-        self.total_bytes = sum(file.stat().st_size for file in files)
-        self.bytes_read = 0
-        self.units_resumed = 0
-        self.entries: list[dict] = []
-
-    def update(self, data: bytes) -> None:
-        self.bytes_read += len(data)
-        self._hash.update(data)
-
-    def units(self) -> Iterator[_Unit]:
-        lines: list[tuple[int, InputLine]] = []
-        index = size = 0
-        for number, file in enumerate(self.files):
-            self._hash, before = xxhash.xxh3_128(), self.bytes_read
-            for line in read_lines(file, meter=self):
-                lines.append((number, line))
-                size += len(line.data)
-                if size >= self._unit_bytes:
-                    yield self._unit(index, lines)
-                    lines, index, size = [], index + 1, 0
-            name, read = self.context.files[number], self.bytes_read - before
-            self.entries.append({"name": name, "size": read, "xxh3_128": self._hash.hexdigest()})
-        if lines:
-            yield self._unit(index, lines)
-
-    def _unit(self, index: int, lines: list[tuple[int, InputLine]]) -> _Unit:
-        digest = xxhash.xxh3_128(self.context.key)
-        for number, line in lines:
-            place = f"{self.context.files[number]}\n{line.number}\n{line.byte_offset}"
-            digest.update(f"\n{place}\n{len(line.data)}\n{line.skipped}\n".encode())
-            digest.update(line.data)
-        return _Unit(index=index, lines=lines, digest=digest.hexdigest())
+# ---------------------------------------------------------------- in the parent: units -> shards
 
 
 def shard_path(work: Path, index: int) -> Path:
@@ -150,7 +85,7 @@ def encode_units(
 _WORKER_DIED = "a worker process died (killed for memory?); run the same command again, finished units are kept"
 
 
-def _submit(pool: ProcessPoolExecutor, unit: _Unit) -> Future:
+def _submit(pool: ProcessPoolExecutor, unit: Unit) -> Future:
     try:
         return pool.submit(_encode_unit_in_worker, unit)
     except BrokenProcessPool as error:
@@ -164,7 +99,7 @@ def _result(index: int, done: Future | dict) -> tuple[int, dict]:
         raise UserError(_WORKER_DIED) from error
 
 
-def _read_done(unit: _Unit, *, work: Path) -> dict | None:
+def _read_done(unit: Unit, *, work: Path) -> dict | None:
     """The done file of an earlier run, if it is of the same lines and settings and its shard is whole."""
     shard = shard_path(work, unit.index)
     try:
@@ -252,11 +187,11 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_unit_in_worker(unit: _Unit) -> dict:
+def _encode_unit_in_worker(unit: Unit) -> dict:
     return _encode_unit(unit, context=_worker_state["context"], tokenizer=_worker_state["tokenizer"])
 
 
-def _encode_unit(unit: _Unit, *, context: UnitContext, tokenizer: Tokenizer) -> dict:
+def _encode_unit(unit: Unit, *, context: UnitContext, tokenizer: Tokenizer) -> dict:
     """Tokenise the unit's lines into a shard file; write and return its done file's content."""
     faults.point("unit")
     counts = Counter(dict.fromkeys((*COUNTS, *MAXIMA), 0))
@@ -288,7 +223,7 @@ def _encode_unit(unit: _Unit, *, context: UnitContext, tokenizer: Tokenizer) -> 
     for array in (tokens, np.array([len(ids) for ids in sequences], np.int32), np.array(documents, np.int32)):
         np.save(arrays, array, allow_pickle=False)
     shard, data = shard_path(context.work, unit.index), arrays.getvalue()
-    own = f".{os.getpid()}.tmp"  # a worker of a killed run may still be at this unit
+    own = f".{secrets.token_hex(8)}.tmp"  # a worker of a killed run, or another machine, may be at this unit too
     write_durably(shard, data, suffix=own)
     faults.point("after_unit_shard")
     digest = xxhash.xxh3_128(data).hexdigest()

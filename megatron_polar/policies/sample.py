@@ -2,9 +2,12 @@
 
 import hashlib
 import multiprocessing
+import os
 import random
+import secrets
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,10 +16,11 @@ from typing import Literal
 import orjson
 
 from megatron_polar.data.lines import read_jsonl
+from megatron_polar.data.parts import Part, locked
 from megatron_polar.data.template import prompt_text
 from megatron_polar.errors import UserError
 from megatron_polar.log import Progress, info
-from megatron_polar.manifest import write_durably
+from megatron_polar.manifest import HashedFile, sync_directory, write_durably
 from megatron_polar.policies.backends import EmbeddedPolicy, choose, derived_seed
 from megatron_polar.policies.ngram import MARKS, join_words
 from megatron_polar.policies.pool import Pool, PromptRule, load_pool
@@ -28,7 +32,10 @@ _SPLIT_WORDS = 3  # a prompt's side is decided by its first words, so that one o
 
 @dataclass(frozen=True)
 class SampleReport:
-    """What one call of `sample_pool` leaves behind; num_reused shards were there before."""
+    """What one call of `sample_pool` leaves behind, a part in its own shards; num_reused shards were there before.
+
+    is_complete: the whole output is, with its manifest.
+    """
 
     output: Path
     num_prompts: int
@@ -36,6 +43,7 @@ class SampleReport:
     num_words: int
     num_shards: int
     num_reused: int
+    is_complete: bool
 
 
 @dataclass(frozen=True)
@@ -68,14 +76,16 @@ def sample_pool(
     workers: int = 1,
     wrapper: Literal["sft", "pretrain"] = "pretrain",
     prompts_per_shard: int = 500,
+    part: Part | None = None,
 ) -> SampleReport:
     """Sample trajectories of `policies_per_prompt` policies for each prompt: several of the first, one of each other.
 
     Prompts are the first `num_prompts` of a JSONL file with a `prompt` key (all for None), or, without a file,
     `num_prompts` different sentence openings of the pool's corpus; then `prompt_split` says from which side of the
     split, and the sides share no opening. `output` gets `settings.json`, `trajectories-00000.jsonl` ... and, last,
-    `manifest.json`. Called again with the same settings it keeps the finished shards. UserError for bad input and for
-    an output of other settings.
+    `manifest.json`. Called again with the same settings it keeps the finished shards. With a `part` it draws that
+    part's shards and no manifest; parts may run at the same time. UserError for bad input and for an output of other
+    settings.
     """
     pool = load_pool(pool_path)
     settings = DrawSettings(seed, trajectories_per_policy, policies_per_prompt, prompts_per_shard, wrapper)
@@ -85,19 +95,23 @@ def sample_pool(
     else:
         texts = list(_read_prompts(prompts, limit=num_prompts))
     described = _describe_settings(pool, settings, texts)
-    is_complete = _open_output(output, described)
     shards = [
         _Shard(output / f"trajectories-{index:05d}.jsonl", tuple(texts[start : start + prompts_per_shard]))
         for index, start in enumerate(range(0, len(texts), prompts_per_shard))
+        if part is None or part.holds(index)
     ]
-    pending = [shard for shard in shards if not _is_finished(shard)]
-    if is_complete and not pending:
-        info(f"sample: {output} is complete and was made with these settings; nothing to do")
-    _write_shards(pool, settings, pending, workers=workers, total=sum(len(shard.prompts) for shard in pending))
-    entries = [_describe_shard(shard.path) for shard in shards]
-    totals = {name: sum(entry[name] for entry in entries) for name in ("prompts", "trajectories", "words")}
-    _write_json(output / "manifest.json", {**described, **totals, "shards": entries})
-    return SampleReport(output, *totals.values(), num_shards=len(shards), num_reused=len(shards) - len(pending))
+    with _opened(output, described, part=part):
+        pending = [shard for shard in shards if not _is_finished(shard)]
+        has_manifest = (output / "manifest.json").exists()
+        if has_manifest and not pending:
+            info(f"sample: {output} is complete and was made with these settings; nothing to do")
+        _write_shards(pool, settings, pending, workers=workers, total=sum(len(shard.prompts) for shard in pending))
+        entries = [_describe_shard(shard.path) for shard in shards]
+        totals = {name: sum(entry[name] for entry in entries) for name in ("prompts", "trajectories", "words")}
+        if part is None:
+            _write_atomically(output / "manifest.json", _encode_json({**described, **totals, "shards": entries}))
+    reused, is_complete = len(shards) - len(pending), part is None or has_manifest
+    return SampleReport(output, *totals.values(), num_shards=len(shards), num_reused=reused, is_complete=is_complete)
 
 
 def _check_counts(
@@ -188,25 +202,37 @@ def _describe_settings(pool: Pool, settings: DrawSettings, prompts: Sequence[str
     return {**orjson.loads(encoded), "fingerprint": hashlib.sha256(encoded).hexdigest()}
 
 
-def _open_output(output: Path, described: dict) -> bool:
-    """Make or recognise the output directory; returns whether a manifest says that it is complete."""
-    settings_path, remedy = output / "settings.json", "choose another output directory or delete this one"
-    if settings_path.exists():
-        if not settings_path.is_file():
-            raise UserError(f"{settings_path}: not a regular file; {remedy}")
-        try:
-            found = orjson.loads(settings_path.read_bytes())
-            changed = [name for name, value in described.items() if found.get(name) != value and name != "fingerprint"]
-        except (orjson.JSONDecodeError, AttributeError):
-            raise UserError(f"{settings_path}: not what `sample` has written; {remedy}") from None
-        if changed:
-            raise UserError(f"{output}: holds trajectories of other settings ({', '.join(changed)} changed); {remedy}")
-    elif output.is_dir() and any(output.iterdir()):
-        raise UserError(f"{output}: is not empty and not an output of `sample` (no settings.json); {remedy}")
-    else:
+@contextmanager
+def _opened(output: Path, described: dict, *, part: Part | None) -> Iterator[None]:
+    """Make or recognise the output directory and lock its settings.json: that is there first, and never replaced."""
+    settings, remedy = output / "settings.json", "choose another output directory or delete this one"
+    if not settings.exists():
+        names = os.listdir(output) if output.is_dir() else []
+        begun = all(
+            name.startswith(f"{settings.name}.") for name in names
+        )  # by another part, or a call that was killed
+        if not begun and not settings.exists():
+            raise UserError(f"{output}: is not empty and not an output of `sample` (no settings.json); {remedy}")
         output.mkdir(parents=True, exist_ok=True)
-        _write_json(settings_path, described)
-    return (output / "manifest.json").exists()
+        _write_unless_there(settings, _encode_json(described))
+    _compare_settings(settings, described, remedy=remedy)
+    with locked(settings, part=part, output=output, verb="sample"):
+        if part is None:
+            for stale in output.glob("*.partial"):  # of a call that was killed
+                stale.unlink(missing_ok=True)
+        yield
+
+
+def _compare_settings(path: Path, described: dict, *, remedy: str) -> None:
+    if not path.is_file():
+        raise UserError(f"{path}: not a regular file; {remedy}")
+    try:
+        found = orjson.loads(path.read_bytes())
+        changed = [name for name, value in described.items() if found.get(name) != value and name != "fingerprint"]
+    except (orjson.JSONDecodeError, AttributeError):
+        raise UserError(f"{path}: not what `sample` has written; {remedy}") from None
+    if changed:
+        raise UserError(f"{path.parent}: holds trajectories of other settings ({', '.join(changed)} changed); {remedy}")
 
 
 def _is_finished(shard: _Shard) -> bool:
@@ -280,9 +306,24 @@ def _describe_shard(path: Path) -> dict:
     }
 
 
-def _write_json(path: Path, value: dict) -> None:
-    _write_atomically(path, orjson.dumps(value, option=orjson.OPT_INDENT_2) + b"\n")
+def _encode_json(value: dict) -> bytes:
+    return orjson.dumps(value, option=orjson.OPT_INDENT_2) + b"\n"
+
+
+def _write_unless_there(path: Path, content: bytes) -> None:
+    """Of several processes that come at once one writes: a link, unlike a rename, takes no other file's place."""
+    temporary = path.with_name(path.name + _unique_suffix())
+    with HashedFile(temporary) as file:
+        file.write(content)
+    with suppress(FileExistsError, FileNotFoundError):  # not found: removed as stale by the one that was first
+        os.link(temporary, path)
+    temporary.unlink(missing_ok=True)
+    sync_directory(path.parent)
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
-    write_durably(path, content, suffix=".partial")
+    write_durably(path, content, suffix=_unique_suffix())
+
+
+def _unique_suffix() -> str:
+    return f".{secrets.token_hex(8)}.partial"

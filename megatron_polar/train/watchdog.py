@@ -39,10 +39,12 @@ from megatron_polar.train.verdicts import (
     wait_until,
 )
 
+HEARTBEAT = "heartbeat"
 _LONGEST_INTERVAL_SECONDS = 0.5
 _LONGEST_GRACE_SECONDS = 10.0
 """For how long a rank may go on when another has ended with an error: most errors are raised on all ranks."""
 _SECONDS_TO_WRITE = 1.0
+_HEARTBEAT_SECONDS = 5.0
 _SECONDS_FOR_OTHERS = 3.0
 """For how long the rank that hosts the store lets the others read why the job ends."""
 
@@ -113,7 +115,9 @@ class Watchdog:
         if self.timeout > 0:
             # Not all threads: to walk the frames of a thread that runs would crash the process now and then.
             faulthandler.register(SHOW_STACK, file=2, all_threads=False)
-            for target in [self._keep_time, *([self._talk] if self._store is not None else [])]:
+            talks = [self._talk] if self._store is not None else []
+            beats = [self._beat_for_launcher] if self.rank == 0 and self.directory is not None else []
+            for target in [self._keep_time, *talks, *beats]:
                 self._threads.append(threading.Thread(target=target, name=f"watchdog {target.__name__}", daemon=True))
                 self._threads[-1].start()
         return self
@@ -181,6 +185,14 @@ class Watchdog:
             elif self._seconds_since(self._answered) > self.timeout:
                 self._has_lost_store = True
                 self._end(self._about_the_store(f"has not answered for {self.timeout:g} s"), says=True)
+
+    def _beat_for_launcher(self) -> None:
+        """Say in a file where this rank is: a job script ends a job whose first rank cannot even do that."""
+        while not self._ended.wait(_HEARTBEAT_SECONDS):
+            with contextlib.suppress(OSError):
+                if self.directory.is_dir() and self.may_write():
+                    phase, step = self._place
+                    (self.directory / HEARTBEAT).write_text(f"{phase} of step {step}\n")
 
     def _seconds_since(self, moment: float) -> float:
         """At least so many."""

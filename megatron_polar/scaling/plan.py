@@ -1,0 +1,231 @@
+"""RunConfig + cluster → what the run would be, and everything that would stop it. No torch."""
+
+import dataclasses
+from dataclasses import dataclass
+from itertools import product
+
+from megatron_polar.config.presets import architecture_of, padded_vocab_size
+from megatron_polar.config.schema import RunConfig
+from megatron_polar.config.validate import check_layout
+from megatron_polar.errors import UserError
+from megatron_polar.scaling.memory import MemoryEstimate, estimate_memory, layout_of, usable_bytes
+from megatron_polar.scaling.paths import Paths, look_at_paths
+
+GB = 1e9
+_ASSUMED_VOCABULARY = dict.fromkeys(("polar_1_8b", "polar_7b", "polar_20b"), 92544)  # InternLM2's
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The machines of a run; GB are 10^9 bytes."""
+
+    num_nodes: int
+    gpus_per_node: int
+    gpu_memory_gb: float
+
+    def __post_init__(self):
+        for option, value in (("--nodes", self.num_nodes), ("--gpus-per-node", self.gpus_per_node)):
+            if value < 1:
+                raise UserError(f"{option} {value} must be at least 1")
+        if not 0 < self.gpu_memory_gb < float("inf"):
+            raise UserError(f"--gpu-memory-gb {self.gpu_memory_gb} must be above 0")
+
+    @property
+    def num_gpus(self) -> int:
+        return self.num_nodes * self.gpus_per_node
+
+    @property
+    def gpu_bytes(self) -> float:
+        return self.gpu_memory_gb * GB
+
+    @property
+    def name(self) -> str:
+        return f"{plural(self.num_nodes, 'node')} x {plural(self.gpus_per_node, 'GPU')} of {self.gpu_memory_gb:g} GB"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would be on a cluster. No problems: go."""
+
+    config: RunConfig
+    cluster: Cluster
+    paths: Paths | None
+    """None where no file was to be opened."""
+    embedding_rows: int | None
+    memory: MemoryEstimate | None
+    """None where the world size does not fit the parallel sizes, or the vocabulary is unknown."""
+    problems: tuple[str, ...]
+    """One line each: what, where, why and the remedy."""
+
+    @property
+    def num_comparisons(self) -> int:
+        """Comparisons of an epoch; 0 where no dataset could be read."""
+        return sum(facts.num_comparisons for facts in self.paths.train) if self.paths else 0
+
+    @property
+    def num_steps(self) -> int | None:
+        """Optimizer steps of the run, as train/build.py counts them; None where no dataset could be read."""
+        train = self.config.train
+        if train.num_steps is not None:
+            return train.num_steps
+        if not self.num_comparisons:
+            return None
+        return int(train.num_epochs * self.num_comparisons / train.global_batch_size)
+
+    def refusal(self, name: str) -> UserError | None:
+        """All problems in one error, a line each; None when there are none."""
+        if not self.problems:
+            return None
+        heading = f"{name} on {self.cluster.name}: {plural(len(self.problems), 'problem')}"
+        return UserError("\n  ".join([heading, *self.problems]))
+
+
+def make_plan(config: RunConfig, *, cluster: Cluster, with_paths: bool = True) -> Plan:
+    """Check a run that `load_config` has accepted against a cluster. Not `with_paths`: no file is opened."""
+    paths = look_at_paths(config) if with_paths else None
+    problems = list(paths.problems) if paths else []
+    rows = _embedding_rows(config, vocab_size=paths.vocab_size if paths else None, problems=problems)
+    _check_recompute(config, problems=problems)
+    memory = None
+    try:
+        layout_of(config.parallel, world_size=cluster.num_gpus)
+        if rows is not None:
+            memory = _estimate(config, cluster=cluster, rows=rows, paths=paths)
+    except UserError as error:
+        problems.append(str(error))
+    if memory is not None:
+        _check_batch(config, memory=memory, problems=problems)
+        if not memory.fits(cluster.gpu_bytes):
+            problems.append(_too_large(config, memory=memory, cluster=cluster, rows=rows, paths=paths))
+    plan = Plan(config, cluster, paths, rows, memory, tuple(problems))
+    return dataclasses.replace(plan, problems=(*problems, *_too_few_comparisons(plan)))
+
+
+def plural(number: int, noun: str) -> str:
+    """`1 node`, `2 nodes`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+# --- Checks ----------------------------------------------------------------------------------------------------------
+
+
+def _embedding_rows(config: RunConfig, *, vocab_size: int | None, problems: list[str]) -> int | None:
+    """Rows of the embedding, as model/build.py makes them; None where the vocabulary cannot be known.
+
+    `vocab_size` is the tokenizer's.
+    """
+    model, tp = config.model, config.parallel.tensor_model_parallel_size
+    wanted = model.vocab_size or vocab_size or _ASSUMED_VOCABULARY.get(model.preset or "")
+    if wanted is None:
+        problems.append(
+            "model.vocab_size is not set, and no tokenizer could be read to tell it, so memory is unknown; set it, or "
+            "data.tokenizer"
+        )
+        return None
+    if wanted < (vocab_size or 0):
+        problems.append(
+            f"model.vocab_size={wanted} is below the tokenizer's vocabulary of {vocab_size}; leave it out, or set at "
+            f"least {vocab_size}"
+        )
+    rows = padded_vocab_size(wanted, multiple=model.make_vocab_size_divisible_by)
+    if rows % tp:
+        problems.append(
+            f"parallel.tensor_model_parallel_size={tp} does not divide the padded vocabulary of {rows} rows; set "
+            f"model.make_vocab_size_divisible_by to a multiple of it"
+        )
+    return rows
+
+
+def _check_recompute(config: RunConfig, *, problems: list[str]) -> None:
+    """megatron-core's uniform recomputation runs past the last layer where the last block is not full."""
+    parallel, block = config.parallel, config.train.recompute_num_layers
+    chunks = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
+    layers = architecture_of(config.model).num_layers // chunks
+    if config.train.recompute == "full" and layers % block:
+        divisors = ", ".join(str(size) for size in range(1, layers + 1) if layers % size == 0)
+        problems.append(
+            f"train.recompute_num_layers={block} does not divide the {layers} layers of a pipeline chunk, and "
+            f"megatron-core would look for layers that are not there; use {divisors}"
+        )
+
+
+def _check_batch(config: RunConfig, *, memory: MemoryEstimate, problems: list[str]) -> None:
+    """Any batch trains, since comparisons are dealt to ranks as they fit (data/packing.py); fewer than ranks leave
+    some with nothing but padding."""
+    batch, ranks = config.train.global_batch_size, memory.layout.dp
+    if batch < ranks:
+        problems.append(
+            f"train.global_batch_size={batch} is less than one comparison for each of {ranks} data-parallel ranks, so "
+            f"that some would compute padding; use at least {ranks}, or fewer nodes"
+        )
+
+
+def _too_few_comparisons(plan: Plan) -> list[str]:
+    if plan.num_steps is None or plan.num_steps >= 1:
+        return []
+    train = plan.config.train
+    return [
+        f"train.num_epochs={train.num_epochs} over {plan.num_comparisons} comparisons is less than one step of "
+        f"train.global_batch_size={train.global_batch_size}; lower the batch size or add data"
+    ]
+
+
+# --- Memory ----------------------------------------------------------------------------------------------------------
+
+
+def _estimate(config: RunConfig, *, cluster: Cluster, rows: int, paths: Paths | None) -> MemoryEstimate:
+    longest = paths.longest_response if paths else None
+    return estimate_memory(config, world_size=cluster.num_gpus, embedding_rows=rows, longest_response=longest)
+
+
+def _too_large(config: RunConfig, *, memory: MemoryEstimate, cluster: Cluster, rows: int, paths: Paths | None) -> str:
+    needed, usable = f"{memory.largest.total / GB:.1f}", f"{usable_bytes(cluster.gpu_bytes) / GB:.1f}"
+    return (
+        f"memory: {needed} GB on each GPU of pipeline stage {memory.largest.stage} by estimate, and {usable} of "
+        f"{cluster.gpu_memory_gb:g} GB may be used; {_what_fits(config, cluster=cluster, rows=rows, paths=paths)}"
+    )
+
+
+def _what_fits(config: RunConfig, *, cluster: Cluster, rows: int, paths: Paths | None) -> str:
+    """The fewest changes of recomputation, TP within a node and PP that fit by the estimate, as overrides."""
+    architecture, parallel = architecture_of(config.model), config.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    tps = [tp] + [size for size in (tp * 2**k for k in range(1, 10)) if size <= cluster.gpus_per_node]
+    pps = [pp] if parallel.virtual_pipeline_model_parallel_size else [pp * 2**k for k in range(7)]
+    choices = list(product(dict.fromkeys((config.train.recompute, "full")), tps, pps))
+    changes = [(choice[0] != config.train.recompute) + (choice[1] != tp) + (choice[2] != pp) for choice in choices]
+    for _, choice in sorted(zip(changes, choices, strict=True), key=lambda item: (item[0], item[1][2], item[1][1])):
+        overrides = _overrides(config, recompute=choice[0], tp=choice[1], pp=choice[2])
+        changed = _change(config, overrides)
+        try:
+            check_layout(changed.parallel, architecture)
+            memory = _estimate(changed, cluster=cluster, rows=rows, paths=paths)
+        except UserError:
+            continue
+        if memory.fits(cluster.gpu_bytes) and rows % choice[1] == 0:
+            text = " ".join(f"{key}={str(value).lower()}" for key, value in overrides.items())
+            return f"{text} would take {memory.largest.total / GB:.1f} GB"
+    return "no TP within a node, PP up to 64 times as large and recompute=full fits; take more or larger GPUs"
+
+
+def _overrides(config: RunConfig, *, recompute: str, tp: int, pp: int) -> dict[str, object]:
+    """The keys to set for these choices, without those that stay."""
+    parallel, overrides = config.parallel, {}
+    if recompute != config.train.recompute:
+        overrides |= {"train.recompute": recompute}
+        if config.train.recompute_num_layers != 1:
+            overrides |= {"train.recompute_num_layers": 1}
+    if tp != parallel.tensor_model_parallel_size:
+        overrides |= {"parallel.tensor_model_parallel_size": tp}
+    if pp != parallel.pipeline_model_parallel_size:
+        overrides |= {"parallel.pipeline_model_parallel_size": pp}
+    if tp > 1 and not parallel.sequence_parallel:
+        overrides |= {"parallel.sequence_parallel": True}
+    return overrides
+
+
+def _change(config: RunConfig, overrides: dict[str, object]) -> RunConfig:
+    for name, value in overrides.items():
+        section, key = name.split(".")
+        config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{key: value})})
+    return config

@@ -1,0 +1,140 @@
+"""A plan as text: parameters, layout, memory by term, data, and what the paper's laws suggest."""
+
+from megatron_polar.config.presets import architecture_of
+from megatron_polar.scaling.laws import SIZES, Sizes, batch_size, peak_learning_rate
+from megatron_polar.scaling.memory import MemoryEstimate, usable_bytes
+from megatron_polar.scaling.plan import GB, Plan, plural
+
+_HOST_BYTES_PER_PARAMETER = 12  # docs/training.md: what every rank gathers to save
+
+
+def render_plan(plan: Plan, *, base_tokens: float | None = None, reward_tokens: float | None = None) -> str:
+    """The table that `megatron-polar plan` prints; GB are 10^9 bytes.
+
+    `base_tokens` and `reward_tokens` are for the laws, as in laws.py; default: the preset's base model, and what the
+    datasets hold.
+    """
+    lines = _model_lines(plan)
+    if plan.memory is not None:
+        lines += _memory_lines(plan, memory=plan.memory)
+    lines += _data_lines(plan)
+    lines += _law_lines(plan, base_tokens=base_tokens, reward_tokens=reward_tokens)
+    return "\n".join(lines)
+
+
+def _row(name: str, text: str) -> str:
+    return f"{name:<8}{text}"
+
+
+def _model_lines(plan: Plan) -> list[str]:
+    config, parallel, memory, rows = plan.config, plan.config.parallel, plan.memory, plan.embedding_rows
+    lines = []
+    if rows is not None:
+        whole = short(architecture_of(config.model).num_parameters(rows))
+        is_known = config.model.vocab_size or (plan.paths and plan.paths.vocab_size)
+        assumed = "" if is_known else " (assumed: InternLM2's vocabulary)"
+        lines.append(_row("model", f"{whole} parameters, {config.train.precision}; embedding of {rows} rows{assumed}"))
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    vpp, batch = parallel.virtual_pipeline_model_parallel_size, config.train.global_batch_size
+    sizes = f"TP {tp}{' with SP' if parallel.sequence_parallel else ''} x PP {pp}{f' in {vpp} chunks' if vpp else ''}"
+    sizes += f" x CP {parallel.context_parallel_size}{f' x DP {memory.layout.dp}' if memory else ''}"
+    lines.append(_row("layout", f"{plan.cluster.name}: {sizes}"))
+    if tp > plan.cluster.gpus_per_node:
+        lines.append(_row("", "note: tensor-parallel groups reach over nodes, which is slow; keep TP within a node"))
+    if memory is not None:
+        each = batch / memory.layout.dp
+        lines.append(_row("batch", f"{batch} comparisons a step, {each:.1f} a data-parallel rank"))
+        if pp > 1 and each < 4 * pp:
+            lines.append(_row("", "note: less than 4 comparisons a rank and stage, so the pipeline will often wait"))
+    return lines
+
+
+def _memory_lines(plan: Plan, *, memory: MemoryEstimate) -> list[str]:
+    config, cluster, largest, layout = plan.config, plan.cluster, memory.largest, memory.layout
+    asked = config.data.max_tokens_per_micro_batch
+    row = f"rows of {memory.row_tokens} tokens"
+    if memory.row_tokens >= asked + config.data.pad_to_multiple * layout.tp * layout.cp:
+        known = plan.paths and plan.paths.longest_response
+        row += f" (for the longest comparison {'of this data' if known else 'that is accepted'}; asked for: {asked})"
+    usable, gpu = usable_bytes(cluster.gpu_bytes) / GB, f"{cluster.gpu_memory_gb:g}"
+    verdict = "fits" if memory.fits(cluster.gpu_bytes) else "does not fit"
+    lines = [
+        _row("memory", f"of a GPU of pipeline stage {largest.stage} of {layout.pp}, in GB; arithmetic, not measured"),
+        _row("", f"{short(largest.num_parameters)} parameters; {row}; recompute {config.train.recompute}"),
+        *(_row("", f"{value / GB:8.2f}  {name}") for name, value in _terms(plan, memory=memory) if value),
+        _row("", f"{largest.total / GB:8.2f}  in all; {usable:.1f} of {gpu} may be used: {verdict}"),
+    ]
+    if layout.pp > 1:
+        lines.append(_row("", f"all stages: {', '.join(f'{stage.total / GB:.1f}' for stage in memory.stages)}"))
+    if config.optimizer.use_distributed_optimizer:
+        host = largest.num_parameters * _HOST_BYTES_PER_PARAMETER * cluster.gpus_per_node / GB
+        lines.append(_row("host", f"{host:.0f} GB of a node's own memory while a checkpoint is saved"))
+    return lines
+
+
+def _terms(plan: Plan, *, memory: MemoryEstimate) -> list[tuple[str, int]]:
+    config, largest, layout = plan.config, memory.largest, memory.layout
+    shards = layout.dp * layout.cp if config.optimizer.use_distributed_optimizer else 1
+    state = "fp32 weights and AdamW's moments" if config.train.precision == "bf16" else "AdamW's moments"
+    passes = plural(largest.in_flight, "micro-batch").replace("batchs", "batches")
+    chunks = " x chunk" if layout.vpp else ""
+    return [
+        (f"weights, {config.train.precision}", largest.weights),
+        ("gradients, fp32", largest.gradients),
+        (f"{state}, over {plural(shards, 'rank')}", largest.optimizer),
+        (f"activations kept, {passes}{chunks} in flight", largest.activations),
+        (f"activations recomputed, {plural(config.train.recompute_num_layers, 'layer')} at a time", largest.recomputed),
+        ("buffers of the backward pass", largest.buffers),
+        ("CUDA, NCCL, workspaces, fragmentation (assumed)", largest.runtime),
+    ]
+
+
+def _data_lines(plan: Plan) -> list[str]:
+    if plan.paths is None:
+        return [_row("data", "not looked at (--no-paths)")]
+    lines = []
+    for facts in plan.paths.train + plan.paths.validation:
+        stored = f"{short(facts.num_tokens)} tokens, answers up to {facts.longest_response}"
+        lines.append(_row("" if lines else "data", f"{facts.path}: {facts.num_comparisons:,} comparisons, {stored}"))
+    if plan.num_steps is not None:
+        batch, epochs = plan.config.train.global_batch_size, ""
+        if plan.num_comparisons:
+            epochs = f" = {plan.num_steps * batch / plan.num_comparisons:.3g} epochs"
+        lines.append(_row("steps", f"{plan.num_steps:,} of {batch} comparisons{epochs}"))
+    return lines or [_row("data", "none could be read")]
+
+
+def _law_lines(plan: Plan, *, base_tokens: float | None, reward_tokens: float | None) -> list[str]:
+    """Learning rate and batch that the paper's laws suggest for pre-training, beside the configured ones."""
+    config, train = plan.config, plan.paths.train if plan.paths else ()
+    if any(facts.num_preferences for facts in train):
+        return [_row("laws", "none: the paper's are for pre-training, and this data holds preferences")]
+    if reward_tokens is None and train and plan.num_steps:
+        # A sequence of a comparison has two halves: prompt with reference, prompt with candidate.
+        mean_half = sum(facts.num_tokens for facts in train) / sum(facts.num_halves for facts in train)
+        comparisons = plan.num_steps * config.train.global_batch_size
+        reward_tokens = comparisons * 2 * config.data.candidates_per_comparison * mean_half
+    if not reward_tokens:
+        return [_row("laws", "for pre-training; give its data, or --reward-tokens")]
+    preset = SIZES.get(config.model.preset or "")
+    base_tokens = base_tokens or (preset.base_tokens if preset else None)
+    parameters = preset.parameters if preset else architecture_of(config.model).num_parameters(plan.embedding_rows or 0)
+    sizes = Sizes(parameters, base_tokens=base_tokens or 1.0, reward_tokens=reward_tokens)
+    base = f"{short(base_tokens)}" if base_tokens else "unknown (--base-tokens)"
+    given = f"{short(parameters)} parameters, {short(reward_tokens)} tokens, base model's tokens {base}"
+    lines = [
+        _row("laws", f"for {given}:"),
+        _row("", f"batch {batch_size(sizes):.0f} comparisons; configured: {config.train.global_batch_size}"),
+    ]
+    if base_tokens:
+        rate = f"{peak_learning_rate(sizes):.3g}"
+        lines.append(_row("", f"peak learning rate {rate}; configured: {config.optimizer.lr:.3g}"))
+    return lines
+
+
+def short(number: float) -> str:
+    """Three digits and a decimal prefix: 1.70B, 3.60T."""
+    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= unit:
+            return f"{number / unit:#.3g}{letter}".replace(f".{letter}", letter)
+    return f"{number:.0f}"

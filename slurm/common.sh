@@ -1,0 +1,301 @@
+# What all jobs share; sourced by the job scripts, never run.
+# shellcheck shell=bash
+#
+# A job script names a YAML and calls polar_train. Everything that a site or a user may want to change is a variable
+# with a default below; slurm/site.env sets a site's, the environment goes before both. docs/slurm.md is the guide.
+set -uo pipefail
+
+polar_say() { printf '%s %s\n' "$(date '+%F %T')" "$*"; }
+polar_die() { # status message...
+  local status=$1
+  shift
+  polar_say "error: $*" >&2
+  exit "$status"
+}
+
+# --- Settings --------------------------------------------------------------------------------------------------------
+
+POLAR_HOME=${POLAR_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
+[ -d "$POLAR_HOME/megatron_polar" ] ||
+  polar_die 2 "$POLAR_HOME is not the repository; submit from its top, or set POLAR_HOME"
+cd "$POLAR_HOME" || exit 2
+POLAR_SITE=${POLAR_SITE:-$POLAR_HOME/slurm/site.env}
+# shellcheck source=/dev/null
+if [ -f "$POLAR_SITE" ]; then source "$POLAR_SITE"; fi
+: "${POLAR_RUNTIME:=venv}"               # venv, pyxis or apptainer
+: "${POLAR_VENV:=$POLAR_HOME/.venv}"     # venv: its directory
+: "${POLAR_MODULES:=}"                   # venv: environment modules to load first
+: "${POLAR_CONTAINER_IMAGE:=}"           # pyxis, apptainer: image file or name
+: "${POLAR_CONTAINER_MOUNTS:=}"          # pyxis, apptainer: more mounts, source:target,...; the repository is mounted anyway
+: "${POLAR_LAUNCHER:=srun}"              # srun: one task per GPU; torchrun: one task per node, which starts the ranks
+: "${POLAR_SRUN_OPTIONS:=}"              # more options of srun, such as --mpi=none or --network=...
+: "${POLAR_PREFLIGHT:=full}"             # full, nodes (without the all-reduce) or off
+: "${POLAR_PREFLIGHT_SECONDS:=300}"      # how long a node may take for it
+: "${POLAR_MIN_BANDWIDTH_GB_S:=0}"       # all-reduce bandwidth below which no training starts
+: "${POLAR_MIN_FREE_GB:=50}"             # disk space below which no training starts
+: "${POLAR_MAX_RESTARTS:=100}"           # requeues of one job
+: "${POLAR_REQUEUE:=1}"                  # 0: end with status 75 and leave going on to the next job of a chain
+: "${POLAR_HANG_SECONDS:=1200}"          # without a heartbeat for so long the job is ended and requeued; 0: never
+: "${POLAR_WATCH_SECONDS:=15}"           # between looks at heartbeat and STOP file
+
+# Defaults that every run on H100 nodes wants; NCCL reads its own variables from the environment or site.env.
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # overlap of communication needs the order of one queue
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} PYTHONWARNINGS=${PYTHONWARNINGS:-ignore}
+export PYTHONPATH=$POLAR_HOME${PYTHONPATH:+:$PYTHONPATH}
+# srun of 22.05 and newer forgets what sbatch was told.
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+
+# Statuses of megatron_polar/errors.py that the scripts use themselves.
+readonly DONE=0 STOPPED=75 FENCED=77 NO_PROGRESS=78 PREFLIGHT_FAILED=79
+
+# --- Starting programs -----------------------------------------------------------------------------------------------
+
+case $POLAR_RUNTIME in
+venv)
+  # shellcheck disable=SC2086
+  if [ -n "$POLAR_MODULES" ]; then module load $POLAR_MODULES; fi
+  POLAR_PYTHON=${POLAR_PYTHON:-$POLAR_VENV/bin/python}
+  [ -x "$POLAR_PYTHON" ] || polar_die 2 "$POLAR_PYTHON is no Python; make a venv (make .venv/.ready), or set POLAR_VENV in $POLAR_SITE"
+  ;;
+pyxis | apptainer)
+  POLAR_PYTHON=${POLAR_PYTHON:-python3}
+  [ -n "$POLAR_CONTAINER_IMAGE" ] || polar_die 2 "POLAR_RUNTIME=$POLAR_RUNTIME needs POLAR_CONTAINER_IMAGE; set it in $POLAR_SITE"
+  ;;
+*) polar_die 2 "POLAR_RUNTIME=$POLAR_RUNTIME is unknown; use venv, pyxis or apptainer" ;;
+esac
+
+polar_srun() { # srun options... -- command...
+  local options=(--kill-on-bad-exit=1 --wait=60) command=()
+  local mounts="$POLAR_HOME:$POLAR_HOME${POLAR_CONTAINER_MOUNTS:+,$POLAR_CONTAINER_MOUNTS}"
+  while [ "$1" != -- ]; do
+    options+=("$1")
+    shift
+  done
+  shift
+  if [ "$POLAR_RUNTIME" = pyxis ]; then
+    options+=(--container-image="$POLAR_CONTAINER_IMAGE" --container-mounts="$mounts" --container-workdir="$POLAR_HOME")
+    options+=(--no-container-mount-home)
+  elif [ "$POLAR_RUNTIME" = apptainer ]; then
+    command=(apptainer exec --nv --bind "$mounts" --pwd "$POLAR_HOME" "$POLAR_CONTAINER_IMAGE")
+  fi
+  # shellcheck disable=SC2086
+  srun "${options[@]}" $POLAR_SRUN_OPTIONS "${command[@]}" "$@"
+}
+
+polar_python() { # on the first node, for what takes a moment
+  if [ "$POLAR_RUNTIME" = venv ]; then
+    "$POLAR_PYTHON" "$@"
+  else
+    polar_srun --nodes=1 --ntasks=1 --overlap -- "$POLAR_PYTHON" "$@"
+  fi
+}
+
+polar_ranks() { # stage command...: the command once for each rank, with torch's rendezvous in its environment
+  local stage=$1 options=()
+  shift
+  if [ "$stage" = 0 ]; then options=(--kill-on-bad-exit=0 --wait=0); fi # every node is to say how it is
+  # Different for every job on a node, every restart, and preflight (0) and training (1); below the ephemeral ports.
+  export MASTER_PORT=$((10000 + (SLURM_JOB_ID * 8 + ${SLURM_RESTART_COUNT:-0} % 4 * 2 + stage) % 22000))
+  if [ "$POLAR_LAUNCHER" = torchrun ]; then
+    polar_srun "${options[@]}" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 -- slurm/task.sh "$POLAR_PYTHON" \
+      -m torch.distributed.run --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="${POLAR_RANKS_PER_NODE:-8}" \
+      --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.$stage" \
+      --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --no-python "$@"
+  else
+    polar_srun "${options[@]}" -- slurm/task.sh "$@"
+  fi
+}
+
+# --- A training job --------------------------------------------------------------------------------------------------
+
+polar_train() { # CONFIG.yaml [section.key=value ...]
+  polar_open_run "$@"
+  polar_check_nodes "$@"
+  polar_claim_run
+  polar_run_ranks "$@"
+  polar_decide
+}
+
+polar_open_run() { # find the run directory, heed its marks, say what runs where
+  local config=$1
+  RUN=$(polar_python -m megatron_polar.launch.job run-directory "$@") || exit $?
+  mkdir -p "$RUN" || exit 1
+  polar_say "job $SLURM_JOB_ID restart ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST: $config in $RUN"
+  if [ -e "$RUN/DONE" ]; then
+    polar_say "$RUN/DONE is there: nothing to do; remove it to train on"
+    exit "$DONE"
+  fi
+  if [ -e "$RUN/STOP" ]; then
+    polar_say "$RUN/STOP is there: not starting; remove it to train on"
+    polar_cancel_chain
+    exit "$DONE"
+  fi
+  STARTED=$(date +%s) ASKED=''
+  export POLAR_LOG_DIR=$RUN/logs/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+  mkdir -p "$POLAR_LOG_DIR" || exit 1
+  MASTER_ADDR=${POLAR_MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+  export MASTER_ADDR
+  env | grep -E '^(POLAR|SLURM|NCCL|TORCH|CUDA|MASTER|UCX|FI)_' | grep -v -E 'TOKEN|KEY|SECRET' | sort >"$POLAR_LOG_DIR/environment.txt"
+}
+
+polar_check_nodes() { # preflight; nodes that fail are excluded from the next try
+  [ "$POLAR_PREFLIGHT" != off ] || return 0
+  local options=(--output "$POLAR_LOG_DIR/preflight" --timeout-seconds "$POLAR_PREFLIGHT_SECONDS")
+  options+=(--min-free-gb "$POLAR_MIN_FREE_GB" --min-bandwidth-gb-s "$POLAR_MIN_BANDWIDTH_GB_S")
+  [ "$POLAR_PREFLIGHT" != nodes ] || options+=(--no-all-reduce)
+  polar_ranks 0 "$POLAR_PYTHON" -m megatron_polar preflight "$@" "${options[@]}"
+  polar_python -m megatron_polar preflight "$@" "${options[@]}" --judge --nodes "$SLURM_JOB_NODELIST"
+  local status=$?
+  if [ "$status" = "$PREFLIGHT_FAILED" ]; then
+    cat "$POLAR_LOG_DIR/preflight/bad_nodes" >>"$RUN/bad_nodes"
+    polar_go_on "nodes failed the preflight: $(paste -sd, "$POLAR_LOG_DIR/preflight/bad_nodes")"
+  elif [ "$status" != 0 ]; then
+    polar_cancel_chain
+    exit "$status"
+  fi
+}
+
+polar_claim_run() { # a job that Slurm knows to be over may live on, on a node that is cut off: take over from it
+  local holder job
+  holder=$(head -n 1 "$RUN/lock" 2>/dev/null) || return 0
+  job=$(awk '{print $3}' <<<"$holder")
+  case $job in '' | -) return 0 ;; esac
+  if [ "$job" = "$SLURM_JOB_ID" ] || [ -z "$(squeue --noheader --jobs "$job" --states RUNNING,COMPLETING,SUSPENDED 2>/dev/null)" ]; then
+    export POLAR_TAKE_OVER=$holder
+  fi
+}
+
+polar_run_ranks() {
+  local step watcher
+  rm -f "$POLAR_LOG_DIR"/exit-* # of the preflight
+  polar_python -m megatron_polar.launch.job begin "$RUN" || exit $?
+  polar_ranks 1 "$POLAR_PYTHON" -m megatron_polar train "$@" &
+  step=$!
+  trap 'ASKED=USR1; polar_say "time is nearly up: asking for a checkpoint"; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
+  trap 'ASKED=TERM; polar_say "asked to end"; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
+  polar_watch &
+  watcher=$!
+  while :; do # a trap ends `wait`, the ranks go on
+    wait "$step"
+    kill -0 "$step" 2>/dev/null || break
+  done
+  kill "$watcher" 2>/dev/null
+  wait "$watcher" 2>/dev/null
+  trap '' TERM USR1
+}
+
+polar_watch() { # STOP file and heartbeat, as long as the ranks run
+  local asked='' beat age
+  trap - USR1 TERM
+  while sleep "$POLAR_WATCH_SECONDS"; do
+    if [ -e "$RUN/STOP" ] && [ -z "$asked" ]; then
+      asked=1
+      polar_say "$RUN/STOP is there: asking for a checkpoint"
+      scancel --signal=USR1 "$SLURM_JOB_ID"
+    fi
+    [ "$POLAR_HANG_SECONDS" -gt 0 ] || continue
+    beat=$(stat -c %Y "$RUN/heartbeat" 2>/dev/null || echo 0)
+    age=$(($(date +%s) - (beat > STARTED ? beat : STARTED)))
+    # Before the first heartbeat of this job containers are fetched and libraries loaded: that may take three times as long.
+    if [ "$age" -gt $((beat > STARTED ? POLAR_HANG_SECONDS : 3 * POLAR_HANG_SECONDS)) ]; then
+      polar_say "no heartbeat for $age s ($(cat "$RUN/heartbeat" 2>/dev/null)): taking stacks and ending the ranks"
+      timeout 120 srun --overlap --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" slurm/stacks.sh
+      scancel --signal=KILL "$SLURM_JOB_ID"
+      return
+    fi
+  done
+}
+
+polar_decide() { # what happened, and what now
+  local status reason
+  reason=$(polar_python -m megatron_polar.launch.job after "$RUN" --since "$STARTED" --logs "$POLAR_LOG_DIR" \
+    --asked "$ASKED" --restart "${SLURM_RESTART_COUNT:-0}" --max-restarts "$POLAR_MAX_RESTARTS")
+  status=$?
+  case $status in
+  "$DONE")
+    date >"$RUN/DONE"
+    polar_say "done: $reason"
+    exit "$DONE"
+    ;;
+  "$STOPPED") polar_go_on "$reason" ;;
+  "$FENCED")
+    polar_say "$reason"
+    exit "$FENCED"
+    ;;
+  *)
+    polar_say "not going on (status $status): $reason"
+    polar_say "logs of the other ranks: $POLAR_LOG_DIR; journal: $RUN/events.jsonl"
+    polar_cancel_chain
+    exit "$status"
+    ;;
+  esac
+}
+
+polar_go_on() { # reason: requeue this job, without the nodes that are known to be bad
+  local bad
+  polar_say "$1"
+  if [ -e "$RUN/STOP" ]; then
+    polar_say "$RUN/STOP is there: not going on; remove it and submit again to do so"
+    polar_cancel_chain
+    exit "$DONE"
+  fi
+  if [ "$POLAR_REQUEUE" != 1 ] || [ "$ASKED" = TERM ]; then
+    exit "$STOPPED"
+  fi
+  if [ "${SLURM_RESTART_COUNT:-0}" -ge "$POLAR_MAX_RESTARTS" ]; then
+    polar_die "$NO_PROGRESS" "restarted ${SLURM_RESTART_COUNT:-0} times already, as often as POLAR_MAX_RESTARTS allows; submit again to go on"
+  fi
+  trap '' TERM # requeueing ends this script
+  scontrol requeue "$SLURM_JOB_ID" || polar_die "$STOPPED" "this job cannot be requeued; submit again to go on"
+  polar_say "requeued"
+  bad=$(sort -u "$RUN/bad_nodes" 2>/dev/null | paste -sd,)
+  if [ -n "$bad" ]; then
+    for _ in 1 2 3 4 5; do # while the job is still completing Slurm refuses
+      scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$bad" 2>/dev/null && break
+      sleep 1
+    done
+  fi
+  sleep 60
+  exit "$STOPPED"
+}
+
+polar_cancel_chain() { # what still waits under this job's name would fail in the same way
+  if [ "$POLAR_REQUEUE" != 1 ]; then
+    scancel --state=PENDING --user="$(id -un)" --name="$SLURM_JOB_NAME"
+  fi
+}
+
+# --- Other jobs ------------------------------------------------------------------------------------------------------
+
+polar_array() { # verb arguments...: from a shell, submit parts and what joins them; in a job, do one of these
+  local verb=$1 part=() parts merge
+  shift
+  if [ -n "${SLURM_JOB_ID:-}" ]; then
+    if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then part=(--part "$SLURM_ARRAY_TASK_ID/$POLAR_PARTS"); fi
+    polar_srun --ntasks=1 -- "$POLAR_PYTHON" -m megatron_polar "$verb" --workers "${SLURM_CPUS_PER_TASK:-1}" "$@" "${part[@]}"
+    exit $?
+  fi
+  : "${POLAR_PARTS:=16}"
+  export POLAR_PARTS POLAR_HOME
+  parts=$(sbatch --parsable --array="0-$((POLAR_PARTS - 1))" "slurm/$verb.sh" "$@") || exit $?
+  # Where a part fails, nothing is left waiting; the same command again does what is missing.
+  merge=$(sbatch --parsable --dependency="afterok:$parts" --kill-on-invalid-dep=yes "slurm/$verb.sh" "$@") || exit $?
+  echo "submitted: $POLAR_PARTS parts as job $parts, and job $merge, which joins them; logs: slurm/logs/"
+}
+
+polar_one_task() { # command...
+  polar_srun --ntasks=1 -- "$@"
+  exit $?
+}
+
+polar_evaluate() { # arguments of `evaluate`: as many ranks as the job has tasks
+  export POLAR_LOG_DIR=slurm/logs/$SLURM_JOB_NAME-$SLURM_JOB_ID
+  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  export MASTER_ADDR
+  mkdir -p "$POLAR_LOG_DIR"
+  polar_ranks 1 "$POLAR_PYTHON" -m megatron_polar evaluate "$@"
+  exit $?
+}

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Pre-training of a 72B model on 512 H100.
+#   slurm/launch.sh --dry-run slurm/pretrain_72b.sh              check everything, submit nothing
+#   sbatch slurm/pretrain_72b.sh [section.key=value ...]         from the top of the repository
+#SBATCH --job-name=polar-pretrain-72b
+#SBATCH --nodes=64
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@900
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm/logs/%x-%j.log
+source "${POLAR_HOME:-$SLURM_SUBMIT_DIR}/slurm/common.sh"
+polar_train "${POLAR_CONFIG:-examples/pretrain_72b.yaml}" "$@"
