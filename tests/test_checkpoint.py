@@ -374,6 +374,7 @@ def test_a_run_killed_in_its_first_save_starts_afresh(finished, tmp_path):
     (checkpoint_of(run, 2) / "manifest.json").unlink()
     checkpoint_of(run, 2).rename(run / "checkpoints" / ".saving-step_00000002-0123abcd")
     (run / "checkpoints" / "latest").unlink()
+    (run / "events.jsonl").unlink()  # of the run that this one is made from, which did save
     run_training(config_of(run))
     assert find_checkpoint(run) == checkpoint_of(run, STEPS)
     assert not list((run / "checkpoints").glob(".*"))  # the remains are gone, too

@@ -24,7 +24,7 @@ from tiny_runs import (
 from megatron_polar import faults
 from megatron_polar.config.schema import DatasetSource, FaultsSection
 from megatron_polar.errors import BAD_STEPS, REPLICAS_DIFFER, UserError
-from megatron_polar.manifest import encode_manifest
+from megatron_polar.manifest import encode_manifest, file_entry
 from megatron_polar.train.checkpoint_files import find_checkpoint, list_steps
 from megatron_polar.train.guard import GOOD, NOT_FINITE, SPIKE, StepGuard, Verdict
 from megatron_polar.train.journal import goodput_table, read_events
@@ -315,6 +315,12 @@ def test_another_optimizer_and_a_newer_program_are_named(tmp_path, trajectory_co
     message = training_refusal(change(config, optimizer__use_distributed_optimizer=False))
     assert "saved by the distributed optimizer, and optimizer.use_distributed_optimizer now asks" in message
     path = checkpoint_of(tmp_path / "run", STEPS) / "manifest.json"
+    state = path.with_name("state.json")
+    state.write_bytes(state.read_bytes().replace(b"distributed, head apart", b"distributed"))
+    manifest = orjson.loads(path.read_bytes())
+    manifest["files"]["state.json"] = file_entry(state)
+    path.write_bytes(encode_manifest(manifest))
+    assert "an earlier program, whose optimizer state may stand under wrong names" in training_refusal(config)
     path.write_bytes(encode_manifest(orjson.loads(path.read_bytes()) | {"format_version": 99}))
     assert "has format_version=99" in training_refusal(config)
     assert checkpoint_of(tmp_path / "run", STEPS).is_dir()

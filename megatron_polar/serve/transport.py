@@ -28,7 +28,7 @@ Answer = TypeVar("Answer")
 _PASSING_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 _MAX_PAUSE_SECONDS = 30.0
 _CONNECT_SECONDS = 10.0
-_LOOK_SECONDS = 5.0
+_LOOK_SECONDS, _MOST_LOOKS = 5.0, 3
 
 
 class Refused(Exception):
@@ -58,10 +58,11 @@ class _Passing(Exception):
 @dataclass
 class _Server:
     """One base URL; it is left alone until `wakes` (monotonic seconds) after `strikes` failures in a row. `is_known`:
-    it has said what it serves, or does not."""
+    it has said what it serves, or will not, after so many `looks` without a reply."""
 
     url: str
     is_known: bool = False
+    looks: int = 0
     wakes: float = 0.0
     strikes: int = 0
 
@@ -172,7 +173,8 @@ class Transport:
         except httpx.HTTPError:
             return
         except asyncio.TimeoutError:
-            server.is_known = True
+            server.looks += 1
+            server.is_known = server.looks >= _MOST_LOOKS
             return
         if response.status_code in _PASSING_STATUSES:
             return

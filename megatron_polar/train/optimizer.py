@@ -22,7 +22,8 @@ def build_optimizer(section: OptimizerSection, *, model: BuiltModel, reduction: 
     head = ParamWithNamePredicate(name="reward_head", fn=lambda parameter, name: name.endswith("output_layer.weight"))
     overrides = {
         ParamKey(with_name_predicate=norms): {"wd_mult": 0.0},
-        ParamKey(with_name_predicate=head): {"wd_mult": 0.0, "max_lr": section.lr},  # what it is anyway: makes a group
+        # The flag means nothing by itself (the rate is the same), but groups are told apart by it when they are loaded.
+        ParamKey(with_name_predicate=head): {"wd_mult": 0.0, "is_decoupled_lr": True},
     }
     optimizer = get_megatron_optimizer(
         OptimizerConfig(

@@ -34,10 +34,13 @@ class Start:
     damaged: dict[str, str]
 
 
+_HEAD_APART = ", head apart"
+"""Before the reward head had a group of its own, bf16 runs saved optimizer state under other weights' names."""
+
+
 def optimizer_kind(config: RunConfig) -> str:
     """What `TrainingState.optimizer` says of a configuration."""
-    # Before the reward head had a group of its own, bf16 runs saved optimizer state under wrong names: no resuming.
-    return "distributed, head apart" if config.optimizer.use_distributed_optimizer else "replicated, head apart"
+    return ("distributed" if config.optimizer.use_distributed_optimizer else "replicated") + _HEAD_APART
 
 
 def start_or_resume(run: Run, *, watchdog: Watchdog) -> Start:
@@ -155,11 +158,17 @@ def check_same_run(checkpoint: Path, *, run: Run) -> None:
             f"optimizer's state does not fit; {remedy}"
         )
     kind = optimizer_kind(run.config)
+    if state.optimizer and not state.optimizer.endswith(_HEAD_APART):
+        raise UserError(
+            f"{checkpoint}: was saved by an earlier program, whose optimizer state may stand under wrong names; start a "
+            f"new run from its weights with train.init_from"
+        )
     if state.optimizer not in ("", kind):
         flag = "optimizer.use_distributed_optimizer"
         raise UserError(
-            f"{checkpoint}: was saved by the {state.optimizer} optimizer, and {flag} now asks for the {kind} one, "
-            f"whose state is another; keep {flag}, or start a new run with train.init_from"
+            f"{checkpoint}: was saved by the {state.optimizer.removesuffix(_HEAD_APART)} optimizer, and {flag} now asks "
+            f"for the {kind.removesuffix(_HEAD_APART)} one, whose state is another; keep {flag}, or start a new run "
+            f"with train.init_from"
         )
     if state.consumed_comparisons != consumed:
         before = state.consumed_comparisons // max(state.step, 1)
