@@ -160,14 +160,14 @@ def check_same_run(checkpoint: Path, *, run: Run) -> None:
     kind = optimizer_kind(run.config)
     if state.optimizer and not state.optimizer.endswith(_HEAD_APART):
         raise UserError(
-            f"{checkpoint}: was saved by an earlier program, whose optimizer state may stand under wrong names; start a "
-            f"new run from its weights with train.init_from"
+            f"{checkpoint}: was saved by an earlier program, whose optimizer state may stand under wrong names; start "
+            f"a new run from its weights with train.init_from"
         )
     if state.optimizer not in ("", kind):
         flag = "optimizer.use_distributed_optimizer"
         raise UserError(
-            f"{checkpoint}: was saved by the {state.optimizer.removesuffix(_HEAD_APART)} optimizer, and {flag} now asks "
-            f"for the {kind.removesuffix(_HEAD_APART)} one, whose state is another; keep {flag}, or start a new run "
+            f"{checkpoint}: was saved by the {state.optimizer.removesuffix(_HEAD_APART)} optimizer, and {flag} now "
+            f"asks for the {kind.removesuffix(_HEAD_APART)} one, whose state is another; keep {flag}, or start a new run "
             f"with train.init_from"
         )
     if state.consumed_comparisons != consumed:
