@@ -167,8 +167,8 @@ def check_same_run(checkpoint: Path, *, run: Run) -> None:
         flag = "optimizer.use_distributed_optimizer"
         raise UserError(
             f"{checkpoint}: was saved by the {state.optimizer.removesuffix(_HEAD_APART)} optimizer, and {flag} now "
-            f"asks for the {kind.removesuffix(_HEAD_APART)} one, whose state is another; keep {flag}, or start a new run "
-            f"with train.init_from"
+            f"asks for the {kind.removesuffix(_HEAD_APART)} one, whose state is another; keep {flag}, or start a new "
+            f"run with train.init_from"
         )
     if state.consumed_comparisons != consumed:
         before = state.consumed_comparisons // max(state.step, 1)
