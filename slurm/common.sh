@@ -21,7 +21,11 @@ POLAR_HOME=${POLAR_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 cd "$POLAR_HOME" || exit 2
 POLAR_SITE=${POLAR_SITE:-$POLAR_HOME/slurm/site.env}
 # shellcheck source=/dev/null
-if [ -f "$POLAR_SITE" ]; then source "$POLAR_SITE"; fi
+if [ -f "$POLAR_SITE" ]; then
+  set +u
+  source "$POLAR_SITE"
+  set -u
+fi
 : "${POLAR_RUNTIME:=venv}"               # venv, pyxis or apptainer
 : "${POLAR_VENV:=$POLAR_HOME/.venv}"     # venv: its directory
 : "${POLAR_MODULES:=}"                   # venv: environment modules to load first
@@ -29,6 +33,7 @@ if [ -f "$POLAR_SITE" ]; then source "$POLAR_SITE"; fi
 : "${POLAR_CONTAINER_MOUNTS:=}"          # pyxis, apptainer: more mounts, source:target,...; the repository is mounted anyway
 : "${POLAR_LAUNCHER:=srun}"              # srun: one task per GPU; torchrun: one task per node, which starts the ranks
 : "${POLAR_SRUN_OPTIONS:=}"              # more options of srun, such as --mpi=none or --network=...
+: "${POLAR_MASTER_SUFFIX:=}"            # behind the first node's name, where that leads over a slow network: -ib0
 : "${POLAR_PREFLIGHT:=full}"             # full, nodes (without the all-reduce) or off
 : "${POLAR_PREFLIGHT_SECONDS:=300}"      # how long a node may take for it
 : "${POLAR_MIN_BANDWIDTH_GB_S:=0}"       # all-reduce bandwidth below which no training starts
@@ -49,14 +54,14 @@ export PYTHONPATH=$POLAR_HOME${PYTHONPATH:+:$PYTHONPATH}
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 
 # Statuses of megatron_polar/errors.py that the scripts use themselves.
-readonly DONE=0 STOPPED=75 FENCED=77 NO_PROGRESS=78 PREFLIGHT_FAILED=79
+readonly DONE=0 USER_ERROR=2 BAD_STEPS=17 CANNOT_SAVE=73 STOPPED=75 INTERRUPTED=130 FENCED=77 NO_PROGRESS=78 PREFLIGHT_FAILED=79
 
 # --- Starting programs -----------------------------------------------------------------------------------------------
 
 case $POLAR_RUNTIME in
 venv)
   # shellcheck disable=SC2086
-  if [ -n "$POLAR_MODULES" ]; then module load $POLAR_MODULES; fi
+  if [ -n "$POLAR_MODULES" ]; then module load $POLAR_MODULES || polar_die 2 "module load $POLAR_MODULES failed; mend POLAR_MODULES"; fi
   POLAR_PYTHON=${POLAR_PYTHON:-$POLAR_VENV/bin/python}
   [ -x "$POLAR_PYTHON" ] || polar_die 2 "$POLAR_PYTHON is no Python; make a venv (make .venv/.ready), or set POLAR_VENV in $POLAR_SITE"
   ;;
@@ -77,7 +82,8 @@ polar_srun() { # srun options... -- command...
   shift
   if [ "$POLAR_RUNTIME" = pyxis ]; then
     options+=(--container-image="$POLAR_CONTAINER_IMAGE" --container-mounts="$mounts" --container-workdir="$POLAR_HOME")
-    options+=(--no-container-mount-home)
+    # An image's own values would go before ours otherwise.
+    options+=(--no-container-mount-home --container-env="$(compgen -e | grep -E '^(NCCL|TORCH|UCX|FI|OMP|CUDA_DEVICE|POLAR|PYTHON|HF)' | paste -sd,)")
   elif [ "$POLAR_RUNTIME" = apptainer ]; then
     command=(apptainer exec --nv --bind "$mounts" --pwd "$POLAR_HOME" "$POLAR_CONTAINER_IMAGE")
   fi
@@ -96,11 +102,16 @@ polar_python() { # on the first node, for what takes a moment
 polar_ranks() { # stage command...: the command once for each rank, with torch's rendezvous in its environment
   local stage=$1 options=()
   shift
-  if [ "$stage" = 0 ]; then options=(--kill-on-bad-exit=0 --wait=0); fi # every node is to say how it is
+  if [ "$stage" = 0 ]; then # every node is to say how it is, and one that is stopped holds nobody up
+    options=(--kill-on-bad-exit=0 --wait=0 --time="0:$((POLAR_PREFLIGHT_SECONDS + 60))")
+  fi
   # Different for every job on a node, every restart, and preflight (0) and training (1); below the ephemeral ports.
   export MASTER_PORT=$((10000 + (SLURM_JOB_ID * 8 + ${SLURM_RESTART_COUNT:-0} % 4 * 2 + stage) % 22000))
+  # Containers may bring a MASTER_ADDR of their own: task.sh goes by this one.
+  export POLAR_RENDEZVOUS="$MASTER_ADDR $MASTER_PORT" POLAR_LAUNCHER
   if [ "$POLAR_LAUNCHER" = torchrun ]; then
-    polar_srun "${options[@]}" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 -- slurm/task.sh "$POLAR_PYTHON" \
+    options+=(--ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE")
+    polar_srun "${options[@]}" -- slurm/task.sh "$POLAR_PYTHON" \
       -m torch.distributed.run --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="${POLAR_RANKS_PER_NODE:-8}" \
       --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.$stage" \
       --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --no-python "$@"
@@ -112,6 +123,9 @@ polar_ranks() { # stage command...: the command once for each rank, with torch's
 # --- A training job --------------------------------------------------------------------------------------------------
 
 polar_train() { # CONFIG.yaml [section.key=value ...]
+  ASKED=''
+  trap 'ASKED=USR1' USR1 # before there are ranks; bash looks at it when the program in front has ended
+  trap 'ASKED=TERM' TERM
   polar_open_run "$@"
   polar_check_nodes "$@"
   polar_claim_run
@@ -133,10 +147,10 @@ polar_open_run() { # find the run directory, heed its marks, say what runs where
     polar_cancel_chain
     exit "$DONE"
   fi
-  STARTED=$(date +%s) ASKED=''
+  STARTED=$(date +%s)
   export POLAR_LOG_DIR=$RUN/logs/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
   mkdir -p "$POLAR_LOG_DIR" || exit 1
-  MASTER_ADDR=${POLAR_MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)$POLAR_MASTER_SUFFIX
   export MASTER_ADDR
   env | grep -E '^(POLAR|SLURM|NCCL|TORCH|CUDA|MASTER|UCX|FI)_' | grep -v -E 'TOKEN|KEY|SECRET' | sort >"$POLAR_LOG_DIR/environment.txt"
 }
@@ -159,25 +173,29 @@ polar_check_nodes() { # preflight; nodes that fail are excluded from the next tr
 }
 
 polar_claim_run() { # a job that Slurm knows to be over may live on, on a node that is cut off: take over from it
-  local holder job
+  local holder job found
   holder=$(head -n 1 "$RUN/lock" 2>/dev/null) || return 0
   job=$(awk '{print $3}' <<<"$holder")
   case $job in '' | -) return 0 ;; esac
-  if [ "$job" = "$SLURM_JOB_ID" ] || [ -z "$(squeue --noheader --jobs "$job" --states RUNNING,COMPLETING,SUSPENDED 2>/dev/null)" ]; then
-    export POLAR_TAKE_OVER=$holder
+  if [ "$job" != "$SLURM_JOB_ID" ]; then # only what Slurm says for sure
+    found=$(squeue --noheader --jobs "$job" --states RUNNING,COMPLETING,SUSPENDED 2>&1) || [[ $found == *"Invalid job id"* ]] || return 0
+    case $found in '' | *"Invalid job id"*) ;; *) return 0 ;; esac
   fi
+  export POLAR_TAKE_OVER=$holder
 }
 
 polar_run_ranks() {
   local step watcher
+  [ -z "$ASKED" ] || polar_go_on "asked to end by SIG$ASKED before the ranks were started"
   rm -f "$POLAR_LOG_DIR"/exit-* # of the preflight
   polar_python -m megatron_polar.launch.job begin "$RUN" || exit $?
   polar_ranks 1 "$POLAR_PYTHON" -m megatron_polar train "$@" &
   step=$!
-  trap 'ASKED=USR1; polar_say "time is nearly up: asking for a checkpoint"; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
+  trap 'ASKED=USR1; polar_say "time is nearly up: asking for a checkpoint"; polar_ask' USR1
   trap 'ASKED=TERM; polar_say "asked to end"; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
   polar_watch &
   watcher=$!
+  [ "$ASKED" != USR1 ] || polar_ask
   while :; do # a trap ends `wait`, the ranks go on
     wait "$step"
     kill -0 "$step" 2>/dev/null || break
@@ -187,14 +205,20 @@ polar_run_ranks() {
   trap '' TERM USR1
 }
 
+polar_ask() { # for a checkpoint and an end; polar_watch repeats it, as the first signal may come before there are ranks
+  touch "$POLAR_LOG_DIR/asked"
+  scancel --signal=USR1 "$SLURM_JOB_ID"
+}
+
 polar_watch() { # STOP file and heartbeat, as long as the ranks run
-  local asked='' beat age
+  local beat age step
   trap - USR1 TERM
   while sleep "$POLAR_WATCH_SECONDS"; do
-    if [ -e "$RUN/STOP" ] && [ -z "$asked" ]; then
-      asked=1
+    if [ -e "$POLAR_LOG_DIR/asked" ]; then
+      polar_ask
+    elif [ -e "$RUN/STOP" ]; then
       polar_say "$RUN/STOP is there: asking for a checkpoint"
-      scancel --signal=USR1 "$SLURM_JOB_ID"
+      polar_ask
     fi
     [ "$POLAR_HANG_SECONDS" -gt 0 ] || continue
     beat=$(stat -c %Y "$RUN/heartbeat" 2>/dev/null || echo 0)
@@ -203,7 +227,10 @@ polar_watch() { # STOP file and heartbeat, as long as the ranks run
     if [ "$age" -gt $((beat > STARTED ? POLAR_HANG_SECONDS : 3 * POLAR_HANG_SECONDS)) ]; then
       polar_say "no heartbeat for $age s ($(cat "$RUN/heartbeat" 2>/dev/null)): taking stacks and ending the ranks"
       timeout 120 srun --overlap --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" slurm/stacks.sh
-      scancel --signal=KILL "$SLURM_JOB_ID"
+      # The steps, and not the job: this script is to decide.
+      for step in $(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format=%i | grep -E '\.[0-9]+$'); do
+        scancel --signal=KILL "$step"
+      done
       return
     fi
   done
@@ -225,22 +252,28 @@ polar_decide() { # what happened, and what now
     polar_say "$reason"
     exit "$FENCED"
     ;;
-  *)
+  "$USER_ERROR" | "$BAD_STEPS" | "$CANNOT_SAVE" | "$NO_PROGRESS" | "$INTERRUPTED")
     polar_say "not going on (status $status): $reason"
     polar_say "logs of the other ranks: $POLAR_LOG_DIR; journal: $RUN/events.jsonl"
     polar_cancel_chain
     exit "$status"
     ;;
+  *) polar_go_on "nothing could be decided (status $status)" ;; # the first node may be what has failed
   esac
 }
 
 polar_go_on() { # reason: requeue this job, without the nodes that are known to be bad
-  local bad
+  local job
   polar_say "$1"
   if [ -e "$RUN/STOP" ]; then
     polar_say "$RUN/STOP is there: not going on; remove it and submit again to do so"
     polar_cancel_chain
     exit "$DONE"
+  fi
+  if [ "$POLAR_REQUEUE" != 1 ]; then
+    for job in $(squeue --noheader --name="$SLURM_JOB_NAME" --user="$(id -un)" --states=PENDING --format=%A); do
+      polar_exclude "$job"
+    done
   fi
   if [ "$POLAR_REQUEUE" != 1 ] || [ "$ASKED" = TERM ]; then
     exit "$STOPPED"
@@ -251,15 +284,24 @@ polar_go_on() { # reason: requeue this job, without the nodes that are known to 
   trap '' TERM # requeueing ends this script
   scontrol requeue "$SLURM_JOB_ID" || polar_die "$STOPPED" "this job cannot be requeued; submit again to go on"
   polar_say "requeued"
-  bad=$(sort -u "$RUN/bad_nodes" 2>/dev/null | paste -sd,)
-  if [ -n "$bad" ]; then
-    for _ in 1 2 3 4 5; do # while the job is still completing Slurm refuses
-      scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$bad" 2>/dev/null && break
-      sleep 1
-    done
-  fi
-  sleep 60
+  polar_exclude "$SLURM_JOB_ID"
   exit "$STOPPED"
+}
+
+polar_bad_nodes() { # run directory: nodes that have failed the preflight and that Slurm knows
+  sort -u "$1/bad_nodes" 2>/dev/null | grep -Fx -f <(sinfo --noheader --Node --format=%N) | paste -sd,
+}
+
+polar_exclude() { # job: keep it off the bad nodes, and off those that its user has excluded
+  local bad own
+  bad=$(polar_bad_nodes "$RUN")
+  [ -n "$bad" ] || return 0
+  own=$(scontrol --oneliner show job "$1" | grep -o ' ExcNodeList=[^ ]*' | cut -d= -f2 | grep -v '(null)')
+  for _ in 1 2 3 4 5; do # while a job is completing Slurm refuses
+    scontrol update JobId="$1" ExcNodeList="$bad${own:+,$own}" 2>/dev/null && return
+    sleep 1
+  done
+  polar_say "warning: job $1 could not be kept off $bad; it may fail the preflight there again"
 }
 
 polar_cancel_chain() { # what still waits under this job's name would fail in the same way
@@ -273,7 +315,7 @@ polar_cancel_chain() { # what still waits under this job's name would fail in th
 polar_array() { # verb arguments...: from a shell, submit parts and what joins them; in a job, do one of these
   local verb=$1 part=() parts merge
   shift
-  if [ -n "${SLURM_JOB_ID:-}" ]; then
+  if [ -n "${SLURMD_NODENAME:-}" ]; then # in a job, and not in the shell of salloc
     if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then part=(--part "$SLURM_ARRAY_TASK_ID/$POLAR_PARTS"); fi
     polar_srun --ntasks=1 -- "$POLAR_PYTHON" -m megatron_polar "$verb" --workers "${SLURM_CPUS_PER_TASK:-1}" "$@" "${part[@]}"
     exit $?
@@ -282,7 +324,7 @@ polar_array() { # verb arguments...: from a shell, submit parts and what joins t
   export POLAR_PARTS POLAR_HOME
   parts=$(sbatch --parsable --array="0-$((POLAR_PARTS - 1))" "slurm/$verb.sh" "$@") || exit $?
   # Where a part fails, nothing is left waiting; the same command again does what is missing.
-  merge=$(sbatch --parsable --dependency="afterok:$parts" --kill-on-invalid-dep=yes "slurm/$verb.sh" "$@") || exit $?
+  merge=$(sbatch --parsable --dependency="afterok:$parts" --kill-on-invalid-dep=yes --output=slurm/logs/%x-%j.log "slurm/$verb.sh" "$@") || exit $?
   echo "submitted: $POLAR_PARTS parts as job $parts, and job $merge, which joins them; logs: slurm/logs/"
 }
 
@@ -292,6 +334,7 @@ polar_one_task() { # command...
 }
 
 polar_evaluate() { # arguments of `evaluate`: as many ranks as the job has tasks
+  POLAR_LAUNCHER=srun
   export POLAR_LOG_DIR=slurm/logs/$SLURM_JOB_NAME-$SLURM_JOB_ID
   MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   export MASTER_ADDR

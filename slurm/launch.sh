@@ -62,27 +62,58 @@ case $1 in
 esac
 [ -f "$CONFIG" ] || polar_die 2 "${CONFIG:-the YAML}: no such file; name a configuration such as examples/pretrain_7b.yaml"
 
+minutes_of() { # a time as Slurm writes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S
+  local days=0 rest=$1 first second third
+  if [[ $rest == *-* ]]; then
+    days=${rest%%-*} rest=${rest#*-}
+    IFS=: read -r first second third <<<"$rest"
+    echo $((10#$days * 1440 + 10#$first * 60 + 10#${second:-0}))
+    return
+  fi
+  IFS=: read -r first second third <<<"$rest"
+  if [ -n "${third:-}" ]; then echo $((10#$first * 60 + 10#$second)); else echo $((10#$first)); fi
+}
 option_of_job() { sed -n "s/^#SBATCH --$1=//p" "$JOB"; }
 NODES=${NODES:-$(option_of_job nodes)}
 OPTIONS=(--nodes="$NODES" "${OPTIONS[@]}")
-GPUS=$(option_of_job gpus-per-node)
+GPUS=$(option_of_job gpus-per-node) RANKS=$(option_of_job ntasks-per-node) TIME='' EXCLUDED='' KEPT=()
 for option in "${OPTIONS[@]}"; do
-  case $option in --gpus-per-node=*) GPUS=${option#*=} ;; esac
+  case $option in
+  --gpus-per-node=*) GPUS=${option##*[=:]} ;; # 8, or h100:8
+  --ntasks-per-node=*) RANKS=${option#*=} ;;
+  --time=*) TIME=${option#*=} ;;
+  --exclude=*)
+    EXCLUDED=${option#*=}
+    continue
+    ;;
+  esac
+  KEPT+=("$option")
 done
+OPTIONS=("${KEPT[@]}")
+if [ "$POLAR_LAUNCHER" = torchrun ]; then RANKS=${POLAR_RANKS_PER_NODE:-8}; fi
+[ "$RANKS" -le "$GPUS" ] || polar_die 2 "$RANKS ranks for $GPUS GPUs of a node; give --ntasks-per-node=$GPUS, too"
+if [ -n "$TIME" ]; then # the scripts' signal, 15 minutes before the end, would come at once in a short job
+  MINUTES=$(minutes_of "$TIME")
+  if [ "$MINUTES" -lt 60 ]; then OPTIONS+=(--signal="B:USR1@$((MINUTES * 15 > 30 ? MINUTES * 15 : 30))"); fi
+fi
+mkdir -p slurm/logs
 
 PYTHON=$POLAR_PYTHON # of a login node, which may have none of the container's
 if [ "$POLAR_RUNTIME" != venv ] && [ -x "$POLAR_VENV/bin/python" ]; then PYTHON=$POLAR_VENV/bin/python; fi
 "$PYTHON" -c 'import omegaconf, orjson' 2>/dev/null ||
   polar_die 2 "$PYTHON has no omegaconf and orjson, with which this node checks the job; pip install -r requirements.txt into $POLAR_VENV"
-"$PYTHON" -m megatron_polar plan "$CONFIG" "${OVERRIDES[@]}" --nodes "$NODES" --gpus-per-node "$GPUS" \
+"$PYTHON" -m megatron_polar plan "$CONFIG" "${OVERRIDES[@]}" --nodes "$NODES" --gpus-per-node "$RANKS" \
   --gpu-memory-gb "${POLAR_GPU_MEMORY_GB:-80}" || exit $?
 RUN=$("$PYTHON" -m megatron_polar.launch.job run-directory "$CONFIG" "${OVERRIDES[@]}") || exit $?
-BAD=$(sort -u "$RUN/bad_nodes" 2>/dev/null | paste -sd,)
-[ -z "$BAD" ] || OPTIONS+=(--exclude="$BAD")
+BAD=$(polar_bad_nodes "$RUN")
+EXCLUDED=$EXCLUDED${BAD:+${EXCLUDED:+,}$BAD}
+[ -z "$EXCLUDED" ] || OPTIONS+=(--exclude="$EXCLUDED")
 if [ "$CHAIN" -gt 0 ]; then
   # Jobs of one name and user run one after the other.
-  OPTIONS+=(--dependency=singleton --job-name="polar-$(basename "$RUN")" --no-requeue)
-  export POLAR_REQUEUE=0
+  NAME=polar-$(basename "$RUN")-$(cksum <<<"$RUN" | cut -d' ' -f1)
+  OPTIONS+=(--dependency=singleton --job-name="$NAME" --no-requeue)
+  POLAR_CHAIN=$NAME.$(date +%s)
+  export POLAR_CHAIN POLAR_REQUEUE=0
 fi
 export POLAR_HOME
 

@@ -11,6 +11,7 @@ static const struct { const char *option, *variable; int has_value; } known[] = 
 	{"container-mounts", "PYXIS_MOUNTS", 1},
 	{"container-workdir", "PYXIS_WORKDIR", 1},
 	{"no-container-mount-home", "PYXIS_NO_HOME", 0},
+	{"container-env", "PYXIS_ENVIRONMENT", 1},
 };
 static char *given[sizeof known / sizeof *known];
 

@@ -1,5 +1,6 @@
 """What a Slurm job decides after its ranks have ended (launch/job.py); the scripts themselves are in test_slurm.py."""
 
+import os
 import time
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def decide_after(run: Path, *, asked: str = "", restart: int = 0, since: float =
 
 def write_status(run: Path, *, state: str, code: int | None, reason: str = "why") -> None:
     content = {"state": state, "exit_status": code, "reason": reason, "step": 7, "time": time.time()}
+    content["job"] = os.environ.get("SLURM_JOB_ID", "")
     (run / "status.json").write_bytes(orjson.dumps(content))
 
 

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ pytestmark = [
     pytest.mark.skipif(slurm_cluster.missing() is not None, reason=f"no Slurm: {slurm_cluster.missing()}"),
 ]
 PYTHON = sys.executable
+CONFIG = "examples/pretrain_7b.yaml"
 REPOSITORY = Path(__file__).parent.parent
 ENDS = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL")
 SLOWLY = "before_update=slow,after_update=slow,step_end=slow,gradient=slow"
@@ -257,6 +259,47 @@ def test_a_stop_file_ends_a_chain_of_torchrun_jobs_with_a_checkpoint(cluster, tr
     assert find_checkpoint(run).name == f"step_{metric_rows(run)[-1]['iteration']:08d}"
 
 
+def test_a_job_that_hangs_leaves_stacks_and_is_requeued(cluster, trajectory_corpus, tmp_path):
+    """The first rank is stopped, so that the watchdog inside the job cannot say anything."""
+    run = tmp_path / "run"
+    overrides = ["train.num_steps=30", "checkpoint.save_interval=5", "parallel.tensor_model_parallel_size=1"]
+    overrides += ["parallel.sequence_parallel=false"]
+    job = submit(
+        cluster, run, nano(trajectory_corpus, run, *overrides), nodes=1, POLAR_FAULT=SLOWLY, POLAR_HANG_SECONDS="12"
+    )  # fmt: skip
+    wait_for_step(run, 6)
+    (node,) = re.findall(r"node(\d)", cluster.job(job)["NodeList"])
+    for process in filter(is_rank, cluster.processes_on(int(node))):
+        os.kill(process, signal.SIGSTOP)
+    wait_for_log(run, "no heartbeat for")
+    found = cluster.wait(job, *ENDS)
+    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), log_of(run)
+    assert "asked 1 processes for their stacks" in log_of(run)
+    assert [row["iteration"] for row in metric_rows(run)] == list(range(1, 31))
+
+
+def test_a_signal_before_there_are_ranks_is_not_lost(cluster, trajectory_corpus, tmp_path):
+    """During the preflight it requeues at once; while the step is being launched it is repeated."""
+    run = tmp_path / "run"
+    overrides = nano(trajectory_corpus, run, "train.num_steps=300", "checkpoint.save_interval=1000")
+    job = submit(cluster, run, overrides, POLAR_FAULT="after_update=slow")
+    deadline = time.monotonic() + 60
+    while not (run / "jobs.jsonl").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    wait_for_log(run, "requeued", seconds=90)
+    cluster.run("scancel", job)
+    assert saved_at_signal(run) < 20 if list(run.glob("checkpoints/step_*")) else "before" in log_of(run)
+    early = tmp_path / "early"
+    job = submit(cluster, early, nano(trajectory_corpus, early, "train.num_steps=4"), POLAR_PREFLIGHT="full")
+    wait_for_log(early, "job ")
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    wait_for_log(early, "requeued", seconds=90)
+    assert "asked to end by SIGUSR1 before the ranks were started" in log_of(early)
+    cluster.run("scancel", job)
+
+
 # --- Checks before a run ---------------------------------------------------------------------------------------------
 
 
@@ -305,6 +348,14 @@ def test_a_dry_run_of_what_is_well_submits_nothing(cluster, trajectory_corpus, t
     ours = nano(trajectory_corpus, tmp_path / "run", "train.num_steps=4")
     done = cluster.run("slurm/launch.sh", "--dry-run", "--nodes=2", "slurm/pretrain_7b.sh", *ours)
     assert "would submit: sbatch --nodes=2 slurm/pretrain_7b.sh model.preset=null" in done.stdout
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "bad_nodes").write_text("node2\na_node_that_is_gone\n")
+    options = ["--nodes=1", "--exclude=node1", "--time=10", "--chain=2"]
+    done = cluster.run("slurm/launch.sh", "--dry-run", *options, "slurm/train.sh", CONFIG, *ours, check=False)
+    assert "Requested node configuration is not available" in done.stderr  # of two nodes one is bad, one excluded
+    done = cluster.run("slurm/launch.sh", "--dry-run", *options[2:], "slurm/train.sh", CONFIG, *ours)
+    assert "would submit 2 times: sbatch --nodes=1 --time=10 --signal=B:USR1@150 --exclude=node2" in done.stdout
+    assert re.search(r"--dependency=singleton --job-name=polar-run-\d+ --no-requeue slurm/train.sh", done.stdout)
     assert not cluster.run("squeue", "--noheader").stdout
     done = cluster.run("slurm/launch.sh", "--dry-run", "examples/nothing.yaml", check=False)
     assert (done.returncode, "examples/nothing.yaml: no such file" in done.stderr) == (2, True)
@@ -383,7 +434,10 @@ def test_container_options_reach_srun(tmp_path_factory, tmp_path):
         script = ("slurm/convert.sh", "to-hf", "--checkpoint=x")
         job = cluster.submit(f"--output={log}", *script, POLAR_RUNTIME="pyxis", **environment)
         cluster.wait(job, *ENDS)
-        assert sorted(log.read_text().splitlines()) == [
+        lines = sorted(log.read_text().splitlines())
+        (kept,) = [line for line in lines if line.startswith("PYXIS_ENVIRONMENT=")]
+        assert {"NCCL_DEBUG", "OMP_NUM_THREADS", "PYTHONPATH"} <= set(kept.partition("=")[2].split(","))
+        assert [line for line in lines if line != kept] == [
             "PYXIS_IMAGE=image.sqsh",
             f"PYXIS_MOUNTS={REPOSITORY}:{REPOSITORY},/data:/data",
             "PYXIS_NO_HOME=yes",

@@ -47,12 +47,18 @@ def begin(run_directory: Path) -> None:
     row = {
         "time": time.time(),
         "job": os.environ.get("SLURM_JOB_ID", ""),
+        "series": _series(),
         "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         "nodes": os.environ.get("SLURM_JOB_NODELIST", ""),
         "saved_step": saved_step(run_directory),
     }
     with (run_directory / JOBS).open("ab") as file:
         file.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+
+
+def _series() -> str:
+    """What belongs together: the restarts of a job, or the jobs of a chain."""
+    return os.environ.get("POLAR_CHAIN") or os.environ.get("SLURM_JOB_ID", "")
 
 
 def saved_step(run_directory: Path) -> int:
@@ -92,7 +98,7 @@ def _read_status(run_directory: Path, *, since: float) -> dict:
     """`status.json`, if this job has written it."""
     try:
         status = orjson.loads((run_directory / "status.json").read_bytes())
-        is_ours = status["time"] >= since
+        is_ours = status["time"] >= since and status["job"] == os.environ.get("SLURM_JOB_ID", "")
     except (OSError, orjson.JSONDecodeError, KeyError, TypeError):
         return {}
     return status if is_ours else {}
@@ -102,8 +108,9 @@ def _first_exit(logs: Path) -> tuple[int | None, str]:
     """Exit status of the task that failed first, as slurm/task.sh has noted it, and the last line of its log."""
     exits = []
     for path in logs.glob("exit-*"):
-        moment, code, node = path.read_text().split()
-        exits.append((float(moment), int(code), node, path.name.removeprefix("exit-")))
+        words = path.read_text().split()
+        if len(words) == 3:  # else its task was killed as it wrote
+            exits.append((float(words[0]), int(words[1]), words[2], path.name.removeprefix("exit-")))
     if not exits:
         return None, "the ranks ended without a word"
     _, code, node, rank = min(exits)
@@ -114,8 +121,8 @@ def _first_exit(logs: Path) -> tuple[int | None, str]:
 
 def _has_stood_still(run_directory: Path, *, step: int) -> bool:
     try:
-        lines = (run_directory / JOBS).read_bytes().splitlines()
-        started_from = [orjson.loads(line)["saved_step"] for line in lines[-_TRIES:]]
+        rows = [orjson.loads(line) for line in (run_directory / JOBS).read_bytes().splitlines()]
+        started_from = [row["saved_step"] for row in rows if row["series"] == _series()][-_TRIES:]
     except (OSError, orjson.JSONDecodeError, KeyError, TypeError):
         return False
     return started_from == [step] * _TRIES

@@ -104,7 +104,7 @@ def write_status(
 ) -> None:
     """Write `status.json`, at once or not at all. `suffix`: of the temporary name, where several ranks may write."""
     content = {"state": state, "step": step, "exit_status": exit_status, "reason": reason, "time": time.time()}
-    content |= {"host": socket.gethostname(), "pid": os.getpid()}
+    content |= {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID", "")}
     write_durably(directory / STATUS, orjson.dumps(content, option=orjson.OPT_INDENT_2), suffix=suffix)
 
 
