@@ -147,10 +147,15 @@ class Cluster:
     def wait(self, job: str, *states: str, seconds: float = 120) -> dict[str, str]:
         """Wait until a job is in one of `states`; a requeued job is started at once instead of after two minutes."""
         deadline = time.monotonic() + seconds
+        requeued_at: float | None = None
         while (found := self.job(job))["JobState"] not in states:
             assert time.monotonic() < deadline, f"job {job} is {found['JobState']} after {seconds} s: {found}"
             if found["JobState"] == "PENDING" and found["Reason"] == "BeginTime":
-                self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+                requeued_at = requeued_at or time.monotonic()
+                if time.monotonic() - requeued_at > 2:  # a node refuses what it has ended in the same second
+                    self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+            else:
+                requeued_at = None
             time.sleep(0.2)
         return found
 
