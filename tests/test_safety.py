@@ -279,11 +279,17 @@ def _calls(tree: ast.AST):
             yield ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}, node.lineno
 
 
+ASKS_THE_MACHINE = {("launch/node.py", "subprocess.run")}
+"""The preflight starts nvidia-smi and git, with arguments of its own and none that it reads."""
+
+
 def test_the_package_has_no_way_to_run_what_it_reads():
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
         for function, keywords, line in _calls(ast.parse(path.read_text(encoding="utf-8"))):
             where = f"{path.relative_to(PACKAGE)}:{line}: {function}"
+            if (path.relative_to(PACKAGE).as_posix(), function) in ASKS_THE_MACHINE and "shell" not in keywords:
+                continue
             if function in _FORBIDDEN_CALLS or keywords.get("shell") == "True":
                 found.append(where)
             if function in _NEEDED and keywords.get(_NEEDED[function][0]) != str(_NEEDED[function][1]):
