@@ -7,6 +7,7 @@ directory is changed but the network bridge, which `stop` takes away again.
 """
 
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -59,6 +60,7 @@ PartitionName=gpu Nodes=node[1-{num_nodes}] Default=YES MaxTime=INFINITE State=U
 """
 
 
+@functools.cache
 def missing() -> str | None:
     """Why no cluster can be started here; None when one can."""
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
@@ -66,8 +68,19 @@ def missing() -> str | None:
         return f"no {', '.join(absent)} (Debian: slurmctld slurmd slurm-client munge iproute2)"
     if os.getuid() != 0:
         return "network namespaces need root"
-    probe = subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], capture_output=True, check=False)
-    return None if probe.returncode == 0 else f"no namespaces here: {probe.stderr.decode().strip()}"
+    name = f"probe{os.getpid() % 10_000}"
+    probes = (
+        ["unshare", "--net", "--uts", "--mount", "--propagation", "private", "true"],
+        ["ip", "link", "add", name, "type", "veth", "peer", "name", f"{name}b"],
+        ["ip", "link", "del", name],
+        ["ip", "link", "add", name, "type", "bridge"],
+        ["ip", "link", "del", name],
+    )
+    for probe in probes:
+        done = subprocess.run(probe, capture_output=True, text=True, check=False)
+        if done.returncode:
+            return f"`{' '.join(probe)}` is not possible here: {done.stderr.strip()}"
+    return None
 
 
 class Cluster:
