@@ -23,7 +23,7 @@ from megatron_polar.train.watchdog import Watchdog
 @contextmanager
 def written_down(lock: RunLock, *, topology: Topology, watchdog: Watchdog) -> Iterator[Journal]:
     """Write down how the run inside ends: launchers read `status.json`."""
-    watchdog.may_write = lock.is_ours
+    watchdog.words.may_write = lock.is_ours
     journal = Journal(lock.directory, writes=topology.rank == 0, may_write=lock.is_ours)
     try:
         yield journal

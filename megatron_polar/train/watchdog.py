@@ -16,7 +16,6 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -26,7 +25,7 @@ import torch.distributed as dist
 
 from megatron_polar import log
 from megatron_polar.errors import STALLED
-from megatron_polar.train.journal import last_step, write_status
+from megatron_polar.train.last_words import LastWords
 from megatron_polar.train.verdicts import (
     SHOW_STACK,
     Beat,
@@ -39,11 +38,9 @@ from megatron_polar.train.verdicts import (
     wait_until,
 )
 
-HEARTBEAT = "heartbeat"
 _LONGEST_INTERVAL_SECONDS = 0.5
 _LONGEST_GRACE_SECONDS = 10.0
 """For how long a rank may go on when another has ended with an error: most errors are raised on all ranks."""
-_SECONDS_TO_WRITE = 1.0
 _HEARTBEAT_SECONDS = 5.0
 _SECONDS_FOR_OTHERS = 3.0
 """For how long the rank that hosts the store lets the others read why the job ends."""
@@ -75,12 +72,11 @@ class Watchdog:
         exit_code: int = STALLED,
     ):
         self.rank, self.world_size, self.timeout = rank, world_size, timeout_seconds
-        self.directory, self.exit_code = directory, exit_code
-        self.may_write: Callable[[], bool] = lambda: True
-        """Whether the run directory is still ours (lock.py)."""
+        self.exit_code = exit_code
         self.interval = min(_LONGEST_INTERVAL_SECONDS, timeout_seconds / 10)
         self._grace = min(_LONGEST_GRACE_SECONDS, timeout_seconds)
         self._me = Process.of_this(rank)
+        self.words = LastWords(directory, process=self._me, exit_code=exit_code)
         # torchrun's agent hosts the store of its ranks; without it rank 0 does.
         self._launcher_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self._main_store, self._store, self._has_lost_store = store, None, False
@@ -98,7 +94,6 @@ class Watchdog:
         self._wake, self._said, self._others_left, self._ended = (threading.Event() for _ in range(4))
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
-        self._writers: list[threading.Thread] = []
 
     # --- The main thread ---
 
@@ -116,7 +111,7 @@ class Watchdog:
             # Not all threads: to walk the frames of a thread that runs would crash the process now and then.
             faulthandler.register(SHOW_STACK, file=2, all_threads=False)
             talks = [self._talk] if self._store is not None else []
-            beats = [self._beat_for_launcher] if self.rank == 0 and self.directory is not None else []
+            beats = [self._beat_for_launcher] if self.rank == 0 else []
             for target in [self._keep_time, *talks, *beats]:
                 self._threads.append(threading.Thread(target=target, name=f"watchdog {target.__name__}", daemon=True))
                 self._threads[-1].start()
@@ -168,7 +163,7 @@ class Watchdog:
             return True
 
         wait_until(is_found, wait_seconds, pause=0.1)
-        self._finish_writing()
+        self.words.finish()
         return found[0].message if found[0] is not None else None
 
     # --- The thread that keeps time, and notices a store that does not answer ---
@@ -187,12 +182,8 @@ class Watchdog:
                 self._end(self._about_the_store(f"has not answered for {self.timeout:g} s"), says=True)
 
     def _beat_for_launcher(self) -> None:
-        """Say in a file where this rank is: a job script ends a job whose first rank cannot even do that."""
         while not self._ended.wait(_HEARTBEAT_SECONDS):
-            with contextlib.suppress(OSError):
-                if self.directory.is_dir() and self.may_write():
-                    phase, step = self._place
-                    (self.directory / HEARTBEAT).write_text(f"{phase} of step {step}\n")
+            self.words.beat(*self._place)
 
     def _seconds_since(self, moment: float) -> float:
         """At least so many."""
@@ -282,8 +273,8 @@ class Watchdog:
             return
         # All write their stacks before the first one breaks a connection on which another waits; and whoever hosts the
         # store must not leave before all have read why.
-        self._write(self._write_stacks, verdict)
-        self._finish_writing()
+        self.words.stacks(verdict.message)
+        self.words.finish()
         if self._me not in verdict.processes:
             self._count_me()
         wait_until(self._have_others_left, _SECONDS_FOR_OTHERS, pause=0.1)
@@ -398,7 +389,8 @@ class Watchdog:
             if not self._has_lost_store and self._store is not None and self._store.add("said", 1) > 1:
                 return
         log.warn(f"rank {self.rank} ends the job: {verdict.message}")
-        self._write(self._write_status, verdict)
+        phase, step = self._place
+        self.words.status(verdict.message, phase=phase, step=step)
 
     def _conclude(self, message: str, processes: list[Process]) -> None:
         self._verdict = (self._publish(Verdict(message, processes)), self._clock)
@@ -412,44 +404,13 @@ class Watchdog:
             if says:
                 self._say(verdict)
             if self._has_lost_store or self._store is None:
-                self._write(self._write_stacks, verdict)
+                self.words.stacks(verdict.message)
             kill_all(verdict.processes)
-            self._finish_writing()
+            self.words.finish()
             for child in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     child.kill()
             os._exit(self.exit_code)
-
-    def _write(self, function: Callable[[Path, Verdict], None], verdict: Verdict) -> None:
-        """Write in a thread, for which nobody waits long: storage may be what hangs."""
-
-        def write() -> None:
-            if self.may_write():
-                function(self.directory, verdict)
-
-        if self.directory is not None:
-            self._writers.append(threading.Thread(target=write, daemon=True))
-            self._writers[-1].start()
-
-    def _finish_writing(self) -> None:
-        wait_until(lambda: not any(writer.is_alive() for writer in self._writers), _SECONDS_TO_WRITE)
-
-    def _write_status(self, directory: Path, verdict: Verdict) -> None:
-        """In place of the journal: the first rank, which would do it, may be the one that hangs."""
-        phase, step = self._place
-        done = last_step(directory) if phase in ("start", "load") else step - (phase in ("data", "step"))
-        status = {"state": "failed", "step": done, "exit_status": self.exit_code, "reason": verdict.message}
-        with contextlib.suppress(OSError):
-            write_status(directory, **status, suffix=f".{self.rank}.tmp")
-
-    def _write_stacks(self, directory: Path, verdict: Verdict) -> None:
-        with contextlib.suppress(OSError):
-            path = directory / "stacks" / f"rank_{self.rank:05d}.txt"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("w") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self._me}: {verdict.message}\n\n")
-                file.flush()
-                faulthandler.dump_traceback(file, all_threads=True)
 
 
 def _is_dead(beat: Beat) -> str:
