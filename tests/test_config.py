@@ -212,6 +212,11 @@ RULES = [
     ),
     ("parallel.pipeline_model_parallel_size=3", "pipeline_model_parallel_size=3", "model.num_layers=2"),
     ("parallel.sequence_parallel=true", "parallel.sequence_parallel=true", "set it to false"),
+    (
+        "train.recompute=full train.recompute_num_layers=3",
+        "train.recompute_num_layers=3 does not divide the 2 layers",
+        "use 1, 2",
+    ),
     ("model.num_attention_heads=3", "model.hidden_size=128", "model.num_attention_heads=3"),
 ]
 

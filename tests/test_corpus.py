@@ -19,33 +19,23 @@ from megatron_polar.errors import UserError
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def tokenizer_path(sentence_tokenizer):
-    return sentence_tokenizer
-
-
-@pytest.fixture(scope="module")
-def corpus_path(sentence_corpus):
-    return sentence_corpus
-
-
 @pytest.fixture
-def corpus_copy(corpus_path, tmp_path):
-    return Path(shutil.copytree(corpus_path, tmp_path / "copy"))
+def corpus_copy(sentence_corpus, tmp_path):
+    return Path(shutil.copytree(sentence_corpus, tmp_path / "copy"))
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_corpus_can_be_sent_to_another_process(corpus_path):
-    corpus = Corpus(corpus_path)
+def test_a_corpus_can_be_sent_to_another_process(sentence_corpus):
+    corpus = Corpus(sentence_corpus)
     first = corpus.document(3)
     again = pickle.loads(pickle.dumps(corpus)).document(3)
     assert [half.ids.tolist() for half in again.halves] == [half.ids.tolist() for half in first.halves]
 
 
-def test_documents_out_of_range_are_an_index_error(corpus_path):
-    corpus = Corpus(corpus_path)
+def test_documents_out_of_range_are_an_index_error(sentence_corpus):
+    corpus = Corpus(sentence_corpus)
     for index in (-1, len(corpus)):
         with pytest.raises(IndexError):
             corpus.document(index)
@@ -120,11 +110,11 @@ def test_a_flipped_bit_of_the_tokens_is_found_by_verify_and_bad_ids_at_reading(c
             corpus.document(0 if place < 100 else len(corpus) - 1)
 
 
-def test_another_tokenizer_is_refused_with_the_remedy(corpus_path, tokenizer_path, tmp_path):
-    corpus = Corpus(corpus_path)
-    corpus.check_tokenizer(load_tokenizer(tokenizer_path))
-    corpus.check_tokenizer(load_tokenizer(corpus_path / "tokenizer"))
-    assert corpus.control == load_tokenizer(tokenizer_path).control
+def test_another_tokenizer_is_refused_with_the_remedy(sentence_corpus, sentence_tokenizer, tmp_path):
+    corpus = Corpus(sentence_corpus)
+    corpus.check_tokenizer(load_tokenizer(sentence_tokenizer))
+    corpus.check_tokenizer(load_tokenizer(sentence_corpus / "tokenizer"))
+    assert corpus.control == load_tokenizer(sentence_tokenizer).control
     other = load_tokenizer(train_tokenizer(lines(50, seed=8), vocab_size=390, output=tmp_path / "other.model"))
     with pytest.raises(UserError) as caught:
         corpus.check_tokenizer(other)
@@ -135,13 +125,13 @@ def test_another_tokenizer_is_refused_with_the_remedy(corpus_path, tokenizer_pat
 # --- paths and tools -------------------------------------------------------------------------------------------------
 
 
-def test_a_path_that_was_mistaken_for_a_dataset_is_told_what_it_is(corpus_path, tmp_path):
+def test_a_path_that_was_mistaken_for_a_dataset_is_told_what_it_is(sentence_corpus, tmp_path):
     run, parent, empty, file = (tmp_path / name for name in ("run", "parent", "empty", "file"))
     (run / "checkpoints" / "step_00000001").mkdir(parents=True)
     (run / "data" / "train").mkdir(parents=True)
     empty.mkdir()
     file.write_bytes(b"")
-    shutil.copytree(corpus_path, parent / "train")
+    shutil.copytree(sentence_corpus, parent / "train")
     said = {
         tmp_path / "nowhere": "no such directory; check the path",
         file: "not a directory; check the path",
@@ -173,7 +163,7 @@ def test_a_progress_line_has_no_eta_before_a_few_percent_are_done(capfd, monkeyp
     assert later == "verify: 50/1000 documents, 0:40 elapsed, ETA 12:40"
 
 
-def test_the_verify_tool_says_what_is_wrong(corpus_copy, corpus_path):
+def test_the_verify_tool_says_what_is_wrong(corpus_copy, sentence_corpus):
     def verify(*paths):
         command = [sys.executable, str(REPOSITORY / "tools" / "verify_dataset.py"), "--deep", *map(str, paths)]
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -185,9 +175,9 @@ def test_the_verify_tool_says_what_is_wrong(corpus_copy, corpus_path):
     path = corpus_copy / "corpus.bin"
     data = path.read_bytes()
     path.write_bytes(data[:100] + bytes([data[100] ^ 4]) + data[101:])
-    bad = verify(corpus_copy, corpus_copy / "nowhere", corpus_path)
+    bad = verify(corpus_copy, corpus_copy / "nowhere", sentence_corpus)
     assert bad.returncode == 2
     assert "corpus.bin has SHA-256" in bad.stderr
     assert f"error: {corpus_copy / 'nowhere'}: no such directory" in bad.stderr
-    assert f"{corpus_path}: hashes and documents are right" in bad.stderr
+    assert f"{sentence_corpus}: hashes and documents are right" in bad.stderr
     assert "Traceback" not in bad.stderr

@@ -28,37 +28,22 @@ from megatron_polar.errors import UserError
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def tokenizer_path(sentence_tokenizer):
-    return sentence_tokenizer
-
-
-@pytest.fixture(scope="module")
-def inputs(sentence_files):
-    return sentence_files
-
-
-@pytest.fixture(scope="module")
-def corpus_path(sentence_corpus):
-    return sentence_corpus
-
-
-def all_records(inputs):
+def all_records(directory):
     read = {
         ".jsonl": Path.read_bytes,
         ".gz": lambda path: gzip.decompress(path.read_bytes()),
         ".zst": lambda path: zstandard.ZstdDecompressor().decompress(path.read_bytes()),
     }
-    for path in sorted(inputs.iterdir()):
+    for path in sorted(directory.iterdir()):
         yield from (json.loads(line) for line in read[path.suffix](path).decode().splitlines())
 
 
 # --- what is written -------------------------------------------------------------------------------------------------
 
 
-def test_documents_hold_the_halves_of_their_records(corpus_path, inputs, tokenizer_path):
-    corpus, tokenizer = Corpus(corpus_path), load_tokenizer(tokenizer_path)
-    records = list(all_records(inputs))
+def test_documents_hold_the_halves_of_their_records(sentence_corpus, sentence_files, sentence_tokenizer):
+    corpus, tokenizer = Corpus(sentence_corpus), load_tokenizer(sentence_tokenizer)
+    records = list(all_records(sentence_files))
     assert len(corpus) == len(records) == 120
     for index, source in enumerate(records):
         document = corpus.document(index)
@@ -80,29 +65,41 @@ def test_documents_hold_the_halves_of_their_records(corpus_path, inputs, tokeniz
             assert half.prompt_length == expected.prompt_length
 
 
-def test_policies_are_numbered_by_first_appearance(corpus_path, inputs):
-    seen = dict.fromkeys(item["policy"] for source in all_records(inputs) for item in source.get("trajectories", []))
-    assert Corpus(corpus_path).policies == tuple(seen)
+def test_policies_are_numbered_by_first_appearance(sentence_corpus, sentence_files):
+    seen = dict.fromkeys(
+        item["policy"] for source in all_records(sentence_files) for item in source.get("trajectories", [])
+    )
+    assert Corpus(sentence_corpus).policies == tuple(seen)
 
 
 @pytest.mark.parametrize("num_workers", [2, 4])
-def test_any_number_of_workers_gives_the_same_bytes(corpus_path, inputs, tokenizer_path, tmp_path, num_workers):
+def test_any_number_of_workers_gives_the_same_bytes(
+    sentence_corpus, sentence_files, sentence_tokenizer, tmp_path, num_workers
+):
     output = tmp_path / "out"
-    preprocess([inputs], output=output, tokenizer_path=tokenizer_path, num_workers=num_workers, unit_bytes=UNIT_BYTES)
-    assert hashes(output) == hashes(corpus_path)
+    preprocess(
+        [sentence_files],
+        output=output,
+        tokenizer_path=sentence_tokenizer,
+        num_workers=num_workers,
+        unit_bytes=UNIT_BYTES,
+    )
+    assert hashes(output) == hashes(sentence_corpus)
     assert not (output / ".work").exists()
 
 
-def test_the_size_of_work_units_does_not_show_in_the_output(corpus_path, inputs, tokenizer_path, tmp_path):
-    preprocess([inputs], output=tmp_path / "out", tokenizer_path=tokenizer_path)
-    assert hashes(tmp_path / "out") == hashes(corpus_path)
+def test_the_size_of_work_units_does_not_show_in_the_output(
+    sentence_corpus, sentence_files, sentence_tokenizer, tmp_path
+):
+    preprocess([sentence_files], output=tmp_path / "out", tokenizer_path=sentence_tokenizer)
+    assert hashes(tmp_path / "out") == hashes(sentence_corpus)
 
 
-def test_files_equal_those_of_megatrons_own_builder(corpus_path, tmp_path):
+def test_files_equal_those_of_megatrons_own_builder(sentence_corpus, tmp_path):
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-    theirs = IndexedDataset(str(corpus_path / "corpus"))
+    theirs = IndexedDataset(str(sentence_corpus / "corpus"))
     builder = IndexedDatasetBuilder(str(tmp_path / "built.bin"), dtype=np.int32)
     for first, last in zip(theirs.document_indices[:-1], theirs.document_indices[1:], strict=True):
         for sequence in theirs[int(first) : int(last)]:
@@ -110,10 +107,10 @@ def test_files_equal_those_of_megatrons_own_builder(corpus_path, tmp_path):
         builder.end_document()
     builder.finalize(str(tmp_path / "built.idx"))
     for suffix in ("bin", "idx"):
-        assert (tmp_path / f"built.{suffix}").read_bytes() == (corpus_path / f"corpus.{suffix}").read_bytes()
+        assert (tmp_path / f"built.{suffix}").read_bytes() == (sentence_corpus / f"corpus.{suffix}").read_bytes()
 
 
-def test_a_hugging_face_tokenizer_works_in_workers_and_travels_with_the_dataset(inputs, tmp_path):
+def test_a_hugging_face_tokenizer_works_in_workers_and_travels_with_the_dataset(sentence_files, tmp_path):
     fast = Fast(models.BPE())
     fast.pre_tokenizer, fast.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -125,12 +122,16 @@ def test_a_hugging_face_tokenizer_works_in_workers_and_travels_with_the_dataset(
     outputs = [tmp_path / "one", tmp_path / "two"]
     for num_workers, output in enumerate(outputs, start=1):
         preprocess(
-            [inputs], output=output, tokenizer_path=tmp_path / "fast", num_workers=num_workers, unit_bytes=UNIT_BYTES
+            [sentence_files],
+            output=output,
+            tokenizer_path=tmp_path / "fast",
+            num_workers=num_workers,
+            unit_bytes=UNIT_BYTES,
         )
     assert hashes(outputs[0]) == hashes(outputs[1])
     corpus, tokenizer = Corpus(outputs[0]), load_tokenizer(outputs[0] / "tokenizer")
     corpus.check_tokenizer(tokenizer)
-    source = next(all_records(inputs))
+    source = next(all_records(sentence_files))
     first = corpus.document(0).halves[0]
     between = "\n" if source["wrapper"] == "sft" else ""
     text = source["prompt"] + between + source["trajectories"][0]["text"]
@@ -138,9 +139,9 @@ def test_a_hugging_face_tokenizer_works_in_workers_and_travels_with_the_dataset(
     assert first.ids.tolist() == fast.encode(text).ids
 
 
-def test_the_manifest_counts_what_was_done(tokenizer_path, tmp_path):
+def test_the_manifest_counts_what_was_done(sentence_tokenizer, tmp_path):
     long, cut_to = "dog " * 50, 10
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer = load_tokenizer(sentence_tokenizer)
     group = [("a", long), ("a", "cat"), ("a", "cat"), ("b", "cat"), ("b", long), ("b", "dog 7")]
     items = [{"policy": policy, "text": answer} for policy, answer in group]
     path = write_lines(
@@ -150,7 +151,7 @@ def test_the_manifest_counts_what_was_done(tokenizer_path, tmp_path):
             json.dumps({"prompt": "p", "reference": "r", "ranked": ["1", "2", "1"]}),
         ],
     )
-    report = preprocess([path], output=tmp_path / "out", tokenizer_path=tokenizer_path, max_response_length=cut_to)
+    report = preprocess([path], output=tmp_path / "out", tokenizer_path=sentence_tokenizer, max_response_length=cut_to)
     corpus = Corpus(tmp_path / "out")
     counts = corpus.manifest["counts"]
     halves = [half for index in range(2) for half in corpus.document(index).halves]
@@ -177,30 +178,32 @@ def test_the_manifest_counts_what_was_done(tokenizer_path, tmp_path):
     assert (report.duplicates_dropped, report.identical_candidates) == (2, 2)
 
 
-def test_no_path_of_the_machine_is_in_the_dataset(corpus_path, inputs):
-    for path in corpus_path.rglob("*"):
+def test_no_path_of_the_machine_is_in_the_dataset(sentence_corpus, sentence_files):
+    for path in sentence_corpus.rglob("*"):
         if path.is_file():
-            assert str(inputs).encode() not in path.read_bytes()
+            assert str(sentence_files).encode() not in path.read_bytes()
 
 
-def test_the_fingerprint_depends_on_the_content_and_not_on_names(corpus_path, inputs, tokenizer_path, tmp_path):
+def test_the_fingerprint_depends_on_the_content_and_not_on_names(
+    sentence_corpus, sentence_files, sentence_tokenizer, tmp_path
+):
     renamed = tmp_path / "renamed"
     renamed.mkdir()
-    for index, path in enumerate(sorted(inputs.iterdir())):
+    for index, path in enumerate(sorted(sentence_files.iterdir())):
         shutil.copy(path, renamed / f"{index}{''.join(path.suffixes)}")
     same, less = tmp_path / "same", tmp_path / "less"
-    preprocess([renamed], output=same, tokenizer_path=tokenizer_path)
-    preprocess([renamed / "0.jsonl.gz"], output=less, tokenizer_path=tokenizer_path)
-    assert Corpus(same).fingerprint == Corpus(corpus_path).fingerprint != Corpus(less).fingerprint
+    preprocess([renamed], output=same, tokenizer_path=sentence_tokenizer)
+    preprocess([renamed / "0.jsonl.gz"], output=less, tokenizer_path=sentence_tokenizer)
+    assert Corpus(same).fingerprint == Corpus(sentence_corpus).fingerprint != Corpus(less).fingerprint
 
 
 # --- again, killed, resumed ------------------------------------------------------------------------------------------
 
 
-def test_a_complete_output_is_left_alone_and_another_call_is_refused(inputs, tokenizer_path, tmp_path):
+def test_a_complete_output_is_left_alone_and_another_call_is_refused(sentence_files, sentence_tokenizer, tmp_path):
     output = tmp_path / "out"
-    files = [Path(shutil.copytree(inputs, tmp_path / "in"))]
-    call = {"output": output, "tokenizer_path": tokenizer_path, "unit_bytes": UNIT_BYTES}
+    files = [Path(shutil.copytree(sentence_files, tmp_path / "in"))]
+    call = {"output": output, "tokenizer_path": sentence_tokenizer, "unit_bytes": UNIT_BYTES}
     first = preprocess(files, **call)
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     again = preprocess(files, **call)
@@ -220,9 +223,9 @@ def test_a_complete_output_is_left_alone_and_another_call_is_refused(inputs, tok
         preprocess(files, **call)
 
 
-def test_every_difference_to_the_call_that_made_an_output_is_named(inputs, tokenizer_path, tmp_path):
-    source = Path(shutil.copytree(inputs, tmp_path / "in"))
-    call = {"output": tmp_path / "out", "tokenizer_path": tokenizer_path}
+def test_every_difference_to_the_call_that_made_an_output_is_named(sentence_files, sentence_tokenizer, tmp_path):
+    source = Path(shutil.copytree(sentence_files, tmp_path / "in"))
+    call = {"output": tmp_path / "out", "tokenizer_path": sentence_tokenizer}
     preprocess([source], **call)
 
     def refusal(files=(source,), **changes):
@@ -245,7 +248,7 @@ def test_every_difference_to_the_call_that_made_an_output_is_named(inputs, token
     ):
         assert part in said
     shutil.rmtree(source)
-    shutil.copytree(inputs, source)
+    shutil.copytree(sentence_files, source)
     for path in source.glob("[bc].*"):
         data = bytearray(path.read_bytes())
         data[-3] ^= 1
@@ -266,12 +269,12 @@ def start(inputs, *, output, tokenizer_path, num_workers):
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_killed_runs_resume_to_the_same_bytes(tokenizer_path, tmp_path, num_workers):
+def test_killed_runs_resume_to_the_same_bytes(sentence_tokenizer, tmp_path, num_workers):
     source = write_lines(tmp_path / "in.jsonl", lines(2500, seed=5))
     expected, output = tmp_path / "expected", tmp_path / "out"
-    preprocess([source], output=expected, tokenizer_path=tokenizer_path, unit_bytes=UNIT_BYTES)
+    preprocess([source], output=expected, tokenizer_path=sentence_tokenizer, unit_bytes=UNIT_BYTES)
     for wanted in (20, 90):
-        process = start(source, output=output, tokenizer_path=tokenizer_path, num_workers=num_workers)
+        process = start(source, output=output, tokenizer_path=sentence_tokenizer, num_workers=num_workers)
         while len(list((output / ".work").glob("*.done"))) < wanted:
             assert process.poll() is None, "the run ended before it could be killed"
             time.sleep(0.002)
@@ -288,15 +291,15 @@ def test_killed_runs_resume_to_the_same_bytes(tokenizer_path, tmp_path, num_work
     shard.write_bytes(shard.read_bytes()[:-7])
     (output / ".work" / "unit-00000004.done").write_bytes(b'{"unit": ')
     done = len(list((output / ".work").glob("*.done")))
-    report = preprocess([source], output=output, tokenizer_path=tokenizer_path, unit_bytes=UNIT_BYTES)
+    report = preprocess([source], output=output, tokenizer_path=sentence_tokenizer, unit_bytes=UNIT_BYTES)
     assert done - 3 <= report.units_resumed <= done - 2
     assert hashes(output) == hashes(expected)
 
 
-def test_units_of_other_input_or_settings_are_not_reused(tokenizer_path, tmp_path):
+def test_units_of_other_input_or_settings_are_not_reused(sentence_tokenizer, tmp_path):
     content = lines(60, seed=6)
     source = write_lines(tmp_path / "in.jsonl", [*content, "{broken"])
-    call = {"output": tmp_path / "out", "tokenizer_path": tokenizer_path, "unit_bytes": UNIT_BYTES}
+    call = {"output": tmp_path / "out", "tokenizer_path": sentence_tokenizer, "unit_bytes": UNIT_BYTES}
     with pytest.raises(UserError, match=r"in\.jsonl:61: malformed JSON"):
         preprocess([source], **call)
     # The broken line is mended, and one line in the middle changes as well.
@@ -310,14 +313,14 @@ def test_units_of_other_input_or_settings_are_not_reused(tokenizer_path, tmp_pat
     assert hashes(tmp_path / "out") == hashes(fresh)
 
 
-def test_two_runs_do_not_write_the_same_output(inputs, tokenizer_path, tmp_path):
+def test_two_runs_do_not_write_the_same_output(sentence_files, sentence_tokenizer, tmp_path):
     import fcntl
 
     (tmp_path / "out" / ".work").mkdir(parents=True)
     with (tmp_path / "out" / ".work" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another preprocess writes here"):
-            preprocess([inputs], output=tmp_path / "out", tokenizer_path=tokenizer_path)
+            preprocess([sentence_files], output=tmp_path / "out", tokenizer_path=sentence_tokenizer)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -336,12 +339,12 @@ BAD_LINES = {
 
 @pytest.mark.parametrize("name", BAD_LINES)
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_a_bad_line_stops_the_run_with_its_place(tokenizer_path, tmp_path, name, num_workers):
+def test_a_bad_line_stops_the_run_with_its_place(sentence_tokenizer, tmp_path, name, num_workers):
     path = tmp_path / "in.jsonl"
     path.write_bytes(b"\n".join([GOOD.encode()] * 3 + [BAD_LINES[name], b"also bad"]))
     with pytest.raises(UserError) as caught:
         preprocess(
-            [path], output=tmp_path / "out", tokenizer_path=tokenizer_path, num_workers=num_workers, unit_bytes=40
+            [path], output=tmp_path / "out", tokenizer_path=sentence_tokenizer, num_workers=num_workers, unit_bytes=40
         )
     assert str(caught.value).startswith(f"{path}:4: ")
     assert "\n" not in str(caught.value)
@@ -349,21 +352,21 @@ def test_a_bad_line_stops_the_run_with_its_place(tokenizer_path, tmp_path, name,
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n\n"])
-def test_an_empty_input_is_an_error(tokenizer_path, tmp_path, content):
+def test_an_empty_input_is_an_error(sentence_tokenizer, tmp_path, content):
     path = tmp_path / "in.jsonl"
     path.write_bytes(content)
     other = tmp_path / "b.jsonl"
     other.write_bytes(b"")
     for files, given in (([path], "the one file given holds"), ([path, other], "all 2 files given hold")):
         with pytest.raises(UserError, match=rf"in\.jsonl: empty input: {given} only blank lines or nothing; check"):
-            preprocess(files, output=tmp_path / "out", tokenizer_path=tokenizer_path)
+            preprocess(files, output=tmp_path / "out", tokenizer_path=sentence_tokenizer)
 
 
-def test_a_warning_counts_quarantined_lines_and_says_why_most_often(tokenizer_path, tmp_path, capfd):
+def test_a_warning_counts_quarantined_lines_and_says_why_most_often(sentence_tokenizer, tmp_path, capfd):
     path, output = tmp_path / "in.jsonl", tmp_path / "out"
     names = ["empty prompt", "not UTF-8", "malformed", "not UTF-8", "malformed", "malformed"]
     path.write_bytes(b"\n".join([GOOD.encode()] + [b" " * place + BAD_LINES[name] for place, name in enumerate(names)]))
-    preprocess([path], output=output, tokenizer_path=tokenizer_path, max_bad_fraction=0.9)
+    preprocess([path], output=output, tokenizer_path=sentence_tokenizer, max_bad_fraction=0.9)
     (said,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert said == (
         f"warning: {output / 'quarantine.jsonl'}: 6 of 7 lines are not in the dataset; most often: malformed JSON "
@@ -371,11 +374,11 @@ def test_a_warning_counts_quarantined_lines_and_says_why_most_often(tokenizer_pa
     )
 
 
-def test_allowed_bad_lines_are_quarantined_with_place_reason_and_hash(tokenizer_path, tmp_path):
+def test_allowed_bad_lines_are_quarantined_with_place_reason_and_hash(sentence_tokenizer, tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_bytes(b"\n".join([GOOD.encode()] * 8 + [BAD_LINES["empty prompt"], BAD_LINES["not UTF-8"]]))
     report = preprocess(
-        [path], output=tmp_path / "out", tokenizer_path=tokenizer_path, max_bad_fraction=0.2, unit_bytes=100
+        [path], output=tmp_path / "out", tokenizer_path=sentence_tokenizer, max_bad_fraction=0.2, unit_bytes=100
     )
     assert (report.documents, report.bad_lines) == (8, 2)
     entries = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
@@ -389,10 +392,10 @@ def test_allowed_bad_lines_are_quarantined_with_place_reason_and_hash(tokenizer_
     assert "quarantine.jsonl" in Corpus(tmp_path / "out").manifest["files"]
 
 
-def test_too_many_bad_lines_fail_and_leave_the_quarantine(tokenizer_path, tmp_path):
+def test_too_many_bad_lines_fail_and_leave_the_quarantine(sentence_tokenizer, tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_bytes(b"\n".join([GOOD.encode()] * 8 + [BAD_LINES["empty prompt"]] * 2))
-    call = {"output": tmp_path / "out", "tokenizer_path": tokenizer_path}
+    call = {"output": tmp_path / "out", "tokenizer_path": sentence_tokenizer}
     with pytest.raises(UserError, match=r"2 bad lines of 10 \(20\.00%\), more than max_bad_fraction=0\.1"):
         preprocess([path], **call, max_bad_fraction=0.1)
     assert len((tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()) == 2
@@ -402,12 +405,14 @@ def test_too_many_bad_lines_fail_and_leave_the_quarantine(tokenizer_path, tmp_pa
     assert not (tmp_path / "out" / "quarantine.jsonl").exists()
 
 
-def test_arguments_without_meaning_are_refused(inputs, tokenizer_path, tmp_path):
+def test_arguments_without_meaning_are_refused(sentence_files, sentence_tokenizer, tmp_path):
     for wrong in ({"num_workers": 0}, {"wrapper": "chat"}, {"max_response_length": 0}, {"max_bad_fraction": 1.5}):
         with pytest.raises(UserError, match=next(iter(wrong))):
-            preprocess([inputs], output=tmp_path / "out", tokenizer_path=tokenizer_path, **wrong)
+            preprocess([sentence_files], output=tmp_path / "out", tokenizer_path=sentence_tokenizer, **wrong)
     with pytest.raises(UserError, match="given twice"):
-        preprocess([inputs, inputs / "b.jsonl"], output=tmp_path / "out", tokenizer_path=tokenizer_path)
+        preprocess(
+            [sentence_files, sentence_files / "b.jsonl"], output=tmp_path / "out", tokenizer_path=sentence_tokenizer
+        )
 
 
 # --- what it needs ---------------------------------------------------------------------------------------------------
@@ -424,12 +429,12 @@ def measure(source, *, output, tokenizer_path, num_workers):
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_memory_does_not_grow_with_ten_times_the_input(tokenizer_path, tmp_path, num_workers):
+def test_memory_does_not_grow_with_ten_times_the_input(sentence_tokenizer, tmp_path, num_workers):
     content = lines(2500, seed=7)
     small = write_lines(tmp_path / "small.jsonl", content)
     large = write_lines(tmp_path / "large.jsonl", content * 10)
     once, ten_times = (
-        measure(path, output=tmp_path / path.stem, tokenizer_path=tokenizer_path, num_workers=num_workers)
+        measure(path, output=tmp_path / path.stem, tokenizer_path=sentence_tokenizer, num_workers=num_workers)
         for path in (small, large)
     )
     assert ten_times["tokens"] == 10 * once["tokens"]
@@ -440,10 +445,11 @@ def test_memory_does_not_grow_with_ten_times_the_input(tokenizer_path, tmp_path,
     assert large.stat().st_size / 1e6 > 0.25 * once["peak_parent_megabytes"]
 
 
-def test_preprocess_needs_no_torch(inputs, tokenizer_path, tmp_path):
+def test_preprocess_needs_no_torch(sentence_files, sentence_tokenizer, tmp_path):
     code = (
         "import sys; from megatron_polar.data.corpus import Corpus, preprocess\n"
-        f"preprocess([{str(inputs)!r}], output={str(tmp_path / 'o')!r}, tokenizer_path={str(tokenizer_path)!r})\n"
+        f"call = {{'output': {str(tmp_path / 'o')!r}, 'tokenizer_path': {str(sentence_tokenizer)!r}}}\n"
+        f"preprocess([{str(sentence_files)!r}], **call)\n"
         f"Corpus({str(tmp_path / 'o')!r})\n"
         "assert not {'torch', 'megatron', 'transformers'} & set(sys.modules), 'heavy import'\n"
     )

@@ -318,10 +318,6 @@ def test_tokens_of_the_data_are_counted_as_the_paper_does(trajectory_corpus, tmp
             ("train.num_epochs=0.05", "80 comparisons", "lower the batch size"),
         ),
         (
-            {"train__recompute": "full", "train__recompute_num_layers": 3},
-            ("train.recompute_num_layers=3", "2 layers", "use 1, 2"),
-        ),
-        (
             {
                 "model__make_vocab_size_divisible_by": 1,
                 "model__vocab_size": 421,

@@ -13,6 +13,7 @@ def validate(config: RunConfig, *, for_training: bool = True) -> None:
     architecture = architecture_of(config.model)
     _check_ranges(config)
     check_layout(config.parallel, architecture)
+    check_recompute(config)
     _check_training(config)
     if for_training and not config.data.train:
         raise UserError("data.train is empty; name at least one dataset made by `megatron-polar preprocess`")
@@ -140,6 +141,19 @@ def _check_not_negative(config: RunConfig) -> None:
     for key, value in not_negative.items():
         if not value >= 0:  # nan is refused, too
             raise UserError(f"{key}={value} must not be negative")
+
+
+def check_recompute(config: RunConfig) -> None:
+    """Raise UserError where blocks of recomputed layers do not fill a chunk: megatron-core's uniform recomputation runs
+    past the last layer then."""
+    parallel, block = config.parallel, config.train.recompute_num_layers
+    chunks = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
+    layers = architecture_of(config.model).num_layers // chunks
+    if config.train.recompute == "full" and layers % block:
+        raise UserError(
+            f"train.recompute_num_layers={block} does not divide the {layers} layers of a pipeline chunk, and "
+            f"megatron-core would look for layers that are not there; use {_divisors(layers)}"
+        )
 
 
 def _check_training(config: RunConfig) -> None:

@@ -6,7 +6,7 @@ from itertools import product
 
 from megatron_polar.config.presets import architecture_of, padded_vocab_size
 from megatron_polar.config.schema import RunConfig
-from megatron_polar.config.validate import check_layout
+from megatron_polar.config.validate import check_layout, check_recompute
 from megatron_polar.errors import UserError
 from megatron_polar.scaling.memory import MemoryEstimate, estimate_memory, layout_of, usable_bytes
 from megatron_polar.scaling.paths import Paths, look_at_paths
@@ -85,7 +85,6 @@ def make_plan(config: RunConfig, *, cluster: Cluster, with_paths: bool = True) -
     paths = look_at_paths(config) if with_paths else None
     problems = list(paths.problems) if paths else []
     rows = _embedding_rows(config, vocab_size=paths.vocab_size if paths else None, problems=problems)
-    _check_recompute(config, problems=problems)
     memory = None
     try:
         layout_of(config.parallel, world_size=cluster.num_gpus)
@@ -134,19 +133,6 @@ def _embedding_rows(config: RunConfig, *, vocab_size: int | None, problems: list
             f"model.make_vocab_size_divisible_by to a multiple of it"
         )
     return rows
-
-
-def _check_recompute(config: RunConfig, *, problems: list[str]) -> None:
-    """megatron-core's uniform recomputation runs past the last layer where the last block is not full."""
-    parallel, block = config.parallel, config.train.recompute_num_layers
-    chunks = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
-    layers = architecture_of(config.model).num_layers // chunks
-    if config.train.recompute == "full" and layers % block:
-        divisors = ", ".join(str(size) for size in range(1, layers + 1) if layers % size == 0)
-        problems.append(
-            f"train.recompute_num_layers={block} does not divide the {layers} layers of a pipeline chunk, and "
-            f"megatron-core would look for layers that are not there; use {divisors}"
-        )
 
 
 def _check_batch(config: RunConfig, *, memory: MemoryEstimate, problems: list[str]) -> None:
@@ -199,6 +185,7 @@ def _what_fits(config: RunConfig, *, cluster: Cluster, rows: int, paths: Paths |
         changed = _change(config, overrides)
         try:
             check_layout(changed.parallel, architecture)
+            check_recompute(changed)
             memory = _estimate(changed, cluster=cluster, rows=rows, paths=paths)
         except UserError:
             continue

@@ -11,11 +11,7 @@ from megatron_polar import faults, log
 from megatron_polar.config.load import dump_config
 from megatron_polar.config.schema import RunConfig
 from megatron_polar.data.loader import Step, StepDataset, load_steps
-from megatron_polar.errors import (
-    CANNOT_SAVE,
-    STOPPED,
-    RunStopped,
-)
+from megatron_polar.errors import CANNOT_SAVE, STOPPED, RunStopped
 from megatron_polar.manifest import write_durably
 from megatron_polar.parallel.topology import Topology
 from megatron_polar.train.build import Run, build_run, describe_run, join_ranks
