@@ -35,7 +35,7 @@ fi
 : "${POLAR_SRUN_OPTIONS:=}"              # more options of srun, such as --mpi=none or --network=...
 : "${POLAR_MASTER_SUFFIX:=}"            # behind the first node's name, where that leads over a slow network: -ib0
 : "${POLAR_PREFLIGHT:=full}"             # full, nodes (without the all-reduce) or off
-: "${POLAR_PREFLIGHT_SECONDS:=300}"      # how long a node may take for it
+: "${POLAR_PREFLIGHT_SECONDS:=300}"      # how long a node may take for each part of it; all of it twice as long
 : "${POLAR_MIN_BANDWIDTH_GB_S:=0}"       # all-reduce bandwidth below which no training starts
 : "${POLAR_MIN_FREE_GB:=50}"             # disk space below which no training starts
 : "${POLAR_MAX_RESTARTS:=100}"           # requeues of one job
@@ -102,9 +102,7 @@ polar_python() { # on the first node, for what takes a moment
 polar_ranks() { # stage command...: the command once for each rank, with torch's rendezvous in its environment
   local stage=$1 options=()
   shift
-  if [ "$stage" = 0 ]; then # every node is to say how it is, and one that is stopped holds nobody up
-    options=(--kill-on-bad-exit=0 --wait=0 --time="0:$((POLAR_PREFLIGHT_SECONDS + 60))")
-  fi
+  if [ "$stage" = 0 ]; then options=(--kill-on-bad-exit=0 --wait=0); fi # every node is to say how it is
   # Different for every job on a node, every restart, and preflight (0) and training (1); below the ephemeral ports.
   export MASTER_PORT=$((10000 + (SLURM_JOB_ID * 8 + ${SLURM_RESTART_COUNT:-0} % 4 * 2 + stage) % 22000))
   # Containers may bring a MASTER_ADDR of their own: task.sh goes by this one.
@@ -160,7 +158,13 @@ polar_check_nodes() { # preflight; nodes that fail are excluded from the next tr
   local options=(--output "$POLAR_LOG_DIR/preflight" --timeout-seconds "$POLAR_PREFLIGHT_SECONDS")
   options+=(--min-free-gb "$POLAR_MIN_FREE_GB" --min-bandwidth-gb-s "$POLAR_MIN_BANDWIDTH_GB_S")
   [ "$POLAR_PREFLIGHT" != nodes ] || options+=(--no-all-reduce)
-  polar_ranks 0 "$POLAR_PYTHON" -m megatron_polar preflight "$@" "${options[@]}"
+  polar_ranks 0 "$POLAR_PYTHON" -m megatron_polar preflight "$@" "${options[@]}" &
+  local step=$! limit=$((2 * POLAR_PREFLIGHT_SECONDS)) # each wait of a rank is limited already, unless it is stopped
+  { trap - USR1 TERM; sleep "$limit"; polar_say "preflight: not over after $limit s, ending it"; polar_kill_steps; } &
+  local killer=$!
+  polar_wait "$step"
+  pkill --parent "$killer"
+  kill "$killer" 2>/dev/null
   polar_python -m megatron_polar preflight "$@" "${options[@]}" --judge --nodes "$SLURM_JOB_NODELIST"
   local status=$?
   if [ "$status" = "$PREFLIGHT_FAILED" ]; then
@@ -196,13 +200,24 @@ polar_run_ranks() {
   polar_watch &
   watcher=$!
   [ "$ASKED" != USR1 ] || polar_ask
-  while :; do # a trap ends `wait`, the ranks go on
-    wait "$step"
-    kill -0 "$step" 2>/dev/null || break
-  done
+  polar_wait "$step"
   kill "$watcher" 2>/dev/null
   wait "$watcher" 2>/dev/null
   trap '' TERM USR1
+}
+
+polar_wait() { # process: for its end; a trap ends `wait`, the ranks go on
+  while :; do
+    wait "$1"
+    kill -0 "$1" 2>/dev/null || break
+  done
+}
+
+polar_kill_steps() { # and not the job: this script is to decide
+  local step
+  for step in $(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format=%i | grep -E '\.[0-9]+$'); do
+    scancel --signal=KILL "$step"
+  done
 }
 
 polar_ask() { # for a checkpoint and an end; polar_watch repeats it, as the first signal may come before there are ranks
@@ -211,7 +226,7 @@ polar_ask() { # for a checkpoint and an end; polar_watch repeats it, as the firs
 }
 
 polar_watch() { # STOP file and heartbeat, as long as the ranks run
-  local beat age step
+  local beat age
   trap - USR1 TERM
   while sleep "$POLAR_WATCH_SECONDS"; do
     if [ -e "$POLAR_LOG_DIR/asked" ]; then
@@ -227,10 +242,7 @@ polar_watch() { # STOP file and heartbeat, as long as the ranks run
     if [ "$age" -gt $((beat > STARTED ? POLAR_HANG_SECONDS : 3 * POLAR_HANG_SECONDS)) ]; then
       polar_say "no heartbeat for $age s ($(cat "$RUN/heartbeat" 2>/dev/null)): taking stacks and ending the ranks"
       timeout 120 srun --overlap --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" slurm/stacks.sh
-      # The steps, and not the job: this script is to decide.
-      for step in $(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format=%i | grep -E '\.[0-9]+$'); do
-        scancel --signal=KILL "$step"
-      done
+      polar_kill_steps
       return
     fi
   done

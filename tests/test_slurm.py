@@ -18,7 +18,7 @@ from tiny_runs import metric_rows, run_training
 
 from megatron_polar.config.load import load_config
 from megatron_polar.data.preprocess import preprocess
-from megatron_polar.errors import FENCED, NO_PROGRESS
+from megatron_polar.errors import FENCED, NO_PROGRESS, STOPPED
 from megatron_polar.train.checkpoint_files import find_checkpoint
 from megatron_polar.train.journal import read_events
 
@@ -218,9 +218,10 @@ def test_a_survivor_on_a_node_that_was_cut_off_is_fenced(cluster, trajectory_cor
     assert shards(run) == shards(whole)
 
 
-def is_rank(process: int) -> bool:
+def is_rank(process: int, *, verb: str = "train") -> bool:
+    command = f"{PYTHON}\0-m\0megatron_polar\0{verb}"
     try:
-        return Path(f"/proc/{process}/cmdline").read_bytes().startswith(f"{PYTHON}\0-m\0megatron_polar\0train".encode())
+        return Path(f"/proc/{process}/cmdline").read_bytes().startswith(command.encode())
     except OSError:
         return False
 
@@ -321,6 +322,27 @@ def test_preflight_names_the_node_whose_dataset_is_another(cluster, trajectory_c
         time.sleep(0.2)
     cluster.run("scancel", job)
     assert not (run / "checkpoints").exists()
+
+
+@pytest.mark.nodes(3)
+def test_a_node_that_stops_in_the_preflight_is_left_out_of_the_rest_of_a_chain(cluster, trajectory_corpus, tmp_path):
+    run = tmp_path / "run"
+    overrides = nano(trajectory_corpus, run, "train.num_steps=2")
+    options = ("--chain=2", "--nodes=2", "--ntasks-per-node=1", f"--output={run}.log", "slurm/pretrain_7b.sh")
+    settings = {"POLAR_PREFLIGHT": "full", "POLAR_PREFLIGHT_SECONDS": "8"}
+    done = cluster.run("slurm/launch.sh", *options, *overrides, **settings)
+    first, second = re.findall(r"Submitted batch job (\d+)", done.stdout)
+    deadline = time.monotonic() + 60
+    while not (stopped := [process for process in cluster.processes_on(2) if is_rank(process, verb="preflight")]):
+        assert time.monotonic() < deadline, log_of(run)
+        time.sleep(0.02)
+    os.kill(stopped[0], signal.SIGSTOP)
+    assert cluster.wait(first, *ENDS)["ExitCode"] == f"{STOPPED}:0", log_of(run)
+    assert "not over after 16 s, ending it" in log_of(run)
+    assert re.search(r"BAD +node2 ", log_of(run)), log_of(run)
+    found = cluster.wait(second, *ENDS)
+    assert (found["JobState"], found["NodeList"]) == ("COMPLETED", "node[1,3]"), log_of(run)
+    assert find_checkpoint(run).name == "step_00000002"
 
 
 @pytest.mark.parametrize(
