@@ -114,6 +114,7 @@ def _add_sample(verbs) -> None:
 
 def _add_part(verb: argparse.ArgumentParser, what: str) -> None:
     verb.add_argument("--part", metavar="I/N", help=f"for an array of N jobs, I from 0 to N-1: {what}")
+    verb.add_argument("--check", action="store_true", help="look at the arguments and inputs, write nothing")
 
 
 def _part(options: argparse.Namespace):
@@ -139,7 +140,10 @@ def _sample(options: argparse.Namespace) -> None:
         workers=options.workers,
         wrapper=options.wrapper,
         part=part,
+        check=options.check,
     )
+    if report is None:
+        return
     who = "" if part is None else f"part {part}: "
     rest = "" if report.is_complete else "; the same command without --part draws what is missing and ends the output"
     log.info(f"{report.output}: {who}{report.num_trajectories} trajectories for {report.num_prompts} prompts{rest}")
@@ -206,6 +210,7 @@ def _preprocess(options: argparse.Namespace) -> None:
         separator_token=options.separator_token,
         reward_token=options.reward_token,
         part=_part(options),
+        check=options.check,
     )
 
 

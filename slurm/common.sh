@@ -20,8 +20,9 @@ POLAR_HOME=${POLAR_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
   polar_die 2 "$POLAR_HOME is not the repository; submit from its top, or set POLAR_HOME"
 cd "$POLAR_HOME" || exit 2
 POLAR_SITE=${POLAR_SITE:-$POLAR_HOME/slurm/site.env}
+[ -e "$POLAR_SITE" ] || [ "$POLAR_SITE" = "$POLAR_HOME/slurm/site.env" ] || polar_die 2 "POLAR_SITE=$POLAR_SITE: no such file"
 # shellcheck source=/dev/null
-if [ -f "$POLAR_SITE" ]; then
+if [ -r "$POLAR_SITE" ]; then
   set +u
   source "$POLAR_SITE"
   set -u
@@ -32,6 +33,9 @@ fi
 : "${POLAR_CONTAINER_IMAGE:=}"           # pyxis, apptainer: image file or name
 : "${POLAR_CONTAINER_MOUNTS:=}"          # pyxis, apptainer: more mounts, source:target,...; the repository is mounted anyway
 : "${POLAR_LAUNCHER:=srun}"              # srun: one task per GPU; torchrun: one task per node, which starts the ranks
+: "${POLAR_RANKS_PER_NODE:=}"             # torchrun: ranks of a node; default: its GPUs
+: "${POLAR_GPU_MEMORY_GB:=80}"           # of one GPU, in GB (10^9 bytes), for launch.sh's estimate
+: "${POLAR_CPU_PARTITION:=}"             # for jobs without GPUs (preprocess, sample, convert), where that is another one
 : "${POLAR_SRUN_OPTIONS:=}"              # more options of srun, such as --mpi=none or --network=...
 : "${POLAR_MASTER_SUFFIX:=}"            # behind the first node's name, where that leads over a slow network: -ib0
 : "${POLAR_PREFLIGHT:=full}"             # full, nodes (without the all-reduce) or off
@@ -71,6 +75,8 @@ pyxis | apptainer)
   ;;
 *) polar_die 2 "POLAR_RUNTIME=$POLAR_RUNTIME is unknown; use venv, pyxis or apptainer" ;;
 esac
+case $POLAR_LAUNCHER in srun | torchrun) ;; *) polar_die 2 "POLAR_LAUNCHER=$POLAR_LAUNCHER is unknown; use srun or torchrun" ;; esac
+case $POLAR_PREFLIGHT in full | nodes | off) ;; *) polar_die 2 "POLAR_PREFLIGHT=$POLAR_PREFLIGHT is unknown; use full, nodes or off" ;; esac
 
 polar_srun() { # srun options... -- command...
   local options=(--kill-on-bad-exit=1 --wait=60) command=()
@@ -89,6 +95,14 @@ polar_srun() { # srun options... -- command...
   fi
   # shellcheck disable=SC2086
   srun "${options[@]}" $POLAR_SRUN_OPTIONS "${command[@]}" "$@"
+}
+
+polar_login_python() { # prints a Python of this node that can check a job: a container's may not be here
+  local python=$POLAR_PYTHON
+  if [ "$POLAR_RUNTIME" != venv ] && [ -x "$POLAR_VENV/bin/python" ]; then python=$POLAR_VENV/bin/python; fi
+  "$python" -c 'import omegaconf, orjson' 2>/dev/null ||
+    polar_die 2 "$python has no omegaconf and orjson, with which this node checks the job; make .venv/.ready, or pip install -r requirements.txt into $POLAR_VENV"
+  echo "$python"
 }
 
 polar_python() { # on the first node, for what takes a moment
@@ -110,7 +124,7 @@ polar_ranks() { # stage command...: the command once for each rank, with torch's
   if [ "$POLAR_LAUNCHER" = torchrun ]; then
     options+=(--ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE")
     polar_srun "${options[@]}" -- slurm/task.sh "$POLAR_PYTHON" \
-      -m torch.distributed.run --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="${POLAR_RANKS_PER_NODE:-8}" \
+      -m torch.distributed.run --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="${POLAR_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}" \
       --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}.$stage" \
       --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" --no-python "$@"
   else
@@ -325,15 +339,25 @@ polar_cancel_chain() { # what still waits under this job's name would fail in th
 # --- Other jobs ------------------------------------------------------------------------------------------------------
 
 polar_array() { # verb arguments...: from a shell, submit parts and what joins them; in a job, do one of these
-  local verb=$1 part=() parts merge
+  local verb=$1 part=() parts merge python
   shift
   if [ -n "${SLURMD_NODENAME:-}" ]; then # in a job, and not in the shell of salloc
     if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then part=(--part "$SLURM_ARRAY_TASK_ID/$POLAR_PARTS"); fi
     polar_srun --ntasks=1 -- "$POLAR_PYTHON" -m megatron_polar "$verb" --workers "${SLURM_CPUS_PER_TASK:-1}" "$@" "${part[@]}"
     exit $?
   fi
+  case ${1:-} in
+  '' | -h | --help)
+    sed -n '2,/^#SBATCH/s/^# \{0,1\}//p' "slurm/$verb.sh"
+    exit "$([ -n "${1:-}" ] && echo 0 || echo 2)"
+    ;;
+  esac
   : "${POLAR_PARTS:=16}"
+  case $POLAR_PARTS in 0* | *[!0-9]*) polar_die 2 "POLAR_PARTS=$POLAR_PARTS is not a number of parts; give 1 or more" ;; esac
+  python=$(polar_login_python) || exit $?
+  "$python" -m megatron_polar "$verb" --check "$@" || exit $?
   export POLAR_PARTS POLAR_HOME
+  if [ -n "$POLAR_CPU_PARTITION" ]; then export SBATCH_PARTITION=$POLAR_CPU_PARTITION; fi
   parts=$(sbatch --parsable --array="0-$((POLAR_PARTS - 1))" "slurm/$verb.sh" "$@") || exit $?
   # Where a part fails, nothing is left waiting; the same command again does what is missing.
   merge=$(sbatch --parsable --dependency="afterok:$parts" --kill-on-invalid-dep=yes --output=slurm/logs/%x-%j.log "slurm/$verb.sh" "$@") || exit $?

@@ -8,5 +8,5 @@
 #SBATCH --mem=64G
 #SBATCH --time=04:00:00
 #SBATCH --output=slurm/logs/%x-%j.log
-source "${POLAR_HOME:-$SLURM_SUBMIT_DIR}/slurm/common.sh"
+source "${POLAR_HOME:-${SLURM_SUBMIT_DIR:?this is a job script: give it to sbatch or slurm/launch.sh}}/slurm/common.sh"
 polar_one_task "$POLAR_PYTHON" -m megatron_polar convert "$@"

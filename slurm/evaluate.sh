@@ -9,5 +9,5 @@
 #SBATCH --mem=128G
 #SBATCH --time=04:00:00
 #SBATCH --output=slurm/logs/%x-%j.log
-source "${POLAR_HOME:-$SLURM_SUBMIT_DIR}/slurm/common.sh"
+source "${POLAR_HOME:-${SLURM_SUBMIT_DIR:?this is a job script: give it to sbatch or slurm/launch.sh}}/slurm/common.sh"
 polar_evaluate "$@"

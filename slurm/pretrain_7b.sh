@@ -14,5 +14,5 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm/logs/%x-%j.log
-source "${POLAR_HOME:-$SLURM_SUBMIT_DIR}/slurm/common.sh"
+source "${POLAR_HOME:-${SLURM_SUBMIT_DIR:?this is a job script: give it to sbatch or slurm/launch.sh}}/slurm/common.sh"
 polar_train "${POLAR_CONFIG:-examples/pretrain_7b.yaml}" "$@"

@@ -118,6 +118,7 @@ def test_the_node_that_differs_is_named_with_the_reason(changes, words):
         {"missing_inputs": {"data.tokenizer": "/gone"}},
         {"free_gb": {"run.directory": 0.1}},
         {"num_local_ranks": 16},
+        {"versions": {"torch": "2.13.0+cpu"}},
         {"all_reduce": None},
         {"all_reduce": good_all_reduce(bandwidth_gb_s=3.0)},
         {"all_reduce": AllReduce(stages=("meeting",), waited_for="the all-reduce")},

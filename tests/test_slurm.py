@@ -386,7 +386,7 @@ def test_a_dry_run_of_what_is_well_submits_nothing(cluster, trajectory_corpus, t
 @pytest.mark.nodes(64)
 def test_slurm_accepts_every_script(cluster):
     for script in sorted((REPOSITORY / "slurm").glob("*.sh")):
-        if "#SBATCH" in script.read_text():
+        if "\n#SBATCH" in script.read_text():
             cluster.run("sbatch", "--test-only", str(script))
 
 

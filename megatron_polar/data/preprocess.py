@@ -65,14 +65,15 @@ def preprocess(
     reward_token: str | None = None,
     unit_bytes: int = UNIT_BYTES,
     part: Part | None = None,
-) -> PreprocessReport | PartReport:
+    check: bool = False,
+) -> PreprocessReport | PartReport | None:
     """Tokenise JSONL files into the indexed dataset `output` (format: docs/data.md).
 
     `wrapper` is for lines that name none; `max_response_length` is in tokens. Fails on the first bad line unless
     `max_bad_fraction` > 0; then bad lines go to `quarantine.jsonl`, and the run fails when they are more than that
     fraction. An output that is complete and was made from the same inputs and settings is left as it is. With a `part`
-    it encodes that part's work units and leaves them to a call without one; parts may run at the same time. Raises
-    UserError.
+    it encodes that part's work units and leaves them to a call without one; parts may run at the same time. `check`:
+    look at the arguments, write nothing, return None. Raises UserError.
     """
     _check_arguments(num_workers, wrapper, max_response_length, max_bad_fraction, unit_bytes)
     settings = {
@@ -85,6 +86,9 @@ def preprocess(
         files = list_inputs([Path(path) for path in inputs])
         tokenizer = load_tokenizer(tokenizer_path, separator_token=separator_token, reward_token=reward_token)
         check_output(output, files=files)
+        if check:
+            log.info(f"{output}: the arguments are right; {len(files)} input files")
+            return None
         complete = complete_output(output, files=files, tokenizer=tokenizer, settings=settings, part=part)
         if complete is not None:
             log.info(f"{output}: complete already, made from the same inputs and settings; nothing to do")

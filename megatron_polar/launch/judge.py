@@ -120,6 +120,10 @@ def _own_problems(report: NodeReport, limits: Limits) -> Iterable[Problem]:
         message = f"{seen} GPUs for {ranks} ranks"
         remedy = f"start at most {seen} ranks on it (--ntasks-per-node, --gpus-per-node), or drain the node"
         yield Problem(node, "GPUs", "ranks without a GPU", message, remedy, is_mendable=True)
+    if report.gpus and uses_gpus and "+cpu" in (report.versions.get("torch") or ""):
+        message = f"{len(report.gpus)} GPUs, and torch {report.versions['torch']}, which knows none"
+        remedy = "use an environment with requirements-gpu.txt, or a container (for a run on CPUs: run.device=cpu)"
+        yield Problem(node, "versions", "torch without GPUs", message, remedy, is_mendable=True)
     for place, free in report.free_gb.items():
         if free < limits.min_free_gb:
             message = f"{free:.1f} GB are free in {place}, fewer than --min-free-gb {limits.min_free_gb:g}"

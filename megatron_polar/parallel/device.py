@@ -18,6 +18,7 @@ from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, Distribut
 from megatron.core.tensor_parallel import random as mcore_random
 from torch.overrides import TorchFunctionMode
 
+from megatron_polar import log
 from megatron_polar.errors import UserError
 
 _CPU = torch.device("cpu")
@@ -97,6 +98,8 @@ def select_device(kind: Literal["auto", "cuda", "cpu"], *, local_rank: int) -> D
         raise UserError(
             "run.device=cpu on a machine with GPUs: hide them (CUDA_VISIBLE_DEVICES='') or set run.device=auto"
         )
+    if kind == "auto" and os.path.exists("/dev/nvidia0") and torch.version.cuda is None and local_rank == 0:
+        log.warn(f"torch {torch.__version__} knows no GPU, and this machine has some: running on the CPU")
     substitute_cuda()
     return Device("cpu", _CPU, "gloo", "cpu")
 

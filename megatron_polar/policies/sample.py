@@ -77,15 +77,16 @@ def sample_pool(
     wrapper: Literal["sft", "pretrain"] = "pretrain",
     prompts_per_shard: int = 500,
     part: Part | None = None,
-) -> SampleReport:
+    check: bool = False,
+) -> SampleReport | None:
     """Sample trajectories of `policies_per_prompt` policies for each prompt: several of the first, one of each other.
 
     Prompts are the first `num_prompts` of a JSONL file with a `prompt` key (all for None), or, without a file,
     `num_prompts` different sentence openings of the pool's corpus; then `prompt_split` says from which side of the
     split, and the sides share no opening. `output` gets `settings.json`, `trajectories-00000.jsonl` ... and, last,
     `manifest.json`. Called again with the same settings it keeps the finished shards. With a `part` it draws that
-    part's shards and no manifest; parts may run at the same time. UserError for bad input and for an output of other
-    settings.
+    part's shards and no manifest; parts may run at the same time. `check`: look at the arguments, write nothing, return
+    None. UserError for bad input and for an output of other settings.
     """
     pool = load_pool(pool_path)
     settings = DrawSettings(seed, trajectories_per_policy, policies_per_prompt, prompts_per_shard, wrapper)
@@ -94,6 +95,9 @@ def sample_pool(
         texts = draw_prompts(pool, num_prompts=num_prompts, split=prompt_split, seed=seed)
     else:
         texts = list(_read_prompts(prompts, limit=num_prompts))
+    if check:
+        info(f"{output}: the arguments are right; {len(texts)} prompts")
+        return None
     described = _describe_settings(pool, settings, texts)
     shards = [
         _Shard(output / f"trajectories-{index:05d}.jsonl", tuple(texts[start : start + prompts_per_shard]))

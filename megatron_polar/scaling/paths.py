@@ -75,8 +75,8 @@ def _dataset(path: str, *, key: str, problems: list[str]) -> DatasetFacts | None
     directory = Path(path)
     if not directory.is_dir():
         problems.append(
-            f"{key}={path}: no such directory, and training needs it; make it with `megatron-polar preprocess`, or "
-            f"check the path"
+            f"{key}={path}: no such directory, and training needs it; make it with `megatron-polar preprocess` (on a "
+            f"cluster: slurm/preprocess.sh), or check the path"
         )
         return None
     try:

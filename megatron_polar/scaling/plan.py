@@ -116,10 +116,11 @@ def _embedding_rows(config: RunConfig, *, vocab_size: int | None, problems: list
     model, tp = config.model, config.parallel.tensor_model_parallel_size
     wanted = model.vocab_size or vocab_size or _ASSUMED_VOCABULARY.get(model.preset or "")
     if wanted is None:
-        problems.append(
-            "model.vocab_size is not set, and no tokenizer could be read to tell it, so memory is unknown; set it, or "
-            "data.tokenizer"
-        )
+        if not problems:  # a missing dataset, which would tell it, is named already
+            problems.append(
+                "model.vocab_size is not set, and no tokenizer could be read to tell it, so memory is unknown; set it, "
+                "or data.tokenizer"
+            )
         return None
     if wanted < (vocab_size or 0):
         problems.append(

@@ -5,6 +5,7 @@ from megatron_polar.scaling.laws import SIZES, Sizes, batch_size, peak_learning_
 from megatron_polar.scaling.memory import MemoryEstimate, usable_bytes
 from megatron_polar.scaling.plan import GB, Plan, plural
 
+_FEWEST_TOKENS = 1e8
 _HOST_BYTES_PER_PARAMETER = 12  # docs/training.md: what every rank gathers to save
 
 
@@ -109,18 +110,23 @@ def _law_lines(plan: Plan, *, base_tokens: float | None, reward_tokens: float | 
     config, train = plan.config, plan.paths.train if plan.paths else ()
     if any(facts.num_preferences for facts in train):
         return [_row("laws", "none: the paper's are for pre-training, and this data holds preferences")]
+    is_given = base_tokens is not None or reward_tokens is not None
     if reward_tokens is None and train and plan.num_steps:
         # A sequence of a comparison has two halves: prompt with reference, prompt with candidate.
         mean_half = sum(facts.num_tokens for facts in train) / sum(facts.num_halves for facts in train)
         comparisons = plan.num_steps * config.train.global_batch_size
         reward_tokens = comparisons * 2 * config.data.candidates_per_comparison * mean_half
     if not reward_tokens:
-        return [_row("laws", "for pre-training; give its data, or --reward-tokens")]
+        return [
+            _row("laws", "for pre-training; `megatron-polar plan` takes --reward-tokens where there is no data yet")
+        ]
+    if not is_given and reward_tokens < _FEWEST_TOKENS:
+        return [_row("laws", f"none: they were fitted on billions of tokens, and this is {short(reward_tokens)}")]
     preset = SIZES.get(config.model.preset or "")
     base_tokens = base_tokens or (preset.base_tokens if preset else None)
     parameters = preset.parameters if preset else architecture_of(config.model).num_parameters(plan.embedding_rows or 0)
     sizes = Sizes(parameters, base_tokens=base_tokens or 1.0, reward_tokens=reward_tokens)
-    base = f"{short(base_tokens)}" if base_tokens else "unknown (--base-tokens)"
+    base = f"{short(base_tokens)}" if base_tokens else "unknown (`megatron-polar plan` takes --base-tokens)"
     given = f"{short(parameters)} parameters, {short(reward_tokens)} tokens, base model's tokens {base}"
     lines = [
         _row("laws", f"for {given}:"),
