@@ -159,7 +159,7 @@ def run(batches, *, model: BuiltModel, topology: Topology, device: Device) -> fl
     core, total = model.chunks[0], 0.0
     core.zero_grad(set_to_none=True)
     for batch in batches:
-        moved = to_device(batch, device=device, topology=topology)
+        moved = to_device(batch, model=model, device=device, topology=topology)
         rewards = core(moved.tokens, None, None, packed_seq_params=moved.layout)
         loss = ranking_loss(rewards, winners=moved.winners, losers=moved.losers).loss_sum
         loss.backward()

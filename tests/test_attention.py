@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 from megatron_polar.data.packing import build_micro_batch
 from megatron_polar.data.template import TokenizedComparison
-from megatron_polar.model.attention import _bottom_right_mask, _GatherRows, make_row_layout
+from megatron_polar.model.attention import _bottom_right_mask, _GatherRows
+from megatron_polar.model.row_layout import make_row_layout
 
 
 def batch_of(num_candidates: int, *, layout: str = "shared_prefix"):
@@ -60,6 +61,31 @@ def test_bf16_gradient_copies_are_summed_in_fp32():
     exact = torch.zeros(x.size(0), 1, 1, dtype=torch.float64).index_add_(0, layout.kv_rows, gradient.double())
     # One rounding of the fp32 sum to bf16, and no more.
     assert torch.equal(x.grad, exact.float().to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "packed", "padded"])
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_reward_rows_are_the_reward_tokens_and_fillers_up_to_a_multiple(layout, multiple):
+    batch = batch_of(3, layout=layout)
+    rows = make_row_layout(batch, device=torch.device("cpu"), spread_over=multiple).reward_rows
+    assert rows.tokens[rows.reward_positions].tolist() == batch.reward_positions.tolist()
+    assert len(rows.tokens) % multiple == 0
+    # Positions of flattened [t, b] tokens.
+    assert rows.position_ids.tolist() == batch.position_ids.T.reshape(-1)[rows.tokens].tolist()
+    if layout == "padded":
+        assert rows.kv_lengths.tolist() == [n // batch.tokens.shape[0] + 1 for n in rows.tokens.tolist()]
+        return
+    queries, keys = zip(*rows.segments, strict=True)
+    assert min(queries) == 1 and sum(queries) == len(rows.tokens)
+    assert all(query <= key for query, key in rows.segments)  # else the mask would leave a query without keys
+    assert list(keys) == (batch.segment_lengths + batch.prefix_lengths).tolist()
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "padded"])
+def test_a_batch_of_padding_has_reward_rows_that_nobody_reads(layout):
+    batch = build_micro_batch([], layout=layout, pad_id=0, pad_to_multiple=16)
+    rows = make_row_layout(batch, device=torch.device("cpu"), spread_over=4).reward_rows
+    assert (len(rows.tokens), len(rows.reward_positions)) == (4, 0)
 
 
 def test_bottom_right_mask_is_not_sdpas_causal_mask():

@@ -268,10 +268,13 @@ def test_the_vocabulary_is_padded_up_to_the_multiple(vocab, multiple, rows):
 
 
 def test_forward_flops_are_two_per_weight_and_token_plus_attention():
-    shape = PRESETS["nano"]
-    assert shape.forward_flops(tokens=1, attended=0) == 2 * shape.num_layers * shape.layer_parameters
+    shape, nothing = PRESETS["nano"], {"tokens": 0, "attended": 0, "rewards": 0, "reward_keys": 0}
+    keys_values = 2 * 128 * 2 * 32
+    assert shape.forward_flops(**nothing | {"tokens": 1}) == 2 * (shape.layer_parameters + keys_values)
+    assert shape.forward_flops(**nothing | {"rewards": 1}) == 2 * (shape.layer_parameters - keys_values)
     # QK^T and AV: two products of 2 FLOPs per pair, head and channel
-    assert shape.forward_flops(tokens=0, attended=7) == shape.num_layers * 7 * 2 * 2 * 4 * 32
+    assert shape.forward_flops(**nothing | {"attended": 7}) == 7 * 2 * 2 * 4 * 32
+    assert shape.forward_flops(**nothing | {"reward_keys": 7}) == 7 * 2 * 2 * 4 * 32
 
 
 def test_reading_a_configuration_takes_no_torch():

@@ -198,7 +198,7 @@ def rewards_and_gradients(config: RunConfig, dtype: torch.dtype, num_candidates:
     batch = build_micro_batch(
         random_comparisons(num_candidates), layout=config.data.layout, pad_id=0, pad_to_multiple=16
     )
-    on_device = to_device(batch, device=device, topology=topology)
+    on_device = to_device(batch, model=model, device=device, topology=topology)
     core = model.cores[0]
     rewards = core(on_device.tokens, None, None, packed_seq_params=on_device.layout)
     loss = -torch.nn.functional.logsigmoid(rewards[on_device.winners] - rewards[on_device.losers]).sum()
@@ -238,6 +238,32 @@ def test_sdpa_equals_the_dense_mask():
     np.testing.assert_allclose(rewards, expected_rewards, rtol=1e-12, atol=1e-13)
     for name in expected:
         np.testing.assert_allclose(gradients[name], expected[name], rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("parallel", ["single", "tp2", "tp2_sp"])
+@pytest.mark.parametrize("layout", ["shared_prefix", "packed", "padded"])
+@pytest.mark.parametrize("bias_and_norm", [False, True], ids=["llama", "bias_and_qk_norm"])
+def test_the_last_layer_needs_no_other_rows_than_the_rewards(layout, parallel, bias_and_norm):
+    """The slow twin computes all rows; only rounding may tell them apart."""
+    config = make_config("unused", parallel=LAYOUTS.get(parallel, {}), layout=layout)
+    results = {}
+    for last_layer in ("reward_rows", "all_rows"):
+        model = dataclasses.replace(
+            config.model, last_layer=last_layer, add_qkv_bias=bias_and_norm, qk_layernorm=bias_and_norm
+        )
+        twin = dataclasses.replace(config, model=model)
+        results[last_layer] = run_ranks(rewards_and_gradients, WORLD_SIZES.get(parallel, 1), twin, torch.float64, 3)
+    for (rewards, gradients), (expected_rewards, expected) in zip(*results.values(), strict=True):
+        np.testing.assert_allclose(rewards, expected_rewards, rtol=1e-12, atol=1e-13)
+        assert gradients.keys() == expected.keys()
+        for name, gradient in gradients.items():
+            np.testing.assert_allclose(gradient, expected[name], rtol=1e-9, atol=1e-13, err_msg=name)
+
+
+def test_the_last_layer_trains_the_same_whatever_rows_it_computes(trajectory_corpus, single_process):
+    config = make_config(str(trajectory_corpus), parallel={})
+    every_row = dataclasses.replace(config, model=dataclasses.replace(config.model, last_layer="all_rows"))
+    np.testing.assert_allclose(run_ranks(train_three_steps, 1, every_row)[0], single_process, rtol=1e-6)
 
 
 def pipeline_rewards(config: RunConfig) -> list[np.ndarray]:

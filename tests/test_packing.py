@@ -172,7 +172,10 @@ def test_flops_of_comparisons_add_up_to_those_of_the_row(layout):
     batch = build(comparisons, layout, multiple=1)
     tokens = sum(physical_tokens(c, layout=layout) for c in comparisons)
     assert sum(comparison_flops(c, layout=layout, architecture=SHAPE) for c in comparisons) == SHAPE.forward_flops(
-        tokens=tokens, attended=batch.num_attended
+        tokens=tokens,
+        attended=batch.num_attended,
+        rewards=len(batch.reward_positions),
+        reward_keys=batch.num_logical_tokens,
     )
 
 

@@ -39,16 +39,19 @@ class Architecture:
         ends = vocab_size * self.hidden_size + 2 * self.hidden_size  # embedding, final norm, reward head
         return self.num_layers * self.layer_parameters + norms + biases + ends
 
-    def forward_flops(self, *, tokens: int, attended: int) -> int:
+    def forward_flops(self, *, tokens: int, attended: int, rewards: int, reward_keys: int) -> int:
         """FLOPs of one forward pass: 2 per weight and token, and attention's two products over its exact causal area.
 
-        `tokens` counts physical tokens, `attended` the query-key pairs inside the mask. The embedding is a look-up and
-        the reward head is negligible: neither is counted. A training step costs three times this, without
+        `tokens` counts physical tokens, `attended` the query-key pairs inside the mask. The last layer has keys and
+        values of all tokens and the rest of `rewards` rows only, which see `reward_keys` keys in all. The embedding is
+        a look-up and the reward head is negligible: neither is counted. A training step costs three times this, without
         recomputation.
         """
-        return self.num_layers * (
-            2 * self.layer_parameters * tokens + 4 * self.num_attention_heads * self.kv_channels * attended
-        )
+        keys_values = 2 * self.hidden_size * self.num_query_groups * self.kv_channels
+        multiplied = (self.num_layers - 1) * self.layer_parameters * tokens
+        multiplied += keys_values * tokens + (self.layer_parameters - keys_values) * rewards
+        pairs = (self.num_layers - 1) * attended + reward_keys
+        return 2 * multiplied + 4 * self.num_attention_heads * self.kv_channels * pairs
 
 
 # POLAR's shapes: polar_1_8b and polar_7b are the released models (InternLM2.5 bases); 20b is InternLM2-20B, 72b

@@ -42,7 +42,7 @@ class MicroBatch:
     losers: np.ndarray
     candidate_counts: np.ndarray
     num_logical_tokens: int
-    """Tokens that the comparisons would have without sharing and without padding."""
+    """Tokens that the comparisons would have without sharing and without padding; as many keys do the rewards see."""
     num_attended: int
     """Query-key pairs inside the attention mask, padding excluded: what attention really computes."""
 
@@ -102,7 +102,10 @@ def attended_pairs(comparison: TokenizedComparison, *, layout: Layout) -> int:
 def comparison_flops(comparison: TokenizedComparison, *, layout: Layout, architecture: Architecture) -> int:
     """Forward FLOPs of one comparison in this layout: the cost by which rows are balanced."""
     return architecture.forward_flops(
-        tokens=physical_tokens(comparison, layout=layout), attended=attended_pairs(comparison, layout=layout)
+        tokens=physical_tokens(comparison, layout=layout),
+        attended=attended_pairs(comparison, layout=layout),
+        rewards=len(comparison.candidates),
+        reward_keys=physical_tokens(comparison, layout="packed"),
     )
 
 

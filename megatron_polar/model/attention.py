@@ -14,11 +14,9 @@ heads, d head dim (heads are those of this tensor-parallel rank).
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.mappings import all_to_all
@@ -26,65 +24,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_polar.data.packing import MicroBatch
 from megatron_polar.errors import UserError
-
-
-@dataclass
-class RowLayout(PackedSeqParams):
-    """What the model must know about a micro-batch beyond its tokens; travels as megatron-core's `packed_seq_params`.
-
-    `position_ids` [s] of this rank's tokens. `reward_positions` [c] in the flattened [t, b] tokens. Packed rows also
-    have `segments` (start, length, K/V start, K/V length) and, where prefixes are shared, `kv_rows` [u] with
-    `kv_copies`: for the n-th copy of each source row, the source rows and where their copies stand among the gathered
-    ones.
-    """
-
-    position_ids: torch.Tensor | None = None
-    reward_positions: torch.Tensor | None = None
-    segments: tuple[tuple[int, int], ...] = ()
-    kv_rows: torch.Tensor | None = None
-    kv_copies: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
-
-
-def make_row_layout(batch: MicroBatch, *, device: torch.device, cp_rank: int = 0, cp_size: int = 1) -> RowLayout:
-    """Turn a micro-batch's segments into the index tensors that attention needs; done once, used by every layer."""
-    positions = torch.from_numpy(batch.position_ids[0]).chunk(cp_size)[cp_rank].to(device)
-    rewards = torch.from_numpy(batch.reward_positions).to(device)
-    if not len(batch.segment_starts):
-        return RowLayout(qkv_format="sbhd", position_ids=positions, reward_positions=rewards)
-    q_lengths = torch.from_numpy(batch.segment_lengths)
-    kv_lengths = q_lengths + torch.from_numpy(batch.prefix_lengths)
-    cu_q, cu_kv = (F.pad(lengths.cumsum(0), (1, 0)) for lengths in (q_lengths, kv_lengths))
-    rows, copies = _gathered_rows(batch) if batch.prefix_lengths.any() else (None, ())
-    return RowLayout(
-        qkv_format="sbhd",
-        cu_seqlens_q=cu_q.to(device, torch.int32),
-        cu_seqlens_kv=cu_kv.to(device, torch.int32),
-        max_seqlen_q=int(q_lengths.max()),
-        max_seqlen_kv=int(kv_lengths.max()),
-        position_ids=positions,
-        reward_positions=rewards,
-        segments=tuple(zip(q_lengths.tolist(), kv_lengths.tolist(), strict=True)),
-        kv_rows=rows.to(device) if rows is not None else None,
-        kv_copies=tuple((source.to(device), copy.to(device)) for source, copy in copies),
-    )
-
-
-def _gathered_rows(batch: MicroBatch) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """The source row of every gathered K/V row, and the same inverted: copy n of which source rows stands where."""
-    pieces = []
-    for start, length, prefix_start, prefix_length in zip(
-        batch.segment_starts, batch.segment_lengths, batch.prefix_starts, batch.prefix_lengths, strict=True
-    ):
-        pieces.append(torch.arange(prefix_start, prefix_start + prefix_length))
-        pieces.append(torch.arange(start, start + length))
-    rows = torch.cat(pieces)
-    order = torch.argsort(rows, stable=True)
-    sources = rows[order]
-    first = torch.searchsorted(sources, sources)  # index of the first copy of the same source
-    copy_number = torch.arange(len(rows)) - first
-    return rows, [(sources[copy_number == n], order[copy_number == n]) for n in range(int(copy_number.max()) + 1)]
+from megatron_polar.model.row_layout import RowLayout
 
 
 class _GatherRows(torch.autograd.Function):
@@ -146,7 +87,9 @@ class SharedPrefixAttention(MegatronModule):
         """query [s, b, n, d], key and value [s, b, g, d] → [s, b, n*d]. The masks are in `packed_seq_params`."""
         s, b = query.shape[:2]
         query, key, value = (self._tokens_together(x) for x in (query, key, value))
-        if not packed_seq_params.segments:
+        if packed_seq_params.kv_lengths is not None:
+            context = self._single_queries(query, key, value, packed_seq_params)
+        elif not packed_seq_params.segments:
             context = self.padded(query, key, value)
         else:
             query, key, value = query[:, 0], key[:, 0], value[:, 0]
@@ -162,6 +105,17 @@ class SharedPrefixAttention(MegatronModule):
     def packed(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: RowLayout) -> torch.Tensor:
         """Bottom-right causal attention of every segment: [t, n, d] and [u, g, d] → [t, n, d]."""
         raise NotImplementedError
+
+    def _single_queries(self, query, key, value, layout: RowLayout) -> torch.Tensor:
+        """Queries of a few tokens of padded rows (row_layout.py), [r, 1, n, d], over whole rows, [t, b, g, d]."""
+        key, value = (x.index_select(1, layout.batch_rows).permute(1, 2, 0, 3) for x in (key, value))
+        mask = torch.arange(key.size(2), device=key.device) < layout.kv_lengths[:, None]
+        dropout = self.dropout if self.training else 0.0
+        with get_cuda_rng_tracker().fork() if dropout else nullcontext():
+            context = F.scaled_dot_product_attention(
+                query.transpose(1, 2), key, value, mask[:, None, None], dropout, scale=self.scale, enable_gqa=True
+            )
+        return context.transpose(1, 2)
 
     def _tokens_together(self, x: torch.Tensor) -> torch.Tensor:
         """[s, b, n, d] of all heads → [t, b, n/cp, d]."""

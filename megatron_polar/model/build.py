@@ -36,6 +36,8 @@ class BuiltModel:
     vocab_size: int
     transformer_impl: str
     attention: str
+    reward_rows: bool
+    """Whether the last layer computes the reward rows only (reward_rows.py)."""
 
     @property
     def cores(self) -> list[RewardModel]:
@@ -73,18 +75,23 @@ def build_model(
         config, architecture=architecture, topology=topology, device=device, dtype=dtype, transformer_impl=impl
     )
     metadata = {"dp_cp_group": topology.groups.dp_cp}
-    chunks = []
+    chunks, reward_rows = [], config.model.last_layer == "reward_rows"
     for vp_stage in [None] if topology.vpp_size is None else range(topology.vpp_size):
+        is_last = topology.is_last_stage and vp_stage in (None, (topology.vpp_size or 1) - 1)
         model = RewardModel(
             transformer_config,
             groups=topology.groups,
             transformer_layer_spec=block_spec(
-                transformer_config, transformer_impl=impl, attention=attention, vp_stage=vp_stage
+                transformer_config,
+                transformer_impl=impl,
+                attention=attention,
+                vp_stage=vp_stage,
+                reward_rows=reward_rows and is_last,
             ),
             vocab_size=rows,
             max_sequence_length=config.data.max_sequence_length,
             pre_process=topology.is_first_stage and vp_stage in (None, 0),
-            post_process=topology.is_last_stage and vp_stage in (None, (topology.vpp_size or 1) - 1),
+            post_process=is_last,
             share_embeddings_and_output_weights=False,
             rotary_base=architecture.rotary_base,
             rope_scaling=architecture.rope_scaling_factor is not None,
@@ -100,7 +107,7 @@ def build_model(
             metadata=metadata,
         )
         chunks.append(_wrap(model, config=config, transformer_config=transformer_config, for_training=for_training))
-    return BuiltModel(chunks, transformer_config, architecture, rows, impl, attention.__name__)
+    return BuiltModel(chunks, transformer_config, architecture, rows, impl, attention.__name__, reward_rows)
 
 
 def _check_memory(num_parameters: int, *, topology: Topology, device: Device, dtype: torch.dtype) -> None:

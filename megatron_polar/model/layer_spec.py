@@ -1,5 +1,7 @@
 """The Transformer Engine or local layer spec of megatron-core, with core attention replaced by ours."""
 
+import copy
+
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -11,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_polar.errors import UserError
 from megatron_polar.model.attention import SharedPrefixAttention
+from megatron_polar.model.reward_rows import RewardRowsLayer, RewardRowsSelfAttention
 
 
 def transformer_engine_problem() -> str | None:
@@ -53,8 +56,10 @@ def block_spec(
     transformer_impl: str,
     attention: type[SharedPrefixAttention],
     vp_stage: int | None,
+    reward_rows: bool,
 ) -> TransformerBlockSubmodules:
-    """Layers of this pipeline chunk and the final norm."""
+    """Layers of this pipeline chunk and the final norm. `reward_rows`: its last layer is the model's, and computes only
+    these."""
     if transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TENorm
 
@@ -67,5 +72,9 @@ def block_spec(
             spec.submodules.self_attention.submodules.q_layernorm = RMSNorm
             spec.submodules.self_attention.submodules.k_layernorm = RMSNorm
     spec.submodules.self_attention.submodules.core_attention = attention
-    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=final_norm)
+    layers = [spec] * get_num_layers_to_build(config, vp_stage=vp_stage)
+    if reward_rows:
+        layers[-1] = copy.deepcopy(spec)
+        layers[-1].module = RewardRowsLayer
+        layers[-1].submodules.self_attention.module = RewardRowsSelfAttention
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=final_norm)

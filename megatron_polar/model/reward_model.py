@@ -11,8 +11,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
-from megatron_polar.model.attention import RowLayout
 from megatron_polar.model.layer_spec import config_device
+from megatron_polar.model.row_layout import RowLayout
 
 
 class RewardHead(MegatronModule):
@@ -86,13 +86,19 @@ class RewardModel(GPTModel):
         if decoder_input is None and self.pre_process:
             decoder_input = self.embedding(input_ids=input_ids, position_ids=None)
         layout: RowLayout = packed_seq_params
-        inverse_frequencies = self.rotary_pos_emb.inv_freq.to(layout.position_ids.device)
-        angles = torch.outer(layout.position_ids.to(inverse_frequencies.dtype), inverse_frequencies)
-        rotary_pos_emb = torch.cat([angles, angles], dim=-1)[:, None, None, :]  # [s, 1, 1, d]
-        return decoder_input, rotary_pos_emb, None, None, None, padding_mask
+        if layout.reward_rows is not None:
+            layout.reward_rows.rotary_pos_emb = self._angles(layout.reward_rows.position_ids)
+        return decoder_input, self._angles(layout.position_ids), None, None, None, padding_mask
+
+    def _angles(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """position_ids [s] → [s, 1, 1, d]."""
+        inverse_frequencies = self.rotary_pos_emb.inv_freq.to(position_ids.device)
+        angles = torch.outer(position_ids.to(inverse_frequencies.dtype), inverse_frequencies)
+        return torch.cat([angles, angles], dim=-1)[:, None, None, :]
 
     def _postprocess(self, hidden_states, packed_seq_params: RowLayout, **unused):
         """Rewards [c] on the last stage, hidden states before it."""
         if not self.post_process:
             return hidden_states
-        return self.output_layer(hidden_states, packed_seq_params.reward_positions)
+        layout = packed_seq_params.reward_rows or packed_seq_params
+        return self.output_layer(hidden_states, layout.reward_positions)

@@ -36,7 +36,8 @@ of linear_qkv (e(n+2g)d/t), which the values are a view of: with fused attention
 `recompute: full` a layer's bytes are there for one block of `recompute_num_layers` layers at a time, and the block
 keeps its input, eh/p a token. One micro-batch on one model chunk also keeps the RoPE angles (4d a token), the last
 stage the final norm's input (eh/p) and, with pipelines, a stage's output until its backward pass (eh/p;
-deallocate_pipeline_outputs is off). Index tensors of a few bytes a token are left out.
+deallocate_pipeline_outputs is off). Index tensors of a few bytes a token are left out. The last layer keeps less than
+the others (model/reward_rows.py) and is counted as they are.
 
 A pipeline stage i of P holds min(P - i, m) of m micro-batches between their forward and backward pass under 1F1B. With
 V chunks a stage (interleaved) it holds min(2(P - i - 1) + (V - 1)P + 1, mV) chunks' worth (megatron-core's

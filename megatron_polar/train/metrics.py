@@ -135,7 +135,10 @@ class Metrics:
         physical = sum(batch.tokens.size for batch in batches) * self.num_ranks
         logical = sum(batch.num_logical_tokens for batch in batches) * self.num_ranks
         attended = sum(batch.num_attended for batch in batches) * self.num_ranks
-        flops = 3 * self.architecture.forward_flops(tokens=physical, attended=attended)
+        rewards = sum(len(batch.reward_positions) for batch in batches) * self.num_ranks
+        flops = 3 * self.architecture.forward_flops(
+            tokens=physical, attended=attended, rewards=rewards, reward_keys=logical
+        )
         tflops = flops / total_seconds / self.world_size / 1e12
         row = {"iteration": iteration, "iteration-time": total_seconds / len(steps)} | rates(sums)
         row |= {

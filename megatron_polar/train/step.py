@@ -13,8 +13,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_polar import faults
 from megatron_polar.data.loader import Step
 from megatron_polar.data.packing import MicroBatch
-from megatron_polar.model.attention import RowLayout, make_row_layout
 from megatron_polar.model.build import BuiltModel
+from megatron_polar.model.row_layout import RowLayout, make_row_layout
 from megatron_polar.parallel.device import Device
 from megatron_polar.parallel.topology import Topology
 from megatron_polar.train.gradients import (
@@ -52,11 +52,18 @@ class StepResult:
     busy_seconds: float = 0.0
 
 
-def to_device(batch: MicroBatch, *, device: Device, topology: Topology) -> DeviceBatch:
+def to_device(batch: MicroBatch, *, model: BuiltModel, device: Device, topology: Topology) -> DeviceBatch:
     """Move a micro-batch to the device and keep this context-parallel rank's part of the tokens."""
     place = device.torch_device
     tokens = torch.from_numpy(batch.tokens).chunk(topology.cp_size, dim=1)[topology.cp_rank]
-    layout = make_row_layout(batch, device=place, cp_rank=topology.cp_rank, cp_size=topology.cp_size)
+    ranks = topology.cp_size * (topology.tp_size if model.transformer_config.sequence_parallel else 1)
+    layout = make_row_layout(
+        batch,
+        device=place,
+        cp_rank=topology.cp_rank,
+        cp_size=topology.cp_size,
+        spread_over=ranks if model.reward_rows else None,
+    )
     winners, losers = (torch.from_numpy(x).to(place, non_blocking=True) for x in (batch.winners, batch.losers))
     return DeviceBatch(tokens.contiguous().to(place, non_blocking=True), layout, winners, losers)
 
@@ -210,7 +217,7 @@ def compute_rewards(
 
 
 def _schedule(model, micro_batches, *, topology, device, loss, forward_only) -> list:
-    batches = [to_device(batch, device=device, topology=topology) for batch in micro_batches]
+    batches = [to_device(batch, model=model, device=device, topology=topology) for batch in micro_batches]
     iterators = [iter(batches) for _ in model.chunks]
     interleaved = topology.vpp_size is not None
     forward_backward = get_forward_backward_func()
