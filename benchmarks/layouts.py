@@ -71,13 +71,13 @@ def make_config(num_layers: int) -> RunConfig:
     """Layers of POLAR-1.8B's proportions at half its width (head dimension 128, ffn 4 x hidden).
 
     The width matters: attention's share of the work, where sharing saves less, falls with it. It is 4-7 % in a 1.8B or
-    7B model, and 30 % was measured at hidden 512. All layers cost the same, so a few stand for many. fp32 on the
-    CPU, bf16 on a GPU.
+    7B model, and 30 % was measured at hidden 512. All layers cost the same, so a few stand for many; therefore the last
+    one computes all rows here (last_layer.py measures what it saves). fp32 on the CPU, bf16 on a GPU.
     """
     shape = {"hidden_size": 1024, "ffn_hidden_size": 4096, "num_attention_heads": 8, "num_query_groups": 4}
     return RunConfig(
         run=RunSection(directory="unused"),
-        model=ModelSection(num_layers=num_layers, **shape, reward_head_init_std=0.02),
+        model=ModelSection(num_layers=num_layers, **shape, reward_head_init_std=0.02, last_layer="all_rows"),
         data=DataSection(train=(DatasetSource("unused"),)),
         train=TrainSection(global_batch_size=1, num_steps=1, precision="bf16" if torch.cuda.is_available() else "fp32"),
         optimizer=OptimizerSection(lr=1.0),

@@ -117,31 +117,39 @@ def karmarkar_karp(costs: Sequence[int], num_parts: int) -> list[list[int]]:
     """
     if num_parts == 1 or not costs:
         return [list(range(len(costs)))] + [[] for _ in range(num_parts - 1)]
-    heap = []
-    for index, cost in enumerate(costs):
-        parts = [(0, ())] * (num_parts - 1) + [(cost, (index,))]  # ascending by cost; members form nested pairs
-        heap.append((-cost, index, parts))
+    # A partition lists its parts that are not empty, ascending: (cost, a number that no other part has, nested pairs of
+    # members). Most are much shorter than `num_parts`, which is what makes this fast.
+    heap = [(-cost, index, [(cost, index, index)]) for index, cost in enumerate(costs)]
     heapq.heapify(heap)
     next_id = len(costs)
     while len(heap) > 1:
         _, _, first = heapq.heappop(heap)
         _, _, second = heapq.heappop(heap)
-        merged = [(a + b, (x, y)) for (a, x), (b, y) in zip(first, reversed(second), strict=True)]
-        merged.sort(key=lambda part: part[0])
-        heapq.heappush(heap, (merged[0][0] - merged[-1][0], next_id, merged))
-        next_id += 1
-    return [sorted(_flatten(members)) for _, members in heap[0][2]]
+        merged = _combine(first, second, num_parts=num_parts, next_id=next_id)
+        lightest = merged[0][0] if len(merged) == num_parts else 0
+        heapq.heappush(heap, (lightest - merged[-1][0], next_id, merged))
+        next_id += num_parts
+    parts = [sorted(_flatten(members)) for _, _, members in heap[0][2]]
+    return [[] for _ in range(num_parts - len(parts))] + parts
 
 
-def _flatten(members: tuple) -> list[int]:
+def _combine(first: list[tuple], second: list[tuple], *, num_parts: int, next_id: int) -> list[tuple]:
+    """Add two partitions, the heaviest part of one to the lightest of the other; empty parts take the heaviest."""
+    shared = max(0, len(first) + len(second) - num_parts)  # so many lightest parts of both find no empty one
+    pairs = zip(first[:shared], reversed(second[:shared]), strict=True)
+    sums = [(a[0] + b[0], next_id + number, (a[2], b[2])) for number, (a, b) in enumerate(pairs)]
+    return sorted(first[shared:] + second[shared:] + sums)
+
+
+def _flatten(members: tuple | int) -> list[int]:
     """Indices inside nested pairs; iterative, since the nesting is as deep as there are items."""
     indices, stack = [], [members]
     while stack:
-        for member in stack.pop():
-            if isinstance(member, tuple):
-                stack.append(member)
-            else:
-                indices.append(member)
+        member = stack.pop()
+        if isinstance(member, tuple):
+            stack.extend(member)
+        else:
+            indices.append(member)
     return indices
 
 

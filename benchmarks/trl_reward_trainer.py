@@ -1,0 +1,292 @@
+"""Against Hugging Face + TRL's RewardTrainer: the same weights, pairs, optimizer and threads; comparisons per second
+and the loss of every step.
+
+Both sides really train: ours through `train_step` (packing, schedule, clipping, AdamW), TRL's through
+`RewardTrainer.train()` at several `per_device_train_batch_size`, which decide how much it pads (it offers no packing).
+The length mix is that of layouts.py. Of every comparison the reference and the better candidate use one half of the
+vocabulary, the worse one the other, so that there is something to learn. Each run is a process of its own; runs take
+turns, and process CPU time is what counts on the CPU. The last layer computes all rows here, as it is one of few:
+`model.last_layer: reward_rows` gains a further 3 to 4 % at 24 to 32 layers, and far too much at one or two.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch
+
+import numpy as np
+import torch
+from layouts import VOCAB_SIZE, clock, draw
+
+from megatron_polar.data.template import TokenizedComparison
+
+LEARNING_RATE, BETAS, EPSILON, CLIP = 1e-4, (0.9, 0.95), 1e-8, 1.0
+PLACE = Path(__file__).parent
+
+
+def main() -> None:
+    """Run both sides in turns and write the table and the loss curves."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=6, help="the first one is not timed")
+    parser.add_argument("--global-batch-size", type=int, default=4, help="comparisons per step")
+    parser.add_argument("--trl-batch-sizes", type=int, nargs="+", default=[1, 2, 4], metavar="PAIRS")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--hidden-size", type=int, default=1024, help="heads of 128; FFN four times as wide")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=PLACE / "trl_reward_trainer.md")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.side:
+        run = train_here if options.side == "ours" else train_with_trl
+        print(json.dumps(run(options)))
+        return
+    with tempfile.TemporaryDirectory() as work:
+        options.work = Path(work)
+        make_model(options)
+        sides = ["ours", *(f"trl{size}" for size in options.trl_batch_sizes)]
+        runs = {side: [] for side in sides}
+        for repeat in range(options.repeats):
+            for side in sides[repeat % len(sides) :] + sides[: repeat % len(sides)]:
+                runs[side].append(run_side(side, options))
+                seconds = statistics.median(runs[side][-1]["seconds"])
+                print(f"{side}: {seconds:.2f} s a step", file=sys.stderr, flush=True)
+    text = report(runs, options)
+    options.output.write_text(text)
+    draw_losses(runs, options.output.with_suffix(".svg"))
+    print(text)
+
+
+def run_side(side: str, options: argparse.Namespace) -> dict:
+    """One run in a process of its own: {"seconds": of each timed step, "losses": of every step}."""
+    command = [sys.executable, __file__, "--side", side, "--work", str(options.work)]
+    for name in ("steps", "global_batch_size", "layers", "hidden_size", "seed"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def make_model(options: argparse.Namespace) -> None:
+    """Random weights in Hugging Face's format, from which both sides start."""
+    from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast, set_seed
+
+    set_seed(options.seed)
+    heads = options.hidden_size // 128
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=options.hidden_size, intermediate_size=4 * options.hidden_size,
+        num_hidden_layers=options.layers, num_attention_heads=heads, num_key_value_heads=max(1, heads // 2),
+        max_position_embeddings=16384, rms_norm_eps=1e-5, num_labels=1, pad_token_id=0, bos_token_id=None,
+        eos_token_id=None, tie_word_embeddings=False,
+    )  # fmt: skip
+    LlamaForSequenceClassification(config).save_pretrained(options.work / "model")
+    from tokenizers import Tokenizer, models
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>").save_pretrained(
+        options.work / "model"
+    )
+
+
+def comparisons_of(options: argparse.Namespace) -> list[TokenizedComparison]:
+    """The pairs of all steps, in order. Token ids keep clear of the padding."""
+    generator = np.random.default_rng([options.seed, 2])
+    half = (VOCAB_SIZE - 5) // 2
+    comparisons = []
+    for _ in range(options.steps):
+        for comparison in draw(2, count=options.global_batch_size, generator=generator):
+            side = int(generator.integers(2))  # which half of the vocabulary is the reference's
+            ids = [5 + (tokens - 5) % half + half * (side ^ worse)
+                   for tokens, worse in ((comparison.prefix, 0), (comparison.candidates[0], 0),
+                                         (comparison.candidates[1], 1))]  # fmt: skip
+            comparisons.append(TokenizedComparison(ids[0], (ids[1], ids[2]), (0, 1), 0))
+    return comparisons
+
+
+# --- Ours ------------------------------------------------------------------------------------------------------------
+
+
+def train_here(options: argparse.Namespace) -> dict:
+    """Our trainer's step over the same pairs."""
+    from dataclasses import replace
+
+    from megatron_polar.config.presets import architecture_of
+    from megatron_polar.config.schema import DataSection, DatasetSource, FaultsSection, OptimizerSection
+    from megatron_polar.convert.hugging_face import config_of, open_model
+    from megatron_polar.convert.load import load_hugging_face
+    from megatron_polar.data.loader import Step, lay_out, row_shape
+    from megatron_polar.model.build import build_model
+    from megatron_polar.parallel import topology as ranks
+    from megatron_polar.parallel.device import select_device
+    from megatron_polar.train.gradients import GradientReduction
+    from megatron_polar.train.guard import StepGuard
+    from megatron_polar.train.optimizer import build_optimizer, build_schedule
+    from megatron_polar.train.step import train_step
+
+    device, source = select_device("auto", local_rank=0), open_model(options.work / "model")
+    config = config_of(source, run_directory="unused", dtype=torch.float32)
+    config = replace(
+        config,
+        model=replace(config.model, last_layer="all_rows"),
+        data=DataSection(train=(DatasetSource("unused"),), max_tokens_per_micro_batch=16384),
+    )
+    section = OptimizerSection(
+        lr=LEARNING_RATE, lr_decay_style="constant", warmup_fraction=0.0, adam_beta1=BETAS[0], adam_beta2=BETAS[1],
+        adam_eps=EPSILON, clip_grad=CLIP,
+    )  # fmt: skip
+    topology = ranks.initialize(config.parallel, device=device)
+    ranks.seed_ranks(topology, seed=0)
+    model = build_model(config, topology=topology, device=device, vocab_size=VOCAB_SIZE)
+    load_hugging_face(source, model=model)
+    reduction = GradientReduction(model, device=device)
+    optimizer = build_optimizer(section, model=model, reduction=reduction)
+    schedule = build_schedule(section, optimizer=optimizer, num_steps=options.steps)
+    shape = row_shape(config.data, topology=topology, architecture=architecture_of(config.model))
+    guard, pairs, size = StepGuard(FaultsSection()), comparisons_of(options), options.global_batch_size
+    seconds, losses = [], []
+    for number in range(options.steps):
+        start = clock(device)
+        rows = lay_out(pairs[number * size : (number + 1) * size], shape=shape, rank=0, pad_id=0)
+        step = Step(number, rows.micro_batches, rows.members, size, 0, rows.imbalance, rows.num_rounds)
+        result = train_step(
+            model, optimizer=optimizer, step=step, reduction=reduction, guard=guard, topology=topology, device=device
+        )
+        schedule.step(increment=1)
+        seconds.append(clock(device) - start)
+        losses.append(result.sums["loss"] / result.sums["pairs"])
+    return {"seconds": seconds[1:], "losses": losses, "device": device.name}
+
+
+# --- TRL -------------------------------------------------------------------------------------------------------------
+
+
+def train_with_trl(options: argparse.Namespace) -> dict:
+    """TRL's RewardTrainer over the same pairs in the same order, `side` "trlN" with N pairs a forward pass."""
+    from datasets import Dataset
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+    from trl import RewardConfig, RewardTrainer
+
+    pairs = min(int(options.side.removeprefix("trl")), options.global_batch_size)
+    rows = [
+        {name: np.concatenate([c.prefix, candidate]).tolist() for name, candidate in zip(
+            ("chosen_ids", "rejected_ids"), c.candidates, strict=True)}
+        for c in comparisons_of(options)
+    ]  # fmt: skip
+    seconds, losses, started = [], [], []
+
+    def now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time()
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *arguments, **keywords):
+            started.append(now())
+
+        def on_step_end(self, *arguments, **keywords):
+            seconds.append(now() - started[-1])
+
+        def on_log(self, args, state, control, logs=None, **keywords):
+            if "loss" in logs:
+                losses.append(logs["loss"])
+
+    class InOrder(RewardTrainer):
+        def _get_train_sampler(self, *arguments, **keywords):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    trainer = InOrder(
+        model=AutoModelForSequenceClassification.from_pretrained(options.work / "model", dtype="float32"),
+        processing_class=AutoTokenizer.from_pretrained(options.work / "model"),
+        args=RewardConfig(
+            output_dir=str(options.work / "trl"), per_device_train_batch_size=pairs, max_steps=options.steps,
+            gradient_accumulation_steps=options.global_batch_size // pairs, max_length=None, logging_steps=1,
+            learning_rate=LEARNING_RATE, lr_scheduler_type="constant", adam_beta1=BETAS[0], adam_beta2=BETAS[1],
+            adam_epsilon=EPSILON, weight_decay=0.0, max_grad_norm=CLIP, optim="adamw_torch", save_strategy="no",
+            report_to=[], bf16=False, gradient_checkpointing=False, disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(),
+        ),
+        train_dataset=Dataset.from_list(rows),
+        callbacks=[Clock()],
+    )  # fmt: skip
+    trainer.train()
+    return {"seconds": seconds[1:], "losses": losses}
+
+
+# --- The report ------------------------------------------------------------------------------------------------------
+
+
+def report(runs: dict[str, list[dict]], options: argparse.Namespace) -> str:
+    """The tables as Markdown."""
+    size = options.global_batch_size
+    speed = {side: statistics.median(size / s for run in found for s in run["seconds"]) for side, found in runs.items()}
+    ratios = {
+        side: statistics.median(
+            sum(theirs["seconds"]) / sum(ours["seconds"]) for ours, theirs in zip(runs["ours"], found, strict=True)
+        )
+        for side, found in runs.items()
+    }
+    lines = [
+        "# Against TRL's RewardTrainer",
+        "",
+        f"`python benchmarks/trl_reward_trainer.py`: {options.steps} steps of {size} comparisons (K = 2) on the same "
+        f"weights, pairs and optimizer; {options.repeats} runs of each side in turn, first steps not timed.",
+        "",
+        "| trainer | comparisons/s | ours is faster by | largest difference of a step's loss |",
+        "|---|---:|---:|---:|",
+    ]
+    expected = runs["ours"][0]["losses"]
+    for side, found in runs.items():
+        pairs = side.removeprefix("trl")
+        name = "ours, shared prefixes" if side == "ours" else f"TRL, {pairs} pairs a forward pass"
+        difference = max(abs(a - b) for run in found for a, b in zip(run["losses"], expected, strict=True))
+        ratio = "" if side == "ours" else f"**{ratios[side]:.2f}x**"
+        lines.append(f"| {name} | {speed[side]:.3f} | {ratio} | {'' if side == 'ours' else f'{difference:.1e}'} |")
+    losses = ", ".join(f"{loss:.4f}" for loss in expected)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, 1 thread"
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core", "transformers", "trl"))
+    lines += [
+        "",
+        f"Losses of our steps: {losses}. Curves: `trl_reward_trainer.svg`.",
+        "",
+        f"{options.layers} layer(s), hidden {options.hidden_size}, fp32, {device}, "
+        f"{'wall' if torch.cuda.is_available() else 'process CPU'} time; {packages}, Python "
+        f"{platform.python_version()}, seed {options.seed}. TRL pads every forward pass to its longest sequence and "
+        f"has no packing for rewards. The last layer computes all rows on both sides.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def draw_losses(runs: dict[str, list[dict]], path: Path) -> None:
+    """Loss curves of all sides in one picture."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for number, (side, found) in enumerate(runs.items()):
+        losses = found[0]["losses"]
+        style = {"linewidth": 5, "alpha": 0.35} if side == "ours" else {"linewidth": 1.2, "linestyle": (number, (4, 3))}
+        axes.plot(range(1, len(losses) + 1), losses, label=side.replace("trl", "TRL, pairs a pass: "), **style)
+    axes.set(xlabel="step", ylabel="loss", title="The same pairs, the same weights")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
