@@ -7,6 +7,7 @@ sequence whole, nothing shared) and `padded` (one sequence a row) describe the s
 to be compared with.
 """
 
+import bisect
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,8 @@ import numpy as np
 
 from megatron_polar.config.presets import Architecture
 from megatron_polar.data.template import TokenizedComparison
+
+_FEW = 8
 
 Layout = Literal["shared_prefix", "packed", "padded"]
 
@@ -135,10 +138,18 @@ def karmarkar_karp(costs: Sequence[int], num_parts: int) -> list[list[int]]:
 
 def _combine(first: list[tuple], second: list[tuple], *, num_parts: int, next_id: int) -> list[tuple]:
     """Add two partitions, the heaviest part of one to the lightest of the other; empty parts take the heaviest."""
+    if len(first) < len(second):
+        first, second = second, first
     shared = max(0, len(first) + len(second) - num_parts)  # so many lightest parts of both find no empty one
     pairs = zip(first[:shared], reversed(second[:shared]), strict=True)
     sums = [(a[0] + b[0], next_id + number, (a[2], b[2])) for number, (a, b) in enumerate(pairs)]
-    return sorted(first[shared:] + second[shared:] + sums)
+    added = second[shared:] + sums
+    del first[:shared]
+    if len(added) > _FEW:
+        return sorted(first + added)
+    for part in added:  # most often a single comparison joins hundreds of parts
+        bisect.insort(first, part)
+    return first
 
 
 def _flatten(members: tuple | int) -> list[int]:
