@@ -126,7 +126,8 @@ def train_here(options: argparse.Namespace) -> dict:
     from megatron_polar.config.schema import DataSection, DatasetSource, FaultsSection, OptimizerSection
     from megatron_polar.convert.hugging_face import config_of, open_model
     from megatron_polar.convert.load import load_hugging_face
-    from megatron_polar.data.loader import Step, lay_out, row_shape
+    from megatron_polar.data.loader import row_shape
+    from megatron_polar.data.steps import Step, lay_out
     from megatron_polar.model.build import build_model
     from megatron_polar.parallel import topology as ranks
     from megatron_polar.parallel.device import select_device

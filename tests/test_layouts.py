@@ -20,8 +20,8 @@ from megatron_polar.config.schema import (
     TrainSection,
 )
 from megatron_polar.data.comparisons import ComparisonDataset
-from megatron_polar.data.loader import RowShape, build_step
 from megatron_polar.data.packing import build_micro_batch
+from megatron_polar.data.steps import RowShape, build_step
 from megatron_polar.data.template import TokenizedComparison
 from megatron_polar.model.build import build_model
 from megatron_polar.parallel import topology as ranks

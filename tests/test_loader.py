@@ -2,16 +2,21 @@
 
 import dataclasses
 import shutil
+import sys
+import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from megatron_polar.config.presets import PRESETS
 from megatron_polar.config.schema import DataSection, DatasetSource
 from megatron_polar.data.comparisons import ComparisonDataset
-from megatron_polar.data.loader import RowShape, Step, StepDataset, build_step, load_steps
+from megatron_polar.data.loader import load_steps
+from megatron_polar.data.steps import RowShape, Step, StepDataset, build_step
 from megatron_polar.errors import UserError
 
 BATCH = 12
@@ -26,8 +31,8 @@ def make_dataset(path, *, rank=0, num_ranks=1, **shape) -> StepDataset:
     return StepDataset(comparisons, global_batch_size=BATCH, rank=rank, shape=row_shape)
 
 
-def section(num_workers: int) -> DataSection:
-    return DataSection(train=(), num_workers=num_workers, prefetch_factor=2)
+def section(num_workers: int, *, loader: str = "torch") -> DataSection:
+    return DataSection(train=(), num_workers=num_workers, prefetch_factor=2, loader=loader)
 
 
 def assert_same(one: Step, other: Step) -> None:
@@ -57,6 +62,50 @@ def test_starting_in_the_middle_gives_the_same_steps(num_workers, trajectory_cor
     assert [step.number for step in rest] == [7, 8, 9]
     for one, other in zip(whole[7:], rest, strict=True):
         assert_same(one, other)
+
+
+needs_dali = pytest.mark.skipif(find_spec("nvidia.dali") is None, reason="no nvidia-dali (requirements-dev.txt)")
+
+
+@needs_dali
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("layout", ["shared_prefix", "padded"])
+def test_dali_gives_the_same_steps_as_torch(num_workers, layout, trajectory_corpus):
+    dataset = make_dataset(trajectory_corpus, layout=layout, rank=1, num_ranks=2)
+    expected = list(load_steps(dataset, start=3, stop=12, data=section(0)))
+    found = list(load_steps(dataset, start=3, stop=12, data=section(num_workers, loader="dali")))
+    assert [step.number for step in found] == list(range(3, 12))
+    for one, other in zip(expected, found, strict=True):
+        assert_same(one, other)
+
+
+@needs_dali
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_dali_hands_an_error_over_in_one_line_and_leaves_no_process(num_workers, trajectory_corpus, tmp_path):
+    dataset = make_dataset(shutil.copytree(trajectory_corpus, tmp_path / "copy"))
+    damaged = tmp_path / "copy" / "corpus.bin"
+    damaged.write_bytes(b"\xff" * damaged.stat().st_size)
+    before = helpers()
+    with pytest.raises(UserError) as error:
+        list(load_steps(dataset, start=0, stop=3, data=section(num_workers, loader="dali")))
+    assert "corpus.bin" in str(error.value)
+    assert "Traceback" not in str(error.value)
+    deadline = time.monotonic() + 20
+    while helpers() - before:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def helpers() -> set[int]:
+    """Child processes but for multiprocessing's own, which stays."""
+    children = psutil.Process().children(recursive=True)
+    return {child.pid for child in children if "resource_tracker" not in " ".join(child.cmdline())}
+
+
+def test_without_dali_the_message_says_what_to_install(trajectory_corpus, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    with pytest.raises(UserError, match=r"data\.loader=dali needs nvidia-dali.*requirements-gpu\.txt"):
+        next(load_steps(make_dataset(trajectory_corpus), start=0, stop=1, data=section(0, loader="dali")))
 
 
 def test_a_finished_run_has_no_steps_left(trajectory_corpus):

@@ -86,7 +86,7 @@ class Flights:
 
 def held_on_this_rank(config) -> dict[str, int]:
     """Train one step on this rank; returns its stage, the bytes it holds, and the most micro-batches in flight."""
-    from megatron_polar.data.loader import StepDataset
+    from megatron_polar.data.steps import StepDataset
     from megatron_polar.train.build import build_run, join_ranks
     from megatron_polar.train.step import train_step
 

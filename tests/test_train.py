@@ -17,7 +17,7 @@ from tiny_runs import (
 from megatron_polar.config.load import load_config
 from megatron_polar.config.schema import DatasetSource
 from megatron_polar.data.comparisons import ComparisonDataset
-from megatron_polar.data.loader import Step
+from megatron_polar.data.steps import Step
 from megatron_polar.parallel import topology as ranks
 from megatron_polar.parallel.device import select_device
 from megatron_polar.train.build import count_steps, open_data

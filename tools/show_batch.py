@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_polar.config.load import load_config
 from megatron_polar.config.presets import architecture_of
 from megatron_polar.data.comparisons import ComparisonDataset
-from megatron_polar.data.loader import RowShape, build_step
+from megatron_polar.data.steps import RowShape, build_step
 from megatron_polar.data.tokenizer import load_tokenizer
 from megatron_polar.errors import UserError
 

@@ -115,6 +115,9 @@ class DataSection:
     verify: Literal["full", "index"] = "full"
     """What is checked of the datasets before the first step: `full` hashes every token, shared between the ranks;
     `index` only sizes and the index."""
+    loader: Literal["torch", "dali"] = "torch"
+    """Whose worker processes prepare steps ahead, torch's or NVIDIA DALI's (needs nvidia-dali); the steps are the
+    same."""
     num_workers: int = 2
     """Loader processes per rank that prepare batches ahead; 0 prepares them in the training process."""
     prefetch_factor: int = 4

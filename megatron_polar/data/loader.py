@@ -1,12 +1,7 @@
-"""Steps of training data for one rank, prepared ahead by worker processes.
-
-A step is a pure function of its number: every rank reads the step's comparisons, makes the same plan, and builds its
-own micro-batches. So the loader has no state to save: the number of the next step is the cursor.
-"""
+"""Steps prepared ahead by worker processes, of torch or of DALI."""
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -14,26 +9,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from megatron_polar.config.presets import Architecture
 from megatron_polar.config.schema import DataSection
-from megatron_polar.data.comparisons import ComparisonDataset
-from megatron_polar.data.packing import Layout, MicroBatch, build_micro_batch, comparison_flops, plan_step
-from megatron_polar.data.template import TokenizedComparison
+from megatron_polar.data.steps import RowShape, Step, StepDataset
 from megatron_polar.errors import UserError
 from megatron_polar.parallel.topology import Topology
 from megatron_polar.processes import serve_rank
-
-
-@dataclass(frozen=True)
-class RowShape:
-    """How comparisons are laid into rows: what the data section, the model and the topology say together."""
-
-    layout: Layout
-    max_tokens: int
-    pad_to_multiple: int
-    num_ranks: int
-    micro_batches_multiple_of: int
-    architecture: Architecture
-    in_turn: bool = False
-    """Plan for one rank and deal its micro-batches in turn (`train.canonical_reduction`), instead of balancing."""
 
 
 def row_shape(
@@ -51,93 +30,16 @@ def row_shape(
     )
 
 
-@dataclass(frozen=True)
-class Step:
-    """One rank's share of one optimizer step, and what is known about the whole step.
-
-    `indices[m]` are the comparison indices of micro-batch m; `imbalance` is the heaviest rank's FLOPs over the mean;
-    `num_rounds` the most micro-batches that any rank has.
-    """
-
-    number: int
-    micro_batches: list[MicroBatch]
-    indices: list[list[int]]
-    num_comparisons: int
-    prompt_tokens_cut: int
-    imbalance: float
-    num_rounds: int
-
-
-class StepDataset(Dataset):
-    """Map-style dataset of steps for data-parallel rank `rank`: `dataset[n]` is step n, which uses the comparisons
-    [n * global_batch_size, (n + 1) * global_batch_size)."""
-
-    def __init__(self, comparisons: ComparisonDataset, *, global_batch_size: int, rank: int, shape: RowShape):
-        self.comparisons, self.global_batch_size, self.rank, self.shape = comparisons, global_batch_size, rank, shape
-
-    def __getitem__(self, number: int) -> Step:
-        start = number * self.global_batch_size
-        indices = range(start, start + self.global_batch_size)
-        return build_step(self.comparisons, indices, number=number, rank=self.rank, shape=self.shape)
-
-
-def build_step(comparisons: ComparisonDataset, indices: range, *, number: int, rank: int, shape: RowShape) -> Step:
-    """Draw the comparisons `indices`, plan them over all ranks and build this rank's micro-batches."""
-    drawn = [comparisons.comparison(index) for index in indices]
-    rows = lay_out(drawn, shape=shape, rank=rank, pad_id=comparisons.control.pad_id)
-    return Step(
-        number=number,
-        micro_batches=rows.micro_batches,
-        indices=[[indices[i] for i in part] for part in rows.members],
-        num_comparisons=len(drawn),
-        prompt_tokens_cut=sum(c.prompt_tokens_cut for c in drawn),
-        imbalance=rows.imbalance,
-        num_rounds=rows.num_rounds,
-    )
-
-
-@dataclass(frozen=True)
-class Rows:
-    """One rank's micro-batches of some comparisons; `members[m]` says which of them micro-batch m holds."""
-
-    micro_batches: list[MicroBatch]
-    members: list[list[int]]
-    imbalance: float
-    num_rounds: int
-
-
-def lay_out(comparisons: Sequence[TokenizedComparison], *, shape: RowShape, rank: int, pad_id: int) -> Rows:
-    """Plan comparisons over all data-parallel ranks and build the micro-batches of one."""
-    plan = plan_step(
-        comparisons,
-        num_ranks=1 if shape.in_turn else shape.num_ranks,
-        max_tokens=shape.max_tokens,
-        layout=shape.layout,
-        architecture=shape.architecture,
-        multiple_of=shape.micro_batches_multiple_of,
-    )
-    if shape.in_turn:
-        plan = [plan[0][first :: shape.num_ranks] for first in range(shape.num_ranks)]
-    costs = [comparison_flops(c, layout=shape.layout, architecture=shape.architecture) for c in comparisons]
-    loads = [sum(costs[i] for part in parts for i in part) for parts in plan]
-    batches = [
-        build_micro_batch(
-            [comparisons[i] for i in part],
-            layout=shape.layout,
-            pad_id=pad_id,
-            pad_to_multiple=shape.pad_to_multiple,
-        )
-        for part in plan[rank]
-    ]
-    imbalance = max(loads) * len(loads) / sum(loads)
-    return Rows(batches, plan[rank], imbalance=imbalance, num_rounds=max(map(len, plan)))
-
-
 def load_steps(dataset: StepDataset, *, start: int, stop: int, data: DataSection) -> Iterator[Step]:
     """Yield steps start..stop-1 in order, prepared ahead by `data.num_workers` processes.
 
     Raises UserError (a document that is damaged or does not fit), on one line from whatever process it comes.
     """
+    if data.loader == "dali":
+        from megatron_polar.data.dali import load_steps_with_dali
+
+        yield from load_steps_with_dali(dataset, start=start, stop=stop, data=data)
+        return
     loader = DataLoader(
         _Guarded(dataset),
         batch_size=None,

@@ -15,8 +15,9 @@ from megatron_polar.config.schema import ParallelSection, RunConfig
 from megatron_polar.config.validate import check_layout
 from megatron_polar.convert.hugging_face import HuggingFaceModel, config_of, is_hugging_face, open_model
 from megatron_polar.convert.load import load_hugging_face
-from megatron_polar.data.loader import lay_out, row_shape
+from megatron_polar.data.loader import row_shape
 from megatron_polar.data.packing import join_rewards, split_candidates
+from megatron_polar.data.steps import lay_out
 from megatron_polar.data.template import (
     WRAPPERS,
     Half,

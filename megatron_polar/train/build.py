@@ -13,7 +13,8 @@ import megatron_polar
 from megatron_polar.config.presets import architecture_of
 from megatron_polar.config.schema import DataSection, DatasetSource, RunConfig
 from megatron_polar.data.comparisons import ComparisonDataset
-from megatron_polar.data.loader import RowShape, row_shape
+from megatron_polar.data.loader import row_shape
+from megatron_polar.data.steps import RowShape
 from megatron_polar.data.tokenizer import load_tokenizer
 from megatron_polar.errors import UserError
 from megatron_polar.model.build import BuiltModel, build_model

@@ -7,7 +7,7 @@ import torch
 from megatron_polar import faults
 from megatron_polar.config.schema import RunConfig
 from megatron_polar.data.comparisons import ComparisonDataset
-from megatron_polar.data.loader import RowShape, build_step
+from megatron_polar.data.steps import RowShape, build_step
 from megatron_polar.model.build import BuiltModel
 from megatron_polar.parallel.device import Device
 from megatron_polar.parallel.topology import Topology

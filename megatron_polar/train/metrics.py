@@ -16,7 +16,7 @@ import orjson
 
 from megatron_polar import log
 from megatron_polar.config.presets import Architecture
-from megatron_polar.data.loader import Step
+from megatron_polar.data.steps import Step
 from megatron_polar.manifest import write_durably
 from megatron_polar.train.journal import LineFile, productive_seconds, read_rows
 from megatron_polar.train.objective import SUMS
@@ -77,7 +77,7 @@ class Metrics:
         self.global_batch_size = global_batch_size
         self._started_at, self._productive_seconds = started_at, 0.0
         self._times: deque[float] = deque(maxlen=_ETA_WINDOW)
-        self._pending: list[tuple[Step, StepResult, float]] = []
+        self._pending: list[tuple[Step, StepResult, float, float]] = []
         self._learning_rate = 0.0
         self._writer = None
         self._may_write = may_write
@@ -93,11 +93,13 @@ class Metrics:
 
                 self._writer = SummaryWriter(directory / "tensorboard", purge_step=resumed_at + 1)
 
-    def add(self, step: Step, result: StepResult, *, seconds: float, learning_rate: float) -> None:
-        """Take note of one finished step."""
+    def add(
+        self, step: Step, result: StepResult, *, seconds: float, waited_seconds: float, learning_rate: float
+    ) -> None:
+        """Take note of one finished step; `waited_seconds` of its seconds went by before its data were there."""
         self._learning_rate = learning_rate
         self._times.append(seconds)
-        self._pending.append((step, result, seconds))
+        self._pending.append((step, result, seconds, waited_seconds))
 
     def write(self, iteration: int, *, memory_bytes: int, reliability: dict[str, float]) -> None:
         """Write one row over the steps since the last one, if there are any: console line, metrics.jsonl, TensorBoard.
@@ -125,7 +127,7 @@ class Metrics:
         )
 
     def _summarise(self, iteration: int, *, memory_bytes: int) -> dict[str, float]:
-        steps, results, seconds = zip(*self._pending, strict=True)
+        steps, results, seconds, waited_seconds = zip(*self._pending, strict=True)
         self._pending = []
         total_seconds = sum(seconds)
         self._productive_seconds += total_seconds
@@ -149,6 +151,7 @@ class Metrics:
             "comparisons/s": sum(step.num_comparisons for step in steps) / total_seconds,
             "tokens/physical_per_s": physical / total_seconds,
             "tokens/logical_per_s": logical / total_seconds,
+            "data/wait_share": sum(waited_seconds) / total_seconds,
             "data/flops_imbalance": statistics.fmean(step.imbalance for step in steps),
             "data/micro_batches": statistics.fmean(len(step.micro_batches) for step in steps),
             "data/prompt_tokens_cut": statistics.fmean(step.prompt_tokens_cut for step in steps),
@@ -183,7 +186,7 @@ class Metrics:
             f"learning rate: {row['learning-rate']:.6E} | "
             f"global batch size: {row['batch-size']:5d} | rm loss: {row['rm/loss']:.6E} | "
             f"rm accuracy: {row['rm/accuracy']:.4f} | grad norm: {row['grad-norm']:.3f} | "
-            f"comparisons/s: {row['comparisons/s']:.1f} | "
+            f"comparisons/s: {row['comparisons/s']:.1f} | waiting for data: {row['data/wait_share']:.1%} | "
             f"number of skipped iterations: {row['reliability/skipped_steps']:3d} | "
             f"number of nan iterations: {row['reliability/nan_steps']:3d} | ETA: {log.format_seconds(eta)}"
         )
@@ -212,10 +215,13 @@ def cut_rows_beyond(path: Path, iteration: int) -> None:
 
 
 class StepTimer:
-    """Wall seconds since the last call."""
+    """Wall seconds since the last lap."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self._last
 
     def lap(self) -> float:
         now = time.monotonic()

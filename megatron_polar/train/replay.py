@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_polar import log
 from megatron_polar.config.schema import RunConfig
-from megatron_polar.data.loader import StepDataset
+from megatron_polar.data.steps import StepDataset
 from megatron_polar.errors import DONE, FAILED, UserError
 from megatron_polar.train.build import Run, build_run, join_ranks
 from megatron_polar.train.checkpoint_files import (

@@ -10,7 +10,8 @@ import orjson
 from megatron_polar import faults, log
 from megatron_polar.config.load import dump_config
 from megatron_polar.config.schema import RunConfig
-from megatron_polar.data.loader import Step, StepDataset, load_steps
+from megatron_polar.data.loader import load_steps
+from megatron_polar.data.steps import Step, StepDataset
 from megatron_polar.errors import CANNOT_SAVE, STOPPED, RunStopped
 from megatron_polar.manifest import write_durably
 from megatron_polar.parallel.topology import Topology
@@ -116,7 +117,7 @@ def _check_last_save(training: Training) -> None:
 
 def _one_step(training: Training, step: Step, *, timer: StepTimer) -> None:
     """Forward, backward and update, or a step that is skipped and written down."""
-    run = training.run
+    run, waited = training.run, timer.elapsed()
     training.watchdog.enter("step", step.number + 1)
     learning_rate = current_learning_rate(run.optimizer)
     result = train_step(
@@ -131,7 +132,7 @@ def _one_step(training: Training, step: Step, *, timer: StepTimer) -> None:
     )
     run.schedule.step(increment=1)
     training.done = training.journal.step = step.number + 1
-    training.metrics.add(step, result, seconds=timer.lap(), learning_rate=learning_rate)
+    training.metrics.add(step, result, seconds=timer.lap(), waited_seconds=waited, learning_rate=learning_rate)
     training.stragglers.add(result.busy_seconds)
     if result.skipped is not None:
         _write_down_bad_step(training, result)

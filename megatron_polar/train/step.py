@@ -11,8 +11,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_polar import faults
-from megatron_polar.data.loader import Step
 from megatron_polar.data.packing import MicroBatch
+from megatron_polar.data.steps import Step
 from megatron_polar.model.build import BuiltModel
 from megatron_polar.model.row_layout import RowLayout, make_row_layout
 from megatron_polar.parallel.device import Device

@@ -1,0 +1,127 @@
+"""`data.loader: dali`: NVIDIA DALI's worker processes instead of torch's DataLoader, step for step the same.
+
+DALI hands over arrays only, so a step travels as one row of 64-bit integers (`flatten`, `restore`). Its workers prepare
+steps ahead in shared memory.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_polar.config.schema import DataSection
+from megatron_polar.data.packing import MicroBatch
+from megatron_polar.data.steps import Step, StepDataset
+from megatron_polar.errors import UserError
+from megatron_polar.processes import serve_rank
+
+_STEP, _ERROR = 0, 1
+_ARRAYS = tuple(field.name for field in dataclasses.fields(MicroBatch) if field.type is np.ndarray)
+_NUMBERS = tuple(field.name for field in dataclasses.fields(MicroBatch) if field.type is int)
+
+
+def load_steps_with_dali(dataset: StepDataset, *, start: int, stop: int, data: DataSection) -> Iterator[Step]:
+    """See loader.load_steps. Raises UserError where nvidia-dali is not installed, too."""
+    pipeline = _build_pipeline(_Source(dataset, start=start, stop=stop, owner=os.getpid()), data=data)
+    try:
+        for _ in range(start, stop):
+            (batch,) = pipeline.run()
+            yield restore(np.array(batch.at(0)))
+    finally:
+        del pipeline  # ends its workers
+
+
+def _build_pipeline(source: "_Source", *, data: DataSection):
+    try:
+        from nvidia.dali import fn, types
+        from nvidia.dali.pipeline import Pipeline
+    except ImportError as error:
+        raise UserError(
+            f"data.loader=dali needs nvidia-dali, which cannot be imported here ({error}); install "
+            f"requirements-gpu.txt, or set data.loader=torch"
+        ) from None
+    is_parallel = data.num_workers > 0
+    pipeline = Pipeline(
+        batch_size=1,
+        num_threads=1,
+        device_id=None,
+        prefetch_queue_depth=1,
+        py_num_workers=max(1, data.num_workers),
+        py_start_method="spawn",  # a fork would take the ranks' threads and CUDA context along
+    )
+    ahead = {"prefetch_queue_depth": data.prefetch_factor} if is_parallel else {}
+    with pipeline:
+        row = fn.external_source(source, batch=False, parallel=is_parallel, dtype=types.INT64, ndim=1, **ahead)
+        pipeline.set_outputs(row)
+    pipeline.build()
+    return pipeline
+
+
+@dataclass
+class _Source:
+    """Called by DALI with the number of a sample, here or in a worker."""
+
+    dataset: StepDataset
+    start: int
+    stop: int
+    owner: int
+
+    def __call__(self, sample) -> np.ndarray:
+        if self.owner not in (os.getpid(), 0):
+            serve_rank(self.owner)
+            self.owner = 0
+        number = self.start + sample.idx_in_epoch
+        if number >= self.stop:
+            raise StopIteration
+        try:
+            return flatten(self.dataset[number])
+        except UserError as error:  # DALI would wrap it into the text of a traceback
+            message = np.frombuffer(str(error).encode(), dtype=np.uint8).astype(np.int64)
+            return np.concatenate([[_ERROR], message])
+
+
+def flatten(step: Step) -> np.ndarray:
+    """A step as int64: numbers first, then of each micro-batch its members, its numbers, and its arrays with shapes."""
+    numbers = [step.number, step.num_comparisons, step.prompt_tokens_cut, step.num_rounds, len(step.micro_batches)]
+    imbalance = np.array([step.imbalance], dtype=np.float64).view(np.int64)
+    pieces = [[_STEP, *numbers], imbalance]
+    for batch, members in zip(step.micro_batches, step.indices, strict=True):
+        pieces += [[len(members), *members], [getattr(batch, name) for name in _NUMBERS]]
+        for name in _ARRAYS:
+            array = getattr(batch, name)
+            pieces += [[array.ndim, *array.shape], array.reshape(-1)]
+    return np.concatenate([np.asarray(piece, dtype=np.int64) for piece in pieces])
+
+
+def restore(row: np.ndarray) -> Step:
+    """The step again. Raises the UserError that stands in its place."""
+    kind, rest = row[0], _Reader(row[1:])
+    if kind == _ERROR:
+        raise UserError(row[1:].astype(np.uint8).tobytes().decode())
+    number, num_comparisons, cut, num_rounds, num_batches = rest.take(5).tolist()
+    imbalance = float(rest.take(1).view(np.float64)[0])
+    batches, indices = [], []
+    for _ in range(num_batches):
+        indices.append(rest.take(rest.one()).tolist())
+        fields = dict(zip(_NUMBERS, rest.take(len(_NUMBERS)).tolist(), strict=True))
+        for name in _ARRAYS:
+            shape = rest.take(rest.one()).tolist()
+            fields[name] = rest.take(int(np.prod(shape))).reshape(shape)
+        batches.append(MicroBatch(**fields))
+    return Step(number, batches, indices, num_comparisons, cut, imbalance, num_rounds)
+
+
+class _Reader:
+    """Takes values off the front of a row."""
+
+    def __init__(self, row: np.ndarray):
+        self._row, self._place = row, 0
+
+    def take(self, count: int) -> np.ndarray:
+        self._place += count
+        return self._row[self._place - count : self._place]
+
+    def one(self) -> int:
+        return int(self.take(1)[0])
