@@ -74,8 +74,10 @@ def test_ctrl_c_waits_for_the_step_and_says_how_to_go_on(tmp_path):
     )
     (tmp_path / "quickstart.py").write_text(
         textwrap.dedent(f"""
-        import sys
+        import signal, sys
 
+        # A shell's background jobs, of which `make test` may be one, inherit that Ctrl-C is ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.path.insert(0, {str(REPOSITORY / "examples" / "quickstart")!r})
         import run
 
