@@ -14,7 +14,11 @@ def add_plan(verbs) -> None:
     verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="on top of the YAML")
     verb.add_argument("--nodes", type=int, default=1, metavar="N")
     verb.add_argument("--gpus-per-node", type=int, default=8, metavar="N")
-    verb.add_argument("--gpu-memory-gb", type=float, default=80.0, help="of one GPU, in GB (10^9 bytes)")
+    verb.add_argument("--gpu", choices=("h100", "h200"), default="h100", help="for memory and time (default: h100)")
+    verb.add_argument("--gpu-memory-gb", type=float, help="of one GPU, in GB (10^9 bytes; default: what --gpu has)")
+    verb.add_argument("--search", action="store_true", help="also list the fastest layouts that fit, by the estimates")
+    verb.add_argument("--prompt-tokens", type=float, metavar="N", help="mean length, for the time of a step")
+    verb.add_argument("--answer-tokens", type=float, metavar="N", help="likewise; both or none (default: the data's)")
     verb.add_argument("--no-paths", action="store_true", help="open no dataset, tokenizer or checkpoint")
     verb.add_argument("--base-tokens", type=float, help="tokens the base model was pre-trained on, for the law")
     verb.add_argument(
@@ -25,15 +29,38 @@ def add_plan(verbs) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     from megatron_polar.config.load import load_config
+    from megatron_polar.scaling.hardware import GPUS
     from megatron_polar.scaling.plan import Cluster, make_plan
-    from megatron_polar.scaling.table import render_plan
+    from megatron_polar.scaling.search import search_layouts
+    from megatron_polar.scaling.table import render_plan, render_search
 
-    cluster = Cluster(options.nodes, gpus_per_node=options.gpus_per_node, gpu_memory_gb=options.gpu_memory_gb)
+    gpu = GPUS[options.gpu]
+    memory = gpu.memory_gb if options.gpu_memory_gb is None else options.gpu_memory_gb
+    cluster = Cluster(options.nodes, gpus_per_node=options.gpus_per_node, gpu_memory_gb=memory, gpu=gpu)
     config = load_config(options.config, options.overrides)
-    plan = make_plan(config, cluster=cluster, with_paths=not options.no_paths)
+    plan = make_plan(config, cluster=cluster, with_paths=not options.no_paths, lengths=_lengths(options))
     print(render_plan(plan, base_tokens=options.base_tokens, reward_tokens=options.reward_tokens), flush=True)
+    if options.search and plan.embedding_rows is not None:
+        longest = plan.paths.longest_response if plan.paths else None
+        found = search_layouts(
+            config, cluster=cluster, work=plan.work, embedding_rows=plan.embedding_rows, longest_response=longest
+        )
+        print(f"\n{render_search(found)}", flush=True)
     if refusal := plan.refusal(str(options.config)):
         raise refusal
+
+
+def _lengths(options: argparse.Namespace):
+    """Mean lengths as the user gives them; None: as the data say."""
+    from megatron_polar.scaling.step_time import Lengths
+
+    given = {"--prompt-tokens": options.prompt_tokens, "--answer-tokens": options.answer_tokens}
+    if all(value is None for value in given.values()):
+        return None
+    for name, value in given.items():
+        if value is None or not 0 < value < float("inf"):
+            raise UserError(f"plan: {name} {value} must be above 0; give both lengths, or none")
+    return Lengths(prompt=options.prompt_tokens, answer=options.answer_tokens)
 
 
 # --- preflight -------------------------------------------------------------------------------------------------------

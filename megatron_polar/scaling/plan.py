@@ -8,8 +8,10 @@ from megatron_polar.config.presets import architecture_of, padded_vocab_size
 from megatron_polar.config.schema import RunConfig
 from megatron_polar.config.validate import check_layout, check_recompute
 from megatron_polar.errors import UserError
+from megatron_polar.scaling.hardware import GPUS, Gpu
 from megatron_polar.scaling.memory import MemoryEstimate, estimate_memory, layout_of, usable_bytes
 from megatron_polar.scaling.paths import Paths, look_at_paths
+from megatron_polar.scaling.step_time import Lengths, StepTime, Work, estimate_step_time, mean_work
 
 GB = 1e9
 _ASSUMED_VOCABULARY = dict.fromkeys(("polar_1_8b", "polar_7b", "polar_20b"), 92544)  # InternLM2's
@@ -22,6 +24,7 @@ class Cluster:
     num_nodes: int
     gpus_per_node: int
     gpu_memory_gb: float
+    gpu: Gpu = GPUS["h100"]
 
     def __post_init__(self):
         for option, value in (("--nodes", self.num_nodes), ("--gpus-per-node", self.gpus_per_node)):
@@ -54,8 +57,30 @@ class Plan:
     embedding_rows: int | None
     memory: MemoryEstimate | None
     """None where the world size does not fit the parallel sizes, or the vocabulary is unknown."""
+    lengths: Lengths
+    """Of the data, where there is some, else assumed."""
     problems: tuple[str, ...]
     """One line each: what, where, why and the remedy."""
+
+    @property
+    def work(self) -> Work:
+        """Mean work of a comparison."""
+        data = self.config.data
+        return mean_work(self.lengths, candidates=data.candidates_per_comparison, layout=data.layout)
+
+    @property
+    def time(self) -> StepTime | None:
+        """Of a step of this layout; None where there is no layout."""
+        if self.memory is None:
+            return None
+        return estimate_step_time(
+            self.config,
+            layout=self.memory.layout,
+            work=self.work,
+            gpu=self.cluster.gpu,
+            gpus_per_node=self.cluster.gpus_per_node,
+            embedding_rows=self.embedding_rows,
+        )
 
     @property
     def num_comparisons(self) -> int:
@@ -80,8 +105,9 @@ class Plan:
         return UserError("\n  ".join([heading, *self.problems]))
 
 
-def make_plan(config: RunConfig, *, cluster: Cluster, with_paths: bool = True) -> Plan:
-    """Check a run that `load_config` has accepted against a cluster. Not `with_paths`: no file is opened."""
+def make_plan(config: RunConfig, *, cluster: Cluster, with_paths: bool = True, lengths: Lengths | None = None) -> Plan:
+    """Check a run that `load_config` has accepted against a cluster. Not `with_paths`: no file is opened. `lengths`
+    go before those of the data."""
     paths = look_at_paths(config) if with_paths else None
     problems = list(paths.problems) if paths else []
     rows = _embedding_rows(config, vocab_size=paths.vocab_size if paths else None, problems=problems)
@@ -96,8 +122,19 @@ def make_plan(config: RunConfig, *, cluster: Cluster, with_paths: bool = True) -
         _check_batch(config, memory=memory, problems=problems)
         if not memory.fits(cluster.gpu_bytes):
             problems.append(_too_large(config, memory=memory, cluster=cluster, rows=rows, paths=paths))
-    plan = Plan(config, cluster, paths, rows, memory, tuple(problems))
+    lengths = lengths or _lengths_of(paths)
+    plan = Plan(config, cluster, paths, rows, memory, lengths, tuple(problems))
     return dataclasses.replace(plan, problems=(*problems, *_too_few_comparisons(plan)))
+
+
+def _lengths_of(paths: Paths | None) -> Lengths:
+    """A manifest counts prompts and answers together; they are divided as in the default mix."""
+    halves = sum(facts.num_halves for facts in paths.train) if paths else 0
+    if not halves:
+        return Lengths()
+    mean, usual = sum(facts.num_tokens for facts in paths.train) / halves, Lengths()
+    share = usual.prompt / (usual.prompt + usual.answer)
+    return Lengths(prompt=share * mean, answer=(1 - share) * mean)
 
 
 def plural(number: int, noun: str) -> str:

@@ -1,9 +1,13 @@
 """A plan as text: parameters, layout, memory by term, data, and what the paper's laws suggest."""
 
+import dataclasses
+from collections.abc import Sequence
+
 from megatron_polar.config.presets import architecture_of
 from megatron_polar.scaling.laws import SIZES, Sizes, batch_size, peak_learning_rate
 from megatron_polar.scaling.memory import MemoryEstimate, usable_bytes
 from megatron_polar.scaling.plan import GB, Plan, plural
+from megatron_polar.scaling.search import Candidate
 
 _FEWEST_TOKENS = 1e8
 _HOST_BYTES_PER_PARAMETER = 12  # docs/training.md: what every rank gathers to save
@@ -18,6 +22,7 @@ def render_plan(plan: Plan, *, base_tokens: float | None = None, reward_tokens: 
     lines = _model_lines(plan)
     if plan.memory is not None:
         lines += _memory_lines(plan, memory=plan.memory)
+        lines += _time_lines(plan)
     lines += _data_lines(plan)
     lines += _law_lines(plan, base_tokens=base_tokens, reward_tokens=reward_tokens)
     return "\n".join(lines)
@@ -71,6 +76,40 @@ def _memory_lines(plan: Plan, *, memory: MemoryEstimate) -> list[str]:
         host = largest.num_parameters * _HOST_BYTES_PER_PARAMETER * cluster.gpus_per_node / GB
         lines.append(_row("host", f"{host:.0f} GB of a node's own memory while a checkpoint is saved"))
     return lines
+
+
+def _time_lines(plan: Plan) -> list[str]:
+    time, lengths = plan.time, plan.lengths
+    names = (field.name for field in dataclasses.fields(time) if field.name != "mfu")
+    shares = {name: getattr(time, name) / time.seconds for name in names}
+    spent = ", ".join(f"{name.replace('_', ' ')} {share:.0%}" for name, share in shares.items() if share >= 0.005)
+    comparisons = plan.config.train.global_batch_size / time.seconds
+    of = f"prompts of {lengths.prompt:.0f} and answers of {lengths.answer:.0f} tokens"
+    lines = [
+        _row("time", f"{time.seconds:.3g} s a step on {plan.cluster.gpu.name}, for {of}; arithmetic, not measured"),
+        _row("", f"{comparisons:.3g} comparisons/s, MFU {time.mfu:.0%}; {spent}"),
+    ]
+    if plan.num_steps:
+        lines.append(_row("", f"{plan.num_steps * time.seconds / 86400:.3g} days for {plan.num_steps:,} steps"))
+    return lines
+
+
+def render_search(found: Sequence[Candidate]) -> str:
+    """The table of `megatron-polar plan --search`, and what to write behind the YAML for the first row."""
+    if not found:
+        return "search: nothing fits; take more or larger GPUs, or shorter sequences"
+    lines = ["search  the fastest layouts that fit, by the same arithmetic", ""]
+    head = ("TP", "PP", "chunks", "CP", "DP", "recompute", "row tokens", "GB", "s/step", "comparisons/s", "MFU")
+    rows = [head]
+    for one in found:
+        layout, train, data = one.layout, one.config.train, one.config.data
+        sizes = (layout.tp, layout.pp, layout.vpp or 1, layout.cp, layout.dp)
+        speed = (f"{one.time.seconds:.3g}", f"{train.global_batch_size / one.time.seconds:.3g}", f"{one.time.mfu:.0%}")
+        memory = f"{one.memory.largest.total / GB:.1f}"
+        rows.append((*map(str, sizes), train.recompute, str(data.max_tokens_per_micro_batch), memory, *speed))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([*lines, "", f"the first of them: {found[0].overrides}"])
 
 
 def _terms(plan: Plan, *, memory: MemoryEstimate) -> list[tuple[str, int]]:
