@@ -217,6 +217,10 @@ RULES = [
         "train.recompute_num_layers=3 does not divide the 2 layers",
         "use 1, 2",
     ),
+    ("train.fp8=tensorwise train.precision=fp32", "train.fp8=tensorwise", "train.precision=bf16"),
+    ("train.fp8=tensorwise train.fp8_bf16_layers=2", "train.fp8_bf16_layers=2", "between 0 and 1"),
+    ("train.fp8=delayed", "train.fp8_bf16_layers=1", "between 0 and 0"),
+    ("train.fp8=blockwise", "data.pad_to_multiple=16", "set it to 128"),
     ("model.num_attention_heads=3", "model.hidden_size=128", "model.num_attention_heads=3"),
 ]
 

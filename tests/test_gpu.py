@@ -88,12 +88,32 @@ def rewards_and_gradients(config, *, place, dtype):
     model = build_model(
         config, topology=topology, device=device, vocab_size=VOCAB_SIZE, dtype=dtype, for_training=False
     )
-    batch = build_micro_batch(random_comparisons(3), layout=config.data.layout, pad_id=0, pad_to_multiple=16)
+    multiple = config.data.pad_to_multiple
+    batch = build_micro_batch(random_comparisons(3), layout=config.data.layout, pad_id=0, pad_to_multiple=multiple)
     moved = to_device(batch, model=model, device=device, topology=topology)
     rewards = model.chunks[0](moved.tokens, None, None, packed_seq_params=moved.layout)
     (-torch.nn.functional.logsigmoid(rewards[moved.winners] - rewards[moved.losers]).sum()).backward()
     names = {name: p.grad.double().cpu().numpy() for name, p in model.cores[0].named_parameters() if p.grad is not None}
     return rewards.detach().double().cpu().numpy(), names, model
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "delayed"])
+def test_fp8_gives_the_rewards_of_bf16(recipe, layers, place):
+    if recipe == "delayed" and layers:
+        pytest.skip("delayed scaling keeps no layer in bf16")
+    config = make_config("unused", parallel={}, precision="bf16", fp8=recipe, fp8_bf16_layers=layers)
+    wide = {"hidden_size": 512, "ffn_hidden_size": 1024, "kv_channels": 64}
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, **wide),
+        data=dataclasses.replace(config.data, pad_to_multiple=128),
+    )
+    found, *_ = rewards_and_gradients(config, place=place, dtype=torch.bfloat16)
+    plain = dataclasses.replace(config, train=dataclasses.replace(config.train, fp8="off"))
+    exact, *_ = rewards_and_gradients(plain, place=place, dtype=torch.bfloat16)
+    assert np.isfinite(found).all()
+    assert np.abs(found - exact).max() < 0.1 * max(1.0, np.abs(exact).max())
 
 
 @pytest.mark.parametrize("last_layer", ["reward_rows", "all_rows"])

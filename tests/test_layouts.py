@@ -8,6 +8,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
+from megatron_polar.config.presets import architecture_of
 from megatron_polar.config.schema import (
     DataSection,
     DatasetSource,
@@ -23,7 +24,8 @@ from megatron_polar.data.comparisons import ComparisonDataset
 from megatron_polar.data.packing import build_micro_batch
 from megatron_polar.data.steps import RowShape, build_step
 from megatron_polar.data.template import TokenizedComparison
-from megatron_polar.model.build import build_model
+from megatron_polar.errors import UserError
+from megatron_polar.model.build import BuiltModel, build_model, make_transformer_config
 from megatron_polar.parallel import topology as ranks
 from megatron_polar.parallel.device import select_device
 from megatron_polar.train.gradients import GradientReduction
@@ -264,6 +266,38 @@ def test_the_last_layer_trains_the_same_whatever_rows_it_computes(trajectory_cor
     config = make_config(str(trajectory_corpus), parallel={})
     every_row = dataclasses.replace(config, model=dataclasses.replace(config.model, last_layer="all_rows"))
     np.testing.assert_allclose(run_ranks(train_three_steps, 1, every_row)[0], single_process, rtol=1e-6)
+
+
+def fp8_settings(recipe: str, layers: int) -> tuple:
+    config = make_config("unused", parallel={}, precision="bf16", fp8=recipe, fp8_bf16_layers=layers)
+    device = select_device("cpu", local_rank=0)
+    topology = ranks.initialize(config.parallel, device=device)
+    settings = make_transformer_config(
+        config, architecture=architecture_of(config.model), topology=topology, device=device, dtype=torch.bfloat16,
+        transformer_impl="local",
+    )  # fmt: skip
+    try:
+        build_model(config, topology=topology, device=device, vocab_size=VOCAB_SIZE)
+    except UserError as error:
+        refusal = str(error)
+    built = BuiltModel([], settings, None, 0, "", "", True)
+    ends = (settings.first_last_layers_bf16, settings.num_layers_at_start_in_bf16, settings.num_layers_at_end_in_bf16)
+    return settings.fp8, str(settings.fp8_recipe), ends, built.reward_rows_multiple, refusal
+
+
+@pytest.mark.parametrize(
+    ("recipe", "layers", "expected"),
+    [
+        ("tensorwise", 2, ("hybrid", "tensorwise", (True, 2, 2), 1)),
+        ("tensorwise", 0, ("hybrid", "tensorwise", (False, 0, 0), 128)),
+        ("blockwise", 1, ("e4m3", "blockwise", (True, 1, 1), 1)),
+        ("delayed", 0, ("hybrid", "delayed", (False, 1, 1), 128)),
+    ],
+)
+def test_fp8_is_told_to_megatron_and_refused_where_it_would_be_ignored(recipe, layers, expected):
+    *found, refusal = run_ranks(fp8_settings, 1, recipe, layers)[0]
+    assert tuple(found) == expected
+    assert f"train.fp8={recipe} needs Transformer Engine's layers" in refusal
 
 
 def pipeline_rewards(config: RunConfig) -> list[np.ndarray]:

@@ -134,6 +134,11 @@ class TrainSection:
     """Passes over the training data; give this or `num_steps`."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """`bf16` keeps fp32 main parameters and gradients; `fp32` runs everything in fp32."""
+    fp8: Literal["off", "tensorwise", "blockwise", "delayed"] = "off"
+    """Scaling recipe of FP8 GEMMs in Transformer Engine's layers (Hopper, with `precision: bf16`); weights, optimizer,
+    embedding and reward head stay as they are. Not run on a GPU yet."""
+    fp8_bf16_layers: int = 1
+    """With `fp8`: first and last layers that stay in bf16, so many at each end (`delayed` wants 0)."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in the backward pass: none, core attention, or whole layers."""
     recompute_num_layers: int = 1

@@ -175,12 +175,34 @@ def _check_training(config: RunConfig) -> None:
             "optimizer.use_distributed_optimizer=false with train.precision=bf16 cannot be saved: Megatron-Core's "
             "other optimizer knows no fp32 weights (the reward head) beside bf16 ones; set it to true"
         )
+    _check_fp8(config)
     _check_canonical_reduction(config)
     if config.model.attention_dropout > 0 and config.data.layout != "padded":
         raise UserError(
             f"model.attention_dropout={config.model.attention_dropout} is not possible with data.layout="
             f"{config.data.layout}: a shared prefix must see the same attention for all its candidates; "
             f"set it to 0, or use data.layout=padded"
+        )
+
+
+def _check_fp8(config: RunConfig) -> None:
+    train = config.train
+    if train.fp8 == "off":
+        return
+    if train.precision != "bf16":
+        raise UserError(f"train.fp8={train.fp8} needs train.precision=bf16, not {train.precision}")
+    most = 0 if train.fp8 == "delayed" else architecture_of(config.model).num_layers // 2
+    most //= config.parallel.pipeline_model_parallel_size
+    if not 0 <= train.fp8_bf16_layers <= most:
+        raise UserError(
+            f"train.fp8_bf16_layers={train.fp8_bf16_layers} must lie between 0 and {most} with train.fp8={train.fp8} "
+            f"and these layers of a pipeline stage"
+        )
+    multiple = 128 if train.fp8 == "blockwise" else 16
+    if config.data.pad_to_multiple % multiple:
+        raise UserError(
+            f"data.pad_to_multiple={config.data.pad_to_multiple}: FP8 kernels of train.fp8={train.fp8} need rows of a "
+            f"multiple of {multiple} tokens; set it to {multiple}"
         )
 
 

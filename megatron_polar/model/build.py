@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 
 from megatron_polar.config.presets import Architecture, architecture_of, padded_vocab_size
-from megatron_polar.config.schema import RunConfig
+from megatron_polar.config.schema import RunConfig, TrainSection
 from megatron_polar.errors import UserError
 from megatron_polar.model.attention import attention_class
 from megatron_polar.model.initialization import initialize_weights
@@ -20,6 +20,8 @@ from megatron_polar.model.reward_model import RewardModel, head_dtype
 from megatron_polar.parallel.device import Device
 from megatron_polar.parallel.topology import Topology
 
+_FP8_ROWS = 128
+"""More than any recipe needs, and still next to nothing beside a row."""
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -38,6 +40,13 @@ class BuiltModel:
     attention: str
     reward_rows: bool
     """Whether the last layer computes the reward rows only (reward_rows.py)."""
+
+    @property
+    def reward_rows_multiple(self) -> int:
+        """Reward rows on a rank are a multiple of this: of what FP8 GEMMs need, where the last layer has some."""
+        config = self.transformer_config
+        ends_in_bf16 = config.first_last_layers_bf16 and config.num_layers_at_end_in_bf16 > 0
+        return _FP8_ROWS if config.fp8 and not ends_in_bf16 else 1
 
     @property
     def cores(self) -> list[RewardModel]:
@@ -66,6 +75,11 @@ def build_model(
     attention = attention_class(
         config.model.attention, dtype=dtype, have_transformer_engine=impl == "transformer_engine"
     )
+    if config.train.fp8 != "off" and impl != "transformer_engine":
+        raise UserError(
+            f"train.fp8={config.train.fp8} needs Transformer Engine's layers, and this run has megatron-core's local "
+            f"ones, which would ignore it; install requirements-gpu.txt on a Hopper machine, or set train.fp8=off"
+        )
     if config.train.gradient_accumulation_fusion and find_spec("fused_weight_gradient_mlp_cuda") is None:
         raise UserError(
             "train.gradient_accumulation_fusion=true needs Apex's fused_weight_gradient_mlp_cuda, which is not "
@@ -197,7 +211,22 @@ def make_transformer_config(
         recompute_method="uniform" if recompute == "full" else None,
         recompute_num_layers=config.train.recompute_num_layers if recompute == "full" else None,
         deterministic_mode=config.run.deterministic and device.kind == "cuda",
+        **_fp8_settings(config.train),
     )
+
+
+def _fp8_settings(train: TrainSection) -> dict:
+    """As Megatron's own recipes for Hopper: E4M3 throughout for blocks, wider gradients (E5M2) for whole tensors."""
+    if train.fp8 == "off":
+        return {}
+    settings = {"fp8": "e4m3" if train.fp8 == "blockwise" else "hybrid", "fp8_recipe": train.fp8}
+    if train.fp8 == "delayed":
+        return settings | {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
+    return settings | {
+        "first_last_layers_bf16": train.fp8_bf16_layers > 0,
+        "num_layers_at_start_in_bf16": train.fp8_bf16_layers,
+        "num_layers_at_end_in_bf16": train.fp8_bf16_layers,
+    }
 
 
 def _leave_as_it_is(weight: torch.Tensor) -> torch.Tensor:

@@ -62,7 +62,7 @@ def to_device(batch: MicroBatch, *, model: BuiltModel, device: Device, topology:
         device=place,
         cp_rank=topology.cp_rank,
         cp_size=topology.cp_size,
-        spread_over=ranks if model.reward_rows else None,
+        spread_over=ranks * model.reward_rows_multiple if model.reward_rows else None,
     )
     winners, losers = (torch.from_numpy(x).to(place, non_blocking=True) for x in (batch.winners, batch.losers))
     return DeviceBatch(tokens.contiguous().to(place, non_blocking=True), layout, winners, losers)
