@@ -33,8 +33,14 @@ lint: $(VENV)/.ready-dev
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/lint-imports
 
-benchmarks: $(VENV)/.ready
+benchmarks: $(VENV)/.ready-dev
 	$(RUN) benchmarks/layouts.py
+	$(RUN) benchmarks/last_layer.py
+	$(RUN) benchmarks/growth.py
+	$(RUN) benchmarks/balance.py
+	$(RUN) benchmarks/loaders.py
+	$(RUN) benchmarks/trl_reward_trainer.py
+	$(RUN) benchmarks/plan.py
 	$(RUN) benchmarks/preprocess.py
 	$(RUN) benchmarks/serving.py
 	$(RUN) benchmarks/convert.py

@@ -12,7 +12,6 @@ import os
 import platform
 import statistics
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: CPU time of one t
 
 import numpy as np
 import torch
+from trainer import clock
 
 from megatron_polar.config.schema import (
     DataSection,
@@ -165,12 +165,6 @@ def run(batches, *, model: BuiltModel, topology: Topology, device: Device) -> fl
         loss.backward()
         total += loss.item()
     return total
-
-
-def clock(device: Device) -> float:
-    """Process CPU time on the CPU; wall time behind a synchronised GPU."""
-    device.synchronize()
-    return time.process_time() if device.kind == "cpu" else time.perf_counter()
 
 
 def summarise(figures: dict[int, list[dict]], *, model: BuiltModel, device: Device, options) -> dict:

@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch
 
 import numpy as np
 import torch
-from layouts import VOCAB_SIZE, clock, draw
+from layouts import VOCAB_SIZE, draw
 
 from megatron_polar.data.template import TokenizedComparison
 
@@ -122,52 +122,29 @@ def train_here(options: argparse.Namespace) -> dict:
     """Our trainer's step over the same pairs."""
     from dataclasses import replace
 
-    from megatron_polar.config.presets import architecture_of
-    from megatron_polar.config.schema import DataSection, DatasetSource, FaultsSection, OptimizerSection
+    from trainer import Trainer, constant_rate
+
+    from megatron_polar.config.schema import DataSection, DatasetSource
     from megatron_polar.convert.hugging_face import config_of, open_model
     from megatron_polar.convert.load import load_hugging_face
-    from megatron_polar.data.loader import row_shape
-    from megatron_polar.data.steps import Step, lay_out
-    from megatron_polar.model.build import build_model
-    from megatron_polar.parallel import topology as ranks
-    from megatron_polar.parallel.device import select_device
-    from megatron_polar.train.gradients import GradientReduction
-    from megatron_polar.train.guard import StepGuard
-    from megatron_polar.train.optimizer import build_optimizer, build_schedule
-    from megatron_polar.train.step import train_step
 
-    device, source = select_device("auto", local_rank=0), open_model(options.work / "model")
+    source = open_model(options.work / "model")
     config = config_of(source, run_directory="unused", dtype=torch.float32)
+    optimizer = constant_rate(LEARNING_RATE, adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_eps=EPSILON, clip_grad=CLIP)
     config = replace(
         config,
         model=replace(config.model, last_layer="all_rows"),
         data=DataSection(train=(DatasetSource("unused"),), max_tokens_per_micro_batch=16384),
+        optimizer=optimizer,
     )
-    section = OptimizerSection(
-        lr=LEARNING_RATE, lr_decay_style="constant", warmup_fraction=0.0, adam_beta1=BETAS[0], adam_beta2=BETAS[1],
-        adam_eps=EPSILON, clip_grad=CLIP,
-    )  # fmt: skip
-    topology = ranks.initialize(config.parallel, device=device)
-    ranks.seed_ranks(topology, seed=0)
-    model = build_model(config, topology=topology, device=device, vocab_size=VOCAB_SIZE)
-    load_hugging_face(source, model=model)
-    reduction = GradientReduction(model, device=device)
-    optimizer = build_optimizer(section, model=model, reduction=reduction)
-    schedule = build_schedule(section, optimizer=optimizer, num_steps=options.steps)
-    shape = row_shape(config.data, topology=topology, architecture=architecture_of(config.model))
-    guard, pairs, size = StepGuard(FaultsSection()), comparisons_of(options), options.global_batch_size
+    trainer, pairs, size = Trainer(config, vocab_size=VOCAB_SIZE), comparisons_of(options), options.global_batch_size
+    load_hugging_face(source, model=trainer.model)
     seconds, losses = [], []
     for number in range(options.steps):
-        start = clock(device)
-        rows = lay_out(pairs[number * size : (number + 1) * size], shape=shape, rank=0, pad_id=0)
-        step = Step(number, rows.micro_batches, rows.members, size, 0, rows.imbalance, rows.num_rounds)
-        result = train_step(
-            model, optimizer=optimizer, step=step, reduction=reduction, guard=guard, topology=topology, device=device
-        )
-        schedule.step(increment=1)
-        seconds.append(clock(device) - start)
+        result, _, elapsed = trainer.step(pairs[number * size : (number + 1) * size])
+        seconds.append(elapsed)
         losses.append(result.sums["loss"] / result.sums["pairs"])
-    return {"seconds": seconds[1:], "losses": losses, "device": device.name}
+    return {"seconds": seconds[1:], "losses": losses}
 
 
 # --- TRL -------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,145 @@
+"""Training throughput of POLAR's shapes on one GPU: tokens, comparisons and FLOP/s, memory, and where the time goes.
+
+Real optimizer steps on rows of the length mix of layouts.py. With AdamW's fp32 state a 7B model does not fit one GPU,
+so `--layers` takes fewer: a layer costs the same in any depth, and the embedding is a look-up. FP8 recipes and bf16 can
+be run in turns in one call. MFU counts, per physical token, 6 FLOPs per weight of the layers (in the last layer, behind
+its keys and values, per reward), and attention over its exact causal area; over the dense bf16 peak, for FP8 too.
+
+  python benchmarks/throughput.py --preset polar_7b --layers 12 --fp8 off tensorwise
+"""
+
+import argparse
+import os
+import statistics
+import sys
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch
+
+import numpy as np
+import torch
+from layouts import VOCAB_SIZE, draw
+from trainer import Trainer, conditions, constant_rate
+
+from megatron_polar.config.schema import DataSection, DatasetSource, ModelSection, RunConfig, RunSection, TrainSection
+from megatron_polar.train.metrics import peak_tflops
+
+
+def main() -> None:
+    """Measure every recipe and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="polar_1_8b")
+    parser.add_argument("--layers", type=int, help="fewer layers than the preset has")
+    parser.add_argument(
+        "--fp8", nargs="+", default=["off"], metavar="RECIPE", help="off, tensorwise, blockwise, delayed"
+    )
+    parser.add_argument("--layouts", nargs="+", default=["shared_prefix", "packed"])
+    parser.add_argument("--candidates", type=int, nargs="+", default=[2, 4], metavar="K")
+    parser.add_argument("--row-tokens", type=int, default=16384)
+    parser.add_argument("--rows", type=int, default=4, help="micro-batches of a step, about")
+    parser.add_argument("--steps", type=int, default=8, help="timed; two more come before them")
+    parser.add_argument("--profile", action="store_true", help="share of GPU time outside of GEMMs and attention")
+    options = parser.parse_args()
+    print(
+        "| precision | K | layout | s/step | comparisons/s | physical tokens/s | logical tokens/s | MFU | GB | other |"
+    )
+    print("|---|---:|---|---:|---:|---:|---:|---:|---:|---:|")
+    place = None
+    for k in options.candidates:
+        for layout in options.layouts:
+            for fp8 in options.fp8:
+                trainer = Trainer(make_config(options, fp8=fp8, layout=layout), vocab_size=VOCAB_SIZE, place=place)
+                place = trainer.place
+                print(measure(trainer, options, k=k, fp8=fp8), flush=True)
+                del trainer
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+    shape = f"{options.preset}, {options.layers} layers" if options.layers else options.preset
+    print(
+        f"\n{shape}, rows of {options.row_tokens} tokens, about {options.rows} a step, medians of {options.steps} "
+        f"steps; GB: peak allocated; other: GPU time outside of GEMMs and attention; {conditions(place[0])}."
+    )
+    torch.distributed.destroy_process_group()
+
+
+def make_config(options: argparse.Namespace, *, fp8: str, layout: str) -> RunConfig:
+    """bf16 on a GPU, fp32 on the CPU (for trying the script)."""
+    has_gpu = torch.cuda.is_available()
+    return RunConfig(
+        run=RunSection(directory="unused"),
+        model=ModelSection(preset=options.preset, num_layers=options.layers, reward_head_init_std=0.02),
+        data=DataSection(
+            train=(DatasetSource("unused"),),
+            layout=layout,
+            max_tokens_per_micro_batch=options.row_tokens,
+            pad_to_multiple=128,
+        ),
+        train=TrainSection(
+            global_batch_size=1,
+            num_steps=1,
+            precision="bf16" if has_gpu else "fp32",
+            fp8=fp8,
+            fp8_bf16_layers=0 if fp8 == "delayed" else 1,
+        ),
+        optimizer=constant_rate(1e-5),
+    )
+
+
+def measure(trainer: Trainer, options: argparse.Namespace, *, k: int, fp8: str) -> str:
+    """One row of the table."""
+    generator = np.random.default_rng([0, k])
+    mean = statistics.fmean(
+        len(c.prefix) + sum(map(len, c.candidates)) for c in draw(k, count=64, generator=np.random.default_rng(1))
+    )
+    count = max(1, int(options.rows * options.row_tokens / mean))
+    seconds, physical, logical, flops = [], [], [], []
+    for number in range(options.steps + 2):
+        comparisons = draw(k, count=count, generator=generator)
+        if number == 2:
+            trainer.device.memory_allocated()  # forgets the peak so far
+        _, rows, elapsed = trainer.step(comparisons)
+        if number < 2:
+            continue
+        batches = rows.micro_batches
+        seconds.append(elapsed)
+        physical.append(sum(batch.tokens.size for batch in batches))
+        logical.append(sum(batch.num_logical_tokens for batch in batches))
+        flops.append(
+            3 * trainer.model.architecture.forward_flops(
+                tokens=physical[-1],
+                attended=sum(batch.num_attended for batch in batches),
+                rewards=sum(len(batch.reward_positions) for batch in batches),
+                reward_keys=logical[-1],
+            )
+        )  # fmt: skip
+    peak = peak_tflops(trainer.device.name, None)
+
+    def rate(amounts: list[float]) -> float:
+        return statistics.median(amount / second for amount, second in zip(amounts, seconds, strict=True))
+
+    mfu = f"{rate(flops) / peak / 1e12:.1%}" if peak else "not known"
+    memory = trainer.device.memory_allocated() / 1e9
+    precision = trainer.config.train.precision + ("" if fp8 == "off" else f", FP8 {fp8}")
+    other = f"{share_outside(trainer, draw(k, count=count, generator=generator)):.0%}" if options.profile else ""
+    return (
+        f"| {precision} | {k} | {trainer.config.data.layout} | {statistics.median(seconds):.3f} "
+        f"| {rate([count] * len(seconds)):.1f} | {rate(physical):,.0f} | {rate(logical):,.0f} | {mfu} "
+        f"| {memory:.1f} | {other} |"
+    )
+
+
+def share_outside(trainer: Trainer, comparisons) -> float:
+    """Share of a step's GPU time in kernels that are neither GEMMs nor attention, by their names."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        trainer.step(comparisons)
+    times = {event.key.lower(): event.self_device_time_total for event in found.key_averages()}
+    inside = sum(
+        time for name, time in times.items()
+        if any(word in name for word in ("gemm", "nvjet", "cutlass", "flash", "fmha", "cudnn", "attention"))
+    )  # fmt: skip
+    return 1 - inside / sum(times.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
