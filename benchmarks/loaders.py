@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--global-batch-size", type=int, default=256)
     parser.add_argument("--ranks", type=int, default=16, help="data-parallel; one of them is played")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--step-seconds", type=float, default=0.5)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
@@ -42,7 +43,7 @@ def main() -> None:
         print("| loader | workers | waiting, ms | share of the step | CPU ms a step, all processes |")
         print("|---|---:|---:|---:|---:|")
         for loader in ("torch", "dali") if find_spec("nvidia.dali") else ("torch",):
-            for workers in (0, 1, 2):
+            for workers in options.workers:
                 print(measure(corpus, options, loader=loader, workers=workers), flush=True)
     dali = f", nvidia-dali {version('nvidia-dali-cuda130')}" if find_spec("nvidia.dali") else ""
     print(

@@ -3,11 +3,56 @@
 import argparse
 import asyncio
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+SMALL = {
+    "balance.py": (["--batches", "1"], "| 4096 | 512 | 2 |"),
+    "growth.py": (["--repeats", "1", "--comparisons", "1", "--hidden-size", "128"], "| layers | 16 |"),
+    "last_layer.py": (["--layers", "1", "--repeats", "1"], "| polar_72b | 80 |"),
+    "loaders.py": (["--steps", "3", "--step-seconds", "0.05", "--workers", "0"], "| dali | 0 |"),
+    "plan.py": ([], "| 16B | 192 | TP4 PP1 |"),
+    "throughput.py": (
+        ["--preset", "nano", "--row-tokens", "2048", "--rows", "1", "--steps", "1"],
+        "| fp32 | 4 | packed |",
+    ),
+    "trl_reward_trainer.py": (
+        [
+            "--steps",
+            "2",
+            "--global-batch-size",
+            "1",
+            "--hidden-size",
+            "128",
+            "--repeats",
+            "1",
+            "--trl-batch-sizes",
+            "1",
+        ],
+        "| TRL, 1 pairs a forward pass |",
+    ),
+}
+
+
+@pytest.mark.parametrize("script", SMALL)
+def test_a_benchmark_runs_to_its_table(script, tmp_path):
+    """In small: what is measured is not looked at, but for TRL's losses."""
+    options, row = SMALL[script]
+    if script.startswith("trl"):
+        options = [*options, "--output", str(tmp_path / "table.md")]
+    command = [sys.executable, BENCHMARKS / script, *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith(row)]
+    if script.startswith("trl"):
+        assert float(line.split("|")[-2]) < 1e-5, "both trainers take the same steps"
+        assert "<svg" in (tmp_path / "table.svg").read_text()
 
 
 @pytest.fixture
