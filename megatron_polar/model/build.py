@@ -75,16 +75,7 @@ def build_model(
     attention = attention_class(
         config.model.attention, dtype=dtype, have_transformer_engine=impl == "transformer_engine"
     )
-    if config.train.fp8 != "off" and impl != "transformer_engine":
-        raise UserError(
-            f"train.fp8={config.train.fp8} needs Transformer Engine's layers, and this run has megatron-core's local "
-            f"ones, which would ignore it; install requirements-gpu.txt on a Hopper machine, or set train.fp8=off"
-        )
-    if config.train.gradient_accumulation_fusion and find_spec("fused_weight_gradient_mlp_cuda") is None:
-        raise UserError(
-            "train.gradient_accumulation_fusion=true needs Apex's fused_weight_gradient_mlp_cuda, which is not "
-            "installed here; build Apex with its CUDA extensions, or set it to false"
-        )
+    _check_kernels(config.train, transformer_impl=impl)
     transformer_config = make_transformer_config(
         config, architecture=architecture, topology=topology, device=device, dtype=dtype, transformer_impl=impl
     )
@@ -122,6 +113,19 @@ def build_model(
         )
         chunks.append(_wrap(model, config=config, transformer_config=transformer_config, for_training=for_training))
     return BuiltModel(chunks, transformer_config, architecture, rows, impl, attention.__name__, reward_rows)
+
+
+def _check_kernels(train: TrainSection, *, transformer_impl: str) -> None:
+    if train.fp8 != "off" and transformer_impl != "transformer_engine":
+        raise UserError(
+            f"train.fp8={train.fp8} needs Transformer Engine's layers, and this run has megatron-core's local ones, "
+            f"which would ignore it; install requirements-gpu.txt on a Hopper machine, or set train.fp8=off"
+        )
+    if train.gradient_accumulation_fusion and find_spec("fused_weight_gradient_mlp_cuda") is None:
+        raise UserError(
+            "train.gradient_accumulation_fusion=true needs Apex's fused_weight_gradient_mlp_cuda, which is not "
+            "installed here; build Apex with its CUDA extensions, or set it to false"
+        )
 
 
 def _check_memory(num_parameters: int, *, topology: Topology, device: Device, dtype: torch.dtype) -> None:
