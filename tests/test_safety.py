@@ -279,8 +279,9 @@ def _calls(tree: ast.AST):
             yield ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}, node.lineno
 
 
-ASKS_THE_MACHINE = {("launch/node.py", "subprocess.run")}
-"""The preflight starts nvidia-smi and git, with arguments of its own and none that it reads."""
+ASKS_THE_MACHINE = {("launch/node.py", "subprocess.run"), ("launch/submit.py", "subprocess.run")}
+"""The preflight starts nvidia-smi and git, with arguments of its own; slurm/launch.sh starts sinfo, and sbatch with
+what its user has written. No file is asked what to start."""
 
 
 def test_the_package_has_no_way_to_run_what_it_reads():
