@@ -79,6 +79,8 @@ def _memory_lines(plan: Plan, *, memory: MemoryEstimate) -> list[str]:
 
 
 def _time_lines(plan: Plan) -> list[str]:
+    if plan.config.run.device == "cpu":
+        return []
     time, lengths = plan.time, plan.lengths
     names = (field.name for field in dataclasses.fields(time) if field.name != "mfu")
     shares = {name: getattr(time, name) / time.seconds for name in names}
@@ -89,7 +91,7 @@ def _time_lines(plan: Plan) -> list[str]:
         _row("time", f"{time.seconds:.3g} s a step on {plan.cluster.gpu.name}, for {of}; arithmetic, not measured"),
         _row("", f"{comparisons:.3g} comparisons/s, MFU {time.mfu:.0%}; {spent}"),
     ]
-    if plan.num_steps:
+    if plan.num_steps and plan.num_steps * time.seconds > 3600:
         lines.append(_row("", f"{plan.num_steps * time.seconds / 86400:.3g} days for {plan.num_steps:,} steps"))
     return lines
 
