@@ -34,6 +34,10 @@ def _plan(options: argparse.Namespace) -> None:
     from megatron_polar.scaling.search import search_layouts
     from megatron_polar.scaling.table import render_plan, render_search
 
+    if options.config.suffix == ".sh":
+        raise UserError(
+            f"{options.config}: a job script; give its YAML, or run slurm/launch.sh --dry-run {options.config}"
+        )
     gpu = GPUS[options.gpu]
     memory = gpu.memory_gb if options.gpu_memory_gb is None else options.gpu_memory_gb
     cluster = Cluster(options.nodes, gpus_per_node=options.gpus_per_node, gpu_memory_gb=memory, gpu=gpu)

@@ -153,6 +153,11 @@ def test_the_command_lists_layouts_and_what_to_write(capsys):
     assert "--answer-tokens None must be above 0; give both lengths, or none" in capsys.readouterr().err
 
 
+def test_a_job_script_is_no_configuration(capsys):
+    assert main(["plan", "slurm/pretrain_7b.sh"]) == USER_ERROR
+    assert "a job script; give its YAML, or run slurm/launch.sh --dry-run" in capsys.readouterr().err
+
+
 def test_a_layout_has_the_links_that_its_groups_reach(seven_billion):
     """Data-parallel groups stay inside a node only where all ranks do."""
     work, none = mean_work(Lengths(), candidates=2, layout="shared_prefix"), Layout(1, 1, None, 1, 8, False)
