@@ -18,7 +18,8 @@ from megatron_polar.data.records import TrajectoryGroup, parse_record
 from megatron_polar.errors import UserError
 from megatron_polar.policies.ngram import split_words
 from megatron_polar.policies.pool import load_pool
-from megatron_polar.policies.sample import draw_prompts, prompt_side, sample_pool
+from megatron_polar.policies.prompts import draw_prompts, prompt_side
+from megatron_polar.policies.sample import sample_pool
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples" / "quickstart"
