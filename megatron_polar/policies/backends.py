@@ -16,7 +16,7 @@ from megatron_polar.policies.ngram import (
     split_words,
 )
 
-BACKENDS = ("embedded",)  # HTTP (OpenAI-compatible) and transformers backends join here
+BACKENDS = ("embedded", "http", "transformers")
 
 
 class Policy(Protocol):

@@ -40,6 +40,11 @@ def list_of(item: Key, default: Any) -> Key:
     return Key(default, f"a list, each entry {item.allowed}", is_allowed)
 
 
+def one_of(*names: str) -> Key:
+    """A key without a default that takes one of `names`."""
+    return Key(None, " or ".join(f"`{name}`" for name in names), lambda value: value in names)
+
+
 def is_files(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(map(TEXT.is_allowed, value))
 

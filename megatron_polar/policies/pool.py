@@ -3,12 +3,13 @@
 import random
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_polar.errors import UserError
 from megatron_polar.policies.backends import BACKENDS, EmbeddedPolicy, EmbeddedSpec, choose, derived_seed, fit_embedded
+from megatron_polar.policies.clean import Cleaning
 from megatron_polar.policies.keys import (
     SECTION,
     TEXT,
@@ -21,10 +22,12 @@ from megatron_polar.policies.keys import (
     list_of,
     listed,
     number,
+    one_of,
     read_yaml,
     shown,
 )
 from megatron_polar.policies.ngram import MARKS, MAX_ORDER, Truncation, read_documents
+from megatron_polar.policies.remote import HttpSpec, TransformersSpec, check_together, read_http, read_transformers
 
 
 @dataclass(frozen=True)
@@ -37,17 +40,26 @@ class PromptRule:
 
 @dataclass(frozen=True)
 class Pool:
-    """A validated pool: every policy in full, and the words of the corpus they were fitted on."""
+    """A validated pool: every policy in full, and the words of the corpus that embedded ones are fitted on.
+
+    cleaning: of answers, where not all policies are embedded.
+    """
 
     path: Path
     seed: int
     prompts: PromptRule
-    specs: tuple[EmbeddedSpec, ...]
+    specs: tuple[EmbeddedSpec | HttpSpec | TransformersSpec, ...]
     documents: tuple[tuple[str, ...], ...]
+    cleaning: Cleaning = field(default_factory=Cleaning)
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether every policy is."""
+        return all(isinstance(spec, EmbeddedSpec) for spec in self.specs)
 
     def fit(self) -> list[EmbeddedPolicy]:
-        """Fit every policy, in the order of the pool: about 25 ms each on Python's own reference text."""
-        return [fit_embedded(spec, self.documents) for spec in self.specs]
+        """Fit every embedded policy, in the order of the pool: about 25 ms each on Python's own reference text."""
+        return [fit_embedded(spec, self.documents) for spec in self.specs if isinstance(spec, EmbeddedSpec)]
 
 
 _TEMPERATURE = number(1.0, 0, 10, open_low=True)
@@ -60,6 +72,7 @@ _POOL_KEYS = {
     "prompts": SECTION,
     "embedded": SECTION,
     "policies": Key([], "a list of policies", lambda value: isinstance(value, list)),
+    "cleaning": SECTION,
 }
 _SAMPLING_KEYS = {
     "top_p": number(0.9, 0, 1, open_low=True),
@@ -68,6 +81,13 @@ _SAMPLING_KEYS = {
     "max_words": integer(20, 1),
     "corpus_fraction": number(0.5, 0, 1, open_low=True),
     "insertion_probability": number(0.5, 0, 1),
+}
+_MAX_TOKENS = {"max_tokens": integer(4096, 1)}
+_CLEANING_KEYS = {
+    "loop_repeats": integer(4, 0),
+    "loop_characters": integer(100, 1),
+    "cut_off": one_of("trim", "keep", "drop")._replace(default="trim"),
+    "near_duplicates": number(0.9, 0, 1),
 }
 _PROMPT_KEYS = {"min_words": integer(3, 1), "max_words": integer(6, 1)}
 _GENERATOR_KEYS = {
@@ -95,12 +115,13 @@ def load_pool(path: Path) -> Pool:
     range, a backend that does not exist, two policies of one name, or fewer than two policies.
     """
     root = check_section(read_yaml(path), _POOL_KEYS, where=str(path))
-    sampling = check_section(root["sampling"], _SAMPLING_KEYS, where=f"{path}: sampling")
+    sampling = check_section(root["sampling"], {**_SAMPLING_KEYS, **_MAX_TOKENS}, where=f"{path}: sampling")
     prompts = check_section(root["prompts"], _PROMPT_KEYS, where=f"{path}: prompts")
+    cleaning = check_section(root["cleaning"], _CLEANING_KEYS, where=f"{path}: cleaning")
     _check_lengths(sampling, where=f"{path}: sampling")
     _check_lengths(prompts, where=f"{path}: prompts")
     explicit = [
-        _explicit_spec(entry, sampling, seed=root["seed"], where=f"{path}: policies[{index}]")
+        _explicit_spec(entry, sampling, seed=root["seed"], path=path, where=f"{path}: policies[{index}]")
         for index, entry in enumerate(root["policies"])
     ]
     documents = tuple(map(tuple, read_documents(_corpus_files(root["corpus"], path.parent))))
@@ -117,7 +138,13 @@ def load_pool(path: Path) -> Pool:
             f"{path}: {len(specs)} policies are described and a comparison needs two; "
             "set embedded.num_policies or list them under `policies`"
         )
-    return Pool(path, root["seed"], PromptRule(**prompts), specs, documents)
+    check_together(specs, where=f"{path}: policies")
+    pool = Pool(path, root["seed"], PromptRule(**prompts), specs, documents, Cleaning(**cleaning))
+    if pool.is_embedded and root["cleaning"]:
+        raise UserError(
+            f"{path}: cleaning is for answers of models, and every policy here is embedded; take the section out"
+        )
+    return pool
 
 
 def _check_lengths(section: dict[str, Any], *, where: str) -> None:
@@ -134,9 +161,19 @@ def _corpus_files(corpus: str | list[str], directory: Path) -> list[Path] | None
     return [directory / name for name in ([corpus] if isinstance(corpus, str) else corpus)]
 
 
-def _explicit_spec(entry: Any, sampling: dict[str, Any], *, seed: int, where: str) -> EmbeddedSpec:
-    if isinstance(entry, dict) and entry.get("backend", "embedded") not in BACKENDS:
-        raise UserError(f"{where}: backend={shown(entry['backend'])} does not exist here; use {listed(BACKENDS)}")
+def _explicit_spec(
+    entry: Any, sampling: dict[str, Any], *, seed: int, path: Path, where: str
+) -> EmbeddedSpec | HttpSpec | TransformersSpec:
+    """One entry of `policies:`; where it names no backend, an endpoint or a path of a model says which."""
+    if isinstance(entry, dict):
+        guessed = "http" if "endpoint" in entry else "transformers" if "path" in entry else "embedded"
+        backend = entry.get("backend", guessed)
+        if backend not in BACKENDS:
+            raise UserError(f"{where}: backend={shown(backend)} does not exist here; use {listed(BACKENDS)}")
+        if backend == "http":
+            return read_http(entry, sampling, where=where)
+        if backend == "transformers":
+            return read_transformers(entry, sampling, directory=path.parent, where=where)
     keys = {name: key._replace(default=sampling.get(name, key.default)) for name, key in _POLICY_KEYS.items()}
     policy = check_section(entry, keys, where=where)
     _check_lengths(policy, where=where)

@@ -1,9 +1,11 @@
 """Where prompts come from: openings of the pool's corpus, files of prompts, and prefixes of documents."""
 
 import random
+import re
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple, Protocol
 
 import orjson
 
@@ -51,21 +53,93 @@ def _openings(documents: Sequence[Sequence[str]], rule: PromptRule) -> Iterator[
                 yield document[start : start + length]
 
 
-def read_prompts(path: Path, *, limit: int | None) -> Iterator[str]:
+class Prompt(NamedTuple):
+    """The text that trajectories belong to, and the messages that it was given as, for policies that chat."""
+
+    text: str
+    messages: tuple[tuple[str, str], ...] = ()
+
+
+def read_prompts(path: Path, *, limit: int | None) -> Iterator[Prompt]:
+    """Read the first `limit` prompts of a JSONL file (all for None). Raises UserError with the line of a bad one."""
     remedy = 'each line is an object with a "prompt": a text or a list of {"role", "content"} messages'
     count = 0
     for line_number, line in read_jsonl(path):
         if count == limit:
             return
         try:
-            prompt = prompt_text(orjson.loads(line)["prompt"])
+            given = orjson.loads(line)["prompt"]
+            prompt = Prompt(prompt_text(given), _messages(given))
         except (orjson.JSONDecodeError, KeyError, TypeError) as error:
             reason = "has no key `prompt`" if isinstance(error, KeyError) else f"cannot be read ({error})"
             raise UserError(f"{path}:{line_number}: {reason}; {remedy}") from None
-        if not prompt.strip():
+        if not prompt.text.strip():
             raise UserError(f"{path}:{line_number}: the prompt is empty; {remedy}")
         count += 1
         yield prompt
     if count == 0 or (limit is not None and count < limit):
         wanted = "at least one is needed" if limit is None else f"num_prompts={limit} are asked for"
         raise UserError(f"{path}: holds {count} prompts, {wanted}; lower num_prompts or add lines")
+
+
+def _messages(given: Any) -> tuple[tuple[str, str], ...]:
+    """(role, content) of a list of messages; who says no role is the user."""
+    if isinstance(given, str):
+        return ()
+    return tuple((str(message.get("role", "user")), message["content"]) for message in given)
+
+
+# --- prefixes of documents -------------------------------------------------------------------------------------------
+
+_CHARACTERS_PER_TOKEN = 16  # more than any text needs; what lies behind is not tokenized
+
+
+class Codec(Protocol):
+    """What cutting needs of a tokenizer."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int], /) -> str: ...
+
+
+def cut_prefixes(
+    path: Path, *, limit: int | None, seed: int, codec: Codec | None = None, max_tokens: int = 1024
+) -> Iterator[str]:
+    """Yield beginnings of documents, the paper's prompts for base models: 1 to `max_tokens` tokens, uniformly (D.1.1).
+
+    `path`: JSONL with a key `text`, or a directory of such files. Without a codec, words are counted. A document leaves
+    at least its last token to the policies; one that is empty, or whose prefix was there before, gives none. Raises
+    UserError for bad lines and where there are fewer than `limit`.
+    """
+    remedy = 'each line is an object with a "text": a document'
+    seen: set[int] = set()
+    for place, (line_number, line) in enumerate(read_jsonl(path)):
+        if len(seen) == limit:
+            return
+        try:
+            text = orjson.loads(line)["text"]
+            if not isinstance(text, str):
+                raise TypeError("`text` is no string")
+        except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+            reason = "has no key `text`" if isinstance(error, KeyError) else f"cannot be read ({error})"
+            raise UserError(f"{path}:{line_number}: {reason}; {remedy}") from None
+        rng = random.Random(derived_seed("prefix", seed, place))
+        prefix = _cut(text.lstrip().replace("\0", ""), rng.random(), codec=codec, max_tokens=max_tokens)
+        if prefix.strip() and (key := derived_seed(prefix)) not in seen:
+            seen.add(key)
+            yield prefix
+    if not seen or (limit is not None and len(seen) < limit):
+        wanted = "at least one is needed" if limit is None else f"num_prompts={limit} are asked for"
+        raise UserError(f"{path}: gives {len(seen)} different prefixes, {wanted}; lower num_prompts or add documents")
+
+
+def _cut(text: str, uniform: float, *, codec: Codec | None, max_tokens: int) -> str:
+    """The first tokens (words for None) of a text; `uniform` in [0, 1) says how many."""
+    if codec is None:
+        ends = [found.end() for found in islice(re.finditer(r"\S+", text), max_tokens + 1)]
+        most = min(max_tokens, len(ends) - 1)
+        return text[: ends[int(uniform * most)]] if most > 0 else ""
+    ids = codec.encode(text[: _CHARACTERS_PER_TOKEN * max_tokens])
+    most = min(max_tokens, len(ids) - 1)
+    # A token may hold a part of a character, which decoding shows as U+FFFD.
+    return codec.decode(ids[: 1 + int(uniform * most)]).rstrip("\ufffd") if most > 0 else ""

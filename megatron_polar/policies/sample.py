@@ -79,7 +79,7 @@ def sample_pool(
     if prompts is None:
         texts = draw_prompts(pool, num_prompts=num_prompts, split=prompt_split, seed=seed)
     else:
-        texts = list(read_prompts(prompts, limit=num_prompts))
+        texts = [prompt.text for prompt in read_prompts(prompts, limit=num_prompts)]
     if check:
         info(f"{output}: the arguments are right; {len(texts)} prompts")
         return None
