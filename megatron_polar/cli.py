@@ -96,6 +96,13 @@ def _add_sample(verbs) -> None:
     verb.add_argument(
         "--prompts", type=Path, help="JSONL with a `prompt` key; default: sentence openings of the pool's corpus"
     )
+    verb.add_argument(
+        "--documents",
+        type=Path,
+        help="JSONL with a `text` key: prompts are prefixes of these, of random length",
+    )
+    verb.add_argument("--tokenizer", type=Path, help="counts the tokens of prefixes; default: words are counted")
+    verb.add_argument("--max-prefix-tokens", type=int, default=1024, help="longest prefix of a document")
     verb.add_argument("--output", type=Path, required=True, help="directory for the trajectories")
     verb.add_argument("--num-prompts", type=int, help="how many prompts (default: all of --prompts)")
     verb.add_argument(
@@ -103,6 +110,12 @@ def _add_sample(verbs) -> None:
     )
     verb.add_argument(
         "--trajectories-per-policy", type=int, default=2, help="trajectories of each prompt's first policy"
+    )
+    verb.add_argument(
+        "--schedule",
+        choices=("anchor", "all"),
+        default="anchor",
+        help="anchor: several trajectories of one policy, one each of others; all: equally many of every policy",
     )
     verb.add_argument("--policies-per-prompt", type=int, default=4, help="policies that answer each prompt")
     verb.add_argument("--wrapper", choices=("sft", "pretrain"), default="pretrain")
@@ -141,6 +154,10 @@ def _sample(options: argparse.Namespace) -> None:
         wrapper=options.wrapper,
         part=part,
         check=options.check,
+        schedule=options.schedule,
+        documents=options.documents,
+        tokenizer=options.tokenizer,
+        max_prefix_tokens=options.max_prefix_tokens,
     )
     if report is None:
         return

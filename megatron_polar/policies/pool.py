@@ -42,7 +42,8 @@ class PromptRule:
 class Pool:
     """A validated pool: every policy in full, and the words of the corpus that embedded ones are fitted on.
 
-    cleaning: of answers, where not all policies are embedded.
+    Without embedded policies the corpus is read when prompts are drawn from it. cleaning: of answers, where not all
+    policies are embedded.
     """
 
     path: Path
@@ -50,12 +51,17 @@ class Pool:
     prompts: PromptRule
     specs: tuple[EmbeddedSpec | HttpSpec | TransformersSpec, ...]
     documents: tuple[tuple[str, ...], ...]
+    corpus: tuple[Path, ...] | None
     cleaning: Cleaning = field(default_factory=Cleaning)
 
     @property
     def is_embedded(self) -> bool:
         """Whether every policy is."""
         return all(isinstance(spec, EmbeddedSpec) for spec in self.specs)
+
+    def read_corpus(self) -> tuple[tuple[str, ...], ...]:
+        """The documents, whether they were read before or not. Raises UserError."""
+        return self.documents or tuple(map(tuple, read_documents(self.corpus)))
 
     def fit(self) -> list[EmbeddedPolicy]:
         """Fit every embedded policy, in the order of the pool: about 25 ms each on Python's own reference text."""
@@ -124,7 +130,9 @@ def load_pool(path: Path) -> Pool:
         _explicit_spec(entry, sampling, seed=root["seed"], path=path, where=f"{path}: policies[{index}]")
         for index, entry in enumerate(root["policies"])
     ]
-    documents = tuple(map(tuple, read_documents(_corpus_files(root["corpus"], path.parent))))
+    corpus, documents = _corpus_files(root["corpus"], path.parent), ()
+    if root["embedded"] or any(isinstance(spec, EmbeddedSpec) for spec in explicit) or not explicit:
+        documents = tuple(map(tuple, read_documents(corpus)))
     generated: list[EmbeddedSpec] = []
     if root["embedded"]:
         generator = check_section(root["embedded"], _GENERATOR_KEYS, where=f"{path}: embedded")
@@ -139,7 +147,7 @@ def load_pool(path: Path) -> Pool:
             "set embedded.num_policies or list them under `policies`"
         )
     check_together(specs, where=f"{path}: policies")
-    pool = Pool(path, root["seed"], PromptRule(**prompts), specs, documents, Cleaning(**cleaning))
+    pool = Pool(path, root["seed"], PromptRule(**prompts), specs, documents, corpus, Cleaning(**cleaning))
     if pool.is_embedded and root["cleaning"]:
         raise UserError(
             f"{path}: cleaning is for answers of models, and every policy here is embedded; take the section out"
@@ -155,10 +163,10 @@ def _check_lengths(section: dict[str, Any], *, where: str) -> None:
         )
 
 
-def _corpus_files(corpus: str | list[str], directory: Path) -> list[Path] | None:
+def _corpus_files(corpus: str | list[str], directory: Path) -> tuple[Path, ...] | None:
     if corpus == "pydoc":
         return None
-    return [directory / name for name in ([corpus] if isinstance(corpus, str) else corpus)]
+    return tuple(directory / name for name in ([corpus] if isinstance(corpus, str) else corpus))
 
 
 def _explicit_spec(

@@ -3,6 +3,7 @@
 import random
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -11,6 +12,7 @@ import orjson
 
 from megatron_polar.data.lines import read_jsonl
 from megatron_polar.data.template import prompt_text
+from megatron_polar.data.tokenizer import load_tokenizer
 from megatron_polar.errors import UserError
 from megatron_polar.policies.backends import choose, derived_seed
 from megatron_polar.policies.ngram import MARKS, join_words
@@ -34,7 +36,7 @@ def draw_prompts(pool: Pool, *, num_prompts: int | None, split: Literal["train",
         raise UserError(
             "--num-prompts is missing: say how many prompts to draw from the pool's corpus, or give a file: --prompts"
         )
-    on_side = (words for words in _openings(pool.documents, pool.prompts) if prompt_side(words) == split)
+    on_side = (words for words in _openings(pool.read_corpus(), pool.prompts) if prompt_side(words) == split)
     openings = sorted(set(map(join_words, on_side)))
     if num_prompts > len(openings):
         raise UserError(
@@ -58,6 +60,41 @@ class Prompt(NamedTuple):
 
     text: str
     messages: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which prompts: those of a file, prefixes of documents, or, without either, openings of the pool's corpus.
+
+    tokenizer: counts the tokens of prefixes; None counts words.
+    """
+
+    prompts: Path | None
+    documents: Path | None
+    num_prompts: int | None
+    split: Literal["train", "heldout"]
+    tokenizer: Path | None
+    max_prefix_tokens: int
+
+
+def find_prompts(wanted: Wanted, pool: Pool, *, seed: int) -> list[Prompt]:
+    """Read, cut or draw the prompts. Raises UserError for bad input, too little of it, and two kinds at once."""
+    if wanted.documents is None:
+        if wanted.tokenizer is not None:
+            raise UserError("--tokenizer counts the tokens of prefixes: give --documents, or leave it out")
+        if wanted.prompts is not None:
+            return list(read_prompts(wanted.prompts, limit=wanted.num_prompts))
+        texts = draw_prompts(pool, num_prompts=wanted.num_prompts, split=wanted.split, seed=seed)
+        return [Prompt(text) for text in texts]
+    if wanted.prompts is not None:
+        raise UserError("--prompts and --documents exclude each other: prompts come from one place")
+    if wanted.max_prefix_tokens < 1:
+        raise UserError(f"max_prefix_tokens={wanted.max_prefix_tokens} is too small; use 1 or more")
+    codec = None if wanted.tokenizer is None else load_tokenizer(wanted.tokenizer)
+    limit, most = wanted.num_prompts, wanted.max_prefix_tokens
+    return [
+        Prompt(text) for text in cut_prefixes(wanted.documents, limit=limit, seed=seed, codec=codec, max_tokens=most)
+    ]
 
 
 def read_prompts(path: Path, *, limit: int | None) -> Iterator[Prompt]:

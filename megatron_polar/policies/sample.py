@@ -18,10 +18,12 @@ from megatron_polar.data.parts import Part, locked
 from megatron_polar.errors import UserError
 from megatron_polar.log import Progress, info
 from megatron_polar.manifest import HashedFile, sync_directory, write_durably
-from megatron_polar.policies.backends import EmbeddedPolicy
+from megatron_polar.policies.backends import EmbeddedPolicy, EmbeddedSpec
+from megatron_polar.policies.collect import WORK, Shard, collect, read_summary
 from megatron_polar.policies.pool import Pool, load_pool
-from megatron_polar.policies.prompts import draw_prompts, read_prompts
-from megatron_polar.policies.schedule import DrawSettings, scheduled
+from megatron_polar.policies.prompts import Prompt, Wanted, find_prompts
+from megatron_polar.policies.provenance import describe_collected, say_collected, write_quarantine
+from megatron_polar.policies.schedule import SCHEDULES, DrawSettings, scheduled
 
 FORMAT_VERSION = 1
 
@@ -42,12 +44,6 @@ class SampleReport:
     is_complete: bool
 
 
-@dataclass(frozen=True)
-class _Shard:
-    path: Path
-    prompts: tuple[str, ...]
-
-
 def sample_pool(
     pool_path: Path,
     *,
@@ -63,10 +59,15 @@ def sample_pool(
     prompts_per_shard: int = 500,
     part: Part | None = None,
     check: bool = False,
+    schedule: Literal["anchor", "all"] = "anchor",
+    documents: Path | None = None,
+    tokenizer: Path | None = None,
+    max_prefix_tokens: int = 1024,
 ) -> SampleReport | None:
     """Sample trajectories of `policies_per_prompt` policies for each prompt: several of the first, one of each other.
 
-    Prompts are the first `num_prompts` of a JSONL file with a `prompt` key (all for None), or, without a file,
+    With schedule="all" every policy gives `trajectories_per_policy`. Prompts are the first `num_prompts` of a JSONL
+    file with a `prompt` key (all for None), or prefixes of `documents` (up to `max_prefix_tokens` long), or else
     `num_prompts` different sentence openings of the pool's corpus; then `prompt_split` says from which side of the
     split, and the sides share no opening. `output` gets `settings.json`, `trajectories-00000.jsonl` ... and, last,
     `manifest.json`. Called again with the same settings it keeps the finished shards. With a `part` it draws that
@@ -74,40 +75,67 @@ def sample_pool(
     None. UserError for bad input and for an output of other settings.
     """
     pool = load_pool(pool_path)
-    settings = DrawSettings(seed, trajectories_per_policy, policies_per_prompt, prompts_per_shard, wrapper)
+    settings = DrawSettings(seed, trajectories_per_policy, policies_per_prompt, prompts_per_shard, wrapper, schedule)
     _check_counts(pool, settings, num_prompts=num_prompts, prompt_split=prompt_split, workers=workers)
-    if prompts is None:
-        texts = draw_prompts(pool, num_prompts=num_prompts, split=prompt_split, seed=seed)
-    else:
-        texts = [prompt.text for prompt in read_prompts(prompts, limit=num_prompts)]
+    _check_sources(pool, settings, workers=workers)
+    wanted = Wanted(prompts, documents, num_prompts, prompt_split, tokenizer, max_prefix_tokens)
+    found = find_prompts(wanted, pool, seed=seed)
     if check:
-        info(f"{output}: the arguments are right; {len(texts)} prompts")
+        info(f"{output}: the arguments are right; {len(found)} prompts")
         return None
-    described = _describe_settings(pool, settings, texts)
+    described = _describe_settings(pool, settings, found)
     shards = [
-        _Shard(output / f"trajectories-{index:05d}.jsonl", tuple(texts[start : start + prompts_per_shard]))
-        for index, start in enumerate(range(0, len(texts), prompts_per_shard))
+        Shard(index, output / f"trajectories-{index:05d}.jsonl", tuple(found[start : start + prompts_per_shard]), start)
+        for index, start in enumerate(range(0, len(found), prompts_per_shard))
         if part is None or part.holds(index)
     ]
     with _opened(output, described, part=part):
-        pending = [shard for shard in shards if not _is_finished(shard)]
         has_manifest = (output / "manifest.json").exists()
+        pending = [shard for shard in shards if not _is_finished(shard, pool)]
         if has_manifest and not pending:
             info(f"sample: {output} is complete and was made with these settings; nothing to do")
-        _write_shards(pool, settings, pending, workers=workers, total=sum(len(shard.prompts) for shard in pending))
+        if pool.is_embedded:
+            _write_shards(pool, settings, pending, workers=workers, total=sum(len(shard.prompts) for shard in pending))
+        else:
+            said = collect(pool, settings, pending, suffix=_unique_suffix())
         entries = [_describe_shard(shard.path) for shard in shards]
         totals = {name: sum(entry[name] for entry in entries) for name in ("prompts", "trajectories", "words")}
         if part is None:
-            _write_atomically(output / "manifest.json", _encode_json({**described, **totals, "shards": entries}))
+            manifest = {**described, **totals, "shards": entries}
+            if not pool.is_embedded and (pending or not has_manifest):
+                manifest |= _describe_collected(pool, shards, output=output, said=said)
+            if pool.is_embedded or pending or not has_manifest:
+                _write_atomically(output / "manifest.json", _encode_json(manifest))
     reused, is_complete = len(shards) - len(pending), part is None or has_manifest
     return SampleReport(output, *totals.values(), num_shards=len(shards), num_reused=reused, is_complete=is_complete)
+
+
+def _describe_collected(pool: Pool, shards: Sequence[Shard], *, output: Path, said: dict) -> dict:
+    collected = describe_collected(pool, shards, said=said)
+    say_collected(collected)
+    return {"collected": collected, "quarantine": write_quarantine(output, shards, suffix=_unique_suffix())}
+
+
+def _check_sources(pool: Pool, settings: DrawSettings, *, workers: int) -> None:
+    """What does not go together with policies that are not embedded."""
+    if not pool.is_embedded and workers != 1:
+        raise UserError(
+            f"workers={workers} is for embedded policies, and {pool.path} has others; leave it out, and set "
+            "max_concurrency in the pool"
+        )
+    chatting = [spec.name for spec in pool.specs if getattr(spec, "api", None) == "chat"]
+    if chatting and settings.wrapper == "pretrain":
+        raise UserError(
+            f"policy {chatting[0]} of {pool.path} chats: its answers do not continue the prompt's text; use "
+            "--wrapper sft (and a pool of its own for policies that continue prefixes)"
+        )
 
 
 def _check_counts(
     pool: Pool, settings: DrawSettings, *, num_prompts: int | None, prompt_split: str, workers: int
 ) -> None:
     available = len(pool.specs)
-    if not 2 <= settings.policies_per_prompt <= available:
+    if settings.schedule == "anchor" and not 2 <= settings.policies_per_prompt <= available:
         raise UserError(
             f"policies_per_prompt={settings.policies_per_prompt} does not fit the {available} policies of {pool.path}; "
             f"use 2 to {available}"
@@ -120,19 +148,23 @@ def _check_counts(
     for name, value, allowed in (
         ("wrapper", settings.wrapper, ("pretrain", "sft")),
         ("prompt_split", prompt_split, ("train", "heldout")),
+        ("schedule", settings.schedule, SCHEDULES),
     ):
         if value not in allowed:
             raise UserError(f"{name}={value!r} is not known; use {' or '.join(map(repr, allowed))}")
 
 
-def _describe_settings(pool: Pool, settings: DrawSettings, prompts: Sequence[str]) -> dict:
+def _describe_settings(pool: Pool, settings: DrawSettings, prompts: Sequence[Prompt]) -> dict:
+    texts = [prompt.text if pool.is_embedded or not prompt.messages else prompt for prompt in prompts]
     described = {
         "format": FORMAT_VERSION,
         "draw": settings.describe(),
-        "policies": [asdict(spec) for spec in pool.specs],
+        "policies": [asdict(spec) if isinstance(spec, EmbeddedSpec) else spec.identity() for spec in pool.specs],
         "corpus_sha256": hashlib.sha256(orjson.dumps(pool.documents)).hexdigest(),
-        "prompts_sha256": hashlib.sha256(orjson.dumps(prompts)).hexdigest(),
+        "prompts_sha256": hashlib.sha256(orjson.dumps(texts)).hexdigest(),
     }
+    if not pool.is_embedded:
+        described["cleaning"] = asdict(pool.cleaning)
     encoded = orjson.dumps(described)
     # Decoded again, it equals what is read back from settings.json: lists where there were tuples.
     return {**orjson.loads(encoded), "fingerprint": hashlib.sha256(encoded).hexdigest()}
@@ -154,7 +186,7 @@ def _opened(output: Path, described: dict, *, part: Part | None) -> Iterator[Non
     _compare_settings(settings, described, remedy=remedy)
     with locked(settings, part=part, output=output, verb="sample"):
         if part is None:
-            for stale in output.glob("*.partial"):  # of a call that was killed
+            for stale in (*output.glob("*.partial"), *(output / WORK).glob("*.partial")):  # of a call that was killed
                 stale.unlink(missing_ok=True)
         yield
 
@@ -171,15 +203,17 @@ def _compare_settings(path: Path, described: dict, *, remedy: str) -> None:
         raise UserError(f"{path.parent}: holds trajectories of other settings ({', '.join(changed)} changed); {remedy}")
 
 
-def _is_finished(shard: _Shard) -> bool:
+def _is_finished(shard: Shard, pool: Pool) -> bool:
     # A shard gets its name only when it is whole; counting the lines catches one that was cut later.
+    if not pool.is_embedded:
+        return read_summary(shard) is not None
     if not shard.path.exists():
         return False
     content = shard.path.read_bytes()
     return content.endswith(b"\n") and content.count(b"\n") == len(shard.prompts)
 
 
-def _write_shards(pool: Pool, settings: DrawSettings, shards: Sequence[_Shard], *, workers: int, total: int) -> None:
+def _write_shards(pool: Pool, settings: DrawSettings, shards: Sequence[Shard], *, workers: int, total: int) -> None:
     if not shards:
         return
     with Progress("sample", total=total, unit="prompts") as bar:
@@ -204,12 +238,12 @@ def _fit_in_worker(pool: Pool) -> None:
     _policies_of_worker[:] = pool.fit()
 
 
-def _write_shard_in_worker(shard: _Shard, *, settings: DrawSettings) -> int:
+def _write_shard_in_worker(shard: Shard, *, settings: DrawSettings) -> int:
     return _write_shard(shard, policies=_policies_of_worker, settings=settings)
 
 
-def _write_shard(shard: _Shard, *, policies: Sequence[EmbeddedPolicy], settings: DrawSettings) -> int:
-    lines = [orjson.dumps(_draw_group(prompt, policies, settings)) + b"\n" for prompt in shard.prompts]
+def _write_shard(shard: Shard, *, policies: Sequence[EmbeddedPolicy], settings: DrawSettings) -> int:
+    lines = [orjson.dumps(_draw_group(prompt.text, policies, settings)) + b"\n" for prompt in shard.prompts]
     _write_atomically(shard.path, b"".join(lines))
     return len(lines)
 

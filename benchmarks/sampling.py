@@ -1,0 +1,182 @@
+"""`sample` against a real OpenAI-compatible server on this machine: nothing lost, nothing doubled, and how fast.
+
+First the campaign: a share of the requests fails, and the sampler is killed (SIGKILL) several times on its way and
+started again. Every request must end in exactly one trajectory, and none that was finished when the kill came may be
+sent again; requests that were under way then are the only ones that a server may see answered twice. Then throughput:
+a straight run beside a plain asyncio loop over httpx of the same concurrency, which keeps nothing, both against a
+server that takes `--delay` for an answer. The time of `sample` is that of its whole call.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import httpx
+import orjson
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import chat_server  # noqa: E402
+
+MODELS = ("model-a", "model-b", "model-c", "model-d")
+PER_PROMPT = 5  # two of the anchor, one each of three others
+KINDS = [500, 503, 429, "hang_up", "half", "not_json", "no_choices"]
+
+
+def main() -> None:
+    """Run campaign and comparison, print the table; status 1 where a request was lost or doubled."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=10_000, help="a multiple of 5")
+    parser.add_argument("--failures", type=float, default=0.05, help="share of requests that fail in the campaign")
+    parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument("--concurrency", type=int, default=32)
+    parser.add_argument("--delay", type=float, default=0.1, help="seconds that the server takes for an answer")
+    parser.add_argument("--compared", type=int, default=5000, help="requests of each run for throughput")
+    parser.add_argument("--rounds", type=int, default=3, help="of both, in turn; medians count")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch, chat_server.running(*MODELS) as server:
+        pool = write_pool(Path(scratch), server.url, options.concurrency)
+        campaign = run_campaign(pool, server, Path(scratch) / "campaign", options)
+        ours, plain = compare(pool, server, Path(scratch), options)
+    print("| requests | failures injected | kills | answered once | lost | doubled | sent again after a kill |")
+    print("|---:|---:|---:|---:|---:|---:|---:|")
+    row = ("requests", "failures", "kills", "once", "lost", "doubled", "again")
+    print("| " + " | ".join(str(campaign[name]) for name in row) + " |")
+    print("\n| | requests/s | of the plain loop |\n|---|---:|---:|")
+    print(f"| plain asyncio loop | {plain:.1f} | 1 |\n| sample | {ours:.1f} | {ours / plain:.3f} |")
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+    print(
+        f"\n{options.concurrency} requests at a time, {options.delay:g} s an answer, {options.compared} requests, "
+        f"median of {options.rounds} rounds; sampler, server and all else on one machine ({machine}). Sent again: "
+        "answered by the server when the kill came, but not yet received; "
+        f"at most {options.kills} x {options.concurrency}."
+    )
+    if campaign["lost"] or campaign["doubled"] or campaign["finished again"]:
+        sys.exit(1)
+
+
+def write_pool(directory: Path, url: str, concurrency: int) -> Path:
+    """A pool of four policies at one endpoint."""
+    entries = [
+        f"- {{name: policy-{model}, endpoint: '{url}/v1', model: {model}, api: completions, max_tokens: 64, "
+        f"max_concurrency: {concurrency}, backoff_seconds: 0.02, timeout_seconds: 20}}\n"
+        for model in MODELS
+    ]
+    path = directory / "pool.yaml"
+    path.write_text("policies:\n" + "".join(entries), encoding="utf-8")
+    return path
+
+
+def start(pool: Path, output: Path, requests: int) -> subprocess.Popen:
+    """`megatron-polar sample` in a process of its own."""
+    command = [sys.executable, "-m", "megatron_polar", "sample", "--pool", str(pool), "--output", str(output)]
+    command += ["--num-prompts", str(requests // PER_PROMPT)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+
+
+def journaled(output: Path) -> set[tuple]:
+    """(shard, row, policy, draw) of every request that a journal has."""
+    found = set()
+    for path in sorted((output / ".work").glob("answers-*.ndjson")):
+        for line in path.read_bytes().splitlines(keepends=True):
+            if line.endswith(b"\n"):
+                entry = orjson.loads(line)
+                found.add((path.name, entry["row"], entry["policy"], entry["draw"]))
+    return found
+
+
+def run_campaign(pool: Path, server: chat_server.Remote, output: Path, options: argparse.Namespace) -> dict:
+    """Sample with failures and kills, then count what the server answered and what the output holds."""
+    server.forget()
+    server.behave(fail=options.failures, kinds=KINDS, delay=options.delay, retry_after="0.02")
+    again, finished_again = 0, 0
+    for number in range(options.kills):
+        process, wanted = start(pool, output, options.requests), options.requests * (number + 1) // (options.kills + 1)
+        while len(journaled(output)) < wanted:
+            assert process.poll() is None, "the sampler ended before it was killed"
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        time.sleep(2 * options.delay + 0.2)  # what was under way is answered into nowhere
+        answered, kept = server.counts()["answered"], len(journaled(output))
+        again = sum(answered.values()) - kept
+    if start(pool, output, options.requests).wait():
+        sys.exit("the last run failed")
+    counts = server.counts()
+    doubled_by_server = sum(count - 1 for count in counts["answered"].values())
+    finished_again = max(0, doubled_by_server - again)
+    lines = [orjson.loads(line) for path in sorted(output.glob("*.jsonl")) for line in path.read_bytes().splitlines()]
+    places = Counter(journal_places(output))
+    texts = sum(len(line["trajectories"]) for line in lines)
+    return {
+        "requests": options.requests,
+        "failures": counts["failed"],
+        "kills": options.kills,
+        "once": sum(count == 1 for count in places.values()),
+        "lost": options.requests - min(len(places), texts, len(counts["answered"])),
+        "doubled": sum(count - 1 for count in places.values()),
+        "again": doubled_by_server,
+        "finished again": finished_again,
+    }
+
+
+def journal_places(output: Path) -> list[tuple]:
+    """As `journaled`, with repetitions."""
+    paths = sorted((output / ".work").glob("answers-*.ndjson"))
+    entries = [(path.name, json.loads(line)) for path in paths for line in path.read_bytes().splitlines()]
+    return [(name, entry["row"], entry["policy"], entry["draw"]) for name, entry in entries]
+
+
+# --- throughput ------------------------------------------------------------------------------------------------------
+
+
+def compare(pool: Path, server: chat_server.Remote, scratch: Path, options: argparse.Namespace) -> tuple[float, float]:
+    """Requests per second of `sample` and of the plain loop."""
+    from megatron_polar.policies import sample
+
+    ours, plain = [], []
+    for number in range(options.rounds):
+        server.forget()
+        server.behave(delay=options.delay)
+        begun = time.perf_counter()
+        report = sample.sample_pool(
+            pool, prompts=None, output=scratch / f"straight-{number}", num_prompts=options.compared // PER_PROMPT
+        )
+        ours.append(report.num_trajectories / (time.perf_counter() - begun))
+        server.forget()
+        server.behave(delay=options.delay)
+        begun = time.perf_counter()
+        asyncio.run(plain_loop(server.url, report.num_trajectories, options.concurrency))
+        plain.append(report.num_trajectories / (time.perf_counter() - begun))
+    return statistics.median(ours), statistics.median(plain)
+
+
+async def plain_loop(url: str, requests: int, concurrency: int) -> None:
+    """What one would write in ten lines: a semaphore, httpx, all answers in a list."""
+    slots = asyncio.Semaphore(concurrency)
+    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+    async with httpx.AsyncClient(limits=limits, timeout=20) as http:
+
+        async def ask(number: int) -> str:
+            body = {"model": MODELS[number % len(MODELS)], "prompt": f"prompt {number}", "seed": number}
+            async with slots:
+                response = await http.post(f"{url}/v1/completions", json={**body, "max_tokens": 64, "top_k": 50})
+                return response.json()["choices"][0]["text"]
+
+        assert all(await asyncio.gather(*map(ask, range(requests))))
+
+
+if __name__ == "__main__":
+    main()
