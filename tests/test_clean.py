@@ -4,8 +4,6 @@ import random
 
 import pytest
 
-pytest.importorskip("datasketch", reason="of requirements.txt")
-
 from megatron_polar.policies.clean import Cleaning, Draft, clean_text, find_duplicates, trim_ending, truncate_loop
 
 LIMITS = {"repeats": 4, "characters": 100}

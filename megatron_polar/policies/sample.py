@@ -155,7 +155,7 @@ def _check_counts(
 
 
 def _describe_settings(pool: Pool, settings: DrawSettings, prompts: Sequence[Prompt]) -> dict:
-    texts = [prompt.text if pool.is_embedded or not prompt.messages else prompt for prompt in prompts]
+    texts = [prompt.text if pool.is_embedded or not prompt.messages else tuple(prompt) for prompt in prompts]
     described = {
         "format": FORMAT_VERSION,
         "draw": settings.describe(),

@@ -1,0 +1,307 @@
+"""Endpoints: limits that hold, servers that are not what the pool says, keys that stay where they are."""
+
+import asyncio
+import itertools
+import time
+from pathlib import Path
+
+import chat_server
+import pytest
+from flaky_server import FlakyServer
+
+from megatron_polar import cli
+from megatron_polar.errors import UserError
+from megatron_polar.policies.answers import Ask, NoAnswer, Place
+from megatron_polar.policies.endpoint import Endpoint, request_body
+from megatron_polar.policies.pool import load_pool
+from megatron_polar.policies.prompts import Prompt
+
+KEY = "sk-very-secret-1234567890"
+
+
+@pytest.fixture(scope="module")
+def running():
+    with chat_server.running("a", "b") as server:
+        yield server
+
+
+@pytest.fixture
+def server(running):
+    running.forget()
+    return running
+
+
+def pool_text(url: str, **settings) -> str:
+    given = {"api": "completions", "backoff_seconds": 0.01, "timeout_seconds": 10, **settings}
+    keys = ", ".join(f"{name}: {value}" for name, value in given.items())
+    return "policies:\n" + "".join(f"- {{name: p{m}, endpoint: '{url}', model: {m}, {keys}}}\n" for m in "ab")
+
+
+def endpoint_of(directory: Path, url: str, *, wrapper: str = "pretrain", **settings) -> Endpoint:
+    path = directory / "pool.yaml"
+    path.write_text(pool_text(url, **settings), encoding="utf-8")
+    return Endpoint(dict(enumerate(load_pool(path).specs)), wrapper=wrapper)
+
+
+def ask_for(number: int, prompt: str = "the start") -> Ask:
+    return Ask(0, Place(number, number % 2, 0), Prompt(f"{prompt} {number}"), seed=number)
+
+
+def answers(make_endpoint, asks) -> list:
+    """Ask for all at once, as many as the endpoint takes at a time; exceptions are results."""
+
+    async def run():
+        endpoint, queue, found = make_endpoint(), iter(asks), []
+
+        async def work():
+            for ask in queue:
+                try:
+                    found.append(await endpoint.answer(ask))
+                except (NoAnswer, UserError) as error:
+                    found.append(error)
+
+        await asyncio.gather(*(work() for _ in range(endpoint.concurrency)))
+        await endpoint.close()
+        return found
+
+    return asyncio.run(run())
+
+
+def check(make_endpoint) -> dict:
+    async def run():
+        endpoint = make_endpoint()
+        try:
+            return await endpoint.check()
+        finally:
+            await endpoint.close()
+
+    return asyncio.run(run())
+
+
+# --- limits ----------------------------------------------------------------------------------------------------------
+
+
+def test_policies_of_one_endpoint_share_its_concurrency(server, tmp_path):
+    server.behave(delay=0.02)
+    found = answers(lambda: endpoint_of(tmp_path, server.url, max_concurrency=5), map(ask_for, range(60)))
+    assert all(found) and len(found) == 60
+    assert server.counts()["most_at_once"] == 5
+
+
+def test_the_rate_limit_spaces_requests_evenly(server, tmp_path):
+    answers(lambda: endpoint_of(tmp_path, server.url, requests_per_minute=1200), map(ask_for, range(21)))
+    times = server.counts()["times"]
+    assert times[-1] - times[0] >= 0.9, "20 pauses of 50 ms; the server's clock sees them arrive, not start"
+    assert max(sum(start <= t < start + 0.2 for t in times) for start in times) <= 7
+
+
+def test_throttling_is_waited_for_as_long_as_the_server_says(server, tmp_path):
+    server.behave(limit=2, delay=0.05, retry_after="0.3")
+    found = answers(lambda: endpoint_of(tmp_path, server.url, max_concurrency=4, retries=0), map(ask_for, range(12)))
+    assert all(found) and not any(isinstance(answer, Exception) for answer in found), "429 is no failed attempt"
+    times = sorted(server.counts()["times"])
+    assert max(later - earlier for earlier, later in itertools.pairwise(times)) >= 0.28
+
+
+def test_pauses_grow_and_retries_end(server, tmp_path):
+    server.behave(fail=1.0, kinds=[500])
+    begun = time.monotonic()
+    (failure,) = answers(lambda: endpoint_of(tmp_path, server.url, retries=4, backoff_seconds=0.1), [ask_for(0)])
+    assert isinstance(failure, UserError) and "nothing was answered for" in str(failure)
+    assert time.monotonic() - begun >= 0.5 * (0.1 + 0.2 + 0.4 + 0.8)
+    assert server.counts()["seen"] == 5
+
+
+def test_a_request_that_alone_fails_is_given_up_where_others_are_answered(server, tmp_path):
+    """The first fails four times while the second is answered: the endpoint lives."""
+
+    async def run():
+        endpoint = endpoint_of(tmp_path, server.url, retries=3, backoff_seconds=0.2)
+        server.behave(fail=1.0, kinds=[500])
+        failing = asyncio.create_task(endpoint.answer(ask_for(0)))
+        while server.counts()["seen"] < 1:
+            await asyncio.sleep(0.01)
+        server.behave(fail=0.0)
+        assert (await endpoint.answer(ask_for(1))).text
+        server.behave(fail=1.0)
+        with pytest.raises(NoAnswer, match="HTTP 500"):
+            raise (await asyncio.gather(failing, return_exceptions=True))[0]
+        await endpoint.close()
+
+    original = Endpoint._backoff
+    try:
+        Endpoint._backoff = lambda self, spec, failures: 0.3
+        asyncio.run(run())
+    finally:
+        Endpoint._backoff = original
+
+
+def test_a_reply_that_does_not_come_is_given_up_in_time(server, tmp_path):
+    server.behave(delay=5.0)
+    (failure,) = answers(lambda: endpoint_of(tmp_path, server.url, retries=1, timeout_seconds=0.2), [ask_for(0)])
+    assert "no reply within 0.2 s" in str(failure)
+
+
+def test_a_base_model_is_given_the_newline_that_sft_trajectories_stand_behind(tmp_path):
+    (tmp_path / "pool.yaml").write_text(pool_text("http://x"), encoding="utf-8")
+    spec = load_pool(tmp_path / "pool.yaml").specs[0]
+    assert request_body(spec, ask_for(1), wrapper="pretrain")[1]["prompt"] == "the start 1"
+    assert request_body(spec, ask_for(1), wrapper="sft")[1]["prompt"] == "the start 1\n"
+
+
+# --- health ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["", "/", "/v1", "/v1/"])
+def test_an_endpoint_is_named_with_or_without_v1(server, tmp_path, path):
+    assert check(lambda: endpoint_of(tmp_path, server.url + path)) == {
+        "a": {"owned_by": "tests"},
+        "b": {"owned_by": "tests"},
+    }
+
+
+def test_a_server_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(
+        UserError, match=r"http://127\.0\.0\.1:9/v1/models: no connection \(.*\), so pa, pb cannot be a"
+    ):
+        check(lambda: endpoint_of(tmp_path, "http://127.0.0.1:9/v1"))
+
+
+def test_a_model_that_is_not_served_is_named_with_those_that_are(server, tmp_path):
+    path = tmp_path / "pool.yaml"
+    path.write_text(pool_text(server.url).replace("model: b", "model: llama"), encoding="utf-8")
+    with pytest.raises(UserError, match=r"does not serve model='llama' of policy pb, but a, b; correct `model`"):
+        check(lambda: Endpoint(dict(enumerate(load_pool(path).specs)), wrapper="sft"))
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (
+            (200, {}, b"<html>hello"),
+            r"answers, but not as an OpenAI-compatible server \(<html>hello\); correct",
+        ),
+        ((200, {}, {"data": 3}), "answers, but not as an OpenAI-compatible server"),
+        ((503, {}, {"error": "loading"}), "HTTP 503 Service Unavailable.*loading.*look at the server's log"),
+        ((403, {}, {}), "HTTP 403 Forbidden.*check what the key may do"),
+    ],
+)
+def test_a_server_that_cannot_be_used_is_named_with_the_reason(tmp_path, reply, message):
+    with FlakyServer(lambda request: (200, {}, {}), models=lambda: reply) as flaky:
+        with pytest.raises(UserError, match=message) as caught:
+            check(lambda: endpoint_of(tmp_path, flaky.url))
+        assert str(caught.value).startswith(flaky.url) and "\n" not in str(caught.value)
+
+
+def test_a_server_without_a_list_of_models_is_left_to_the_first_request(server, tmp_path):
+    assert check(lambda: endpoint_of(tmp_path, f"{server.url}/elsewhere")) == {}
+    (failure,) = answers(lambda: endpoint_of(tmp_path, f"{server.url}/elsewhere"), [ask_for(0)])
+    assert isinstance(failure, UserError)
+    assert "HTTP 404" in str(failure) and "check endpoint, model and api" in str(failure)
+
+
+# --- keys ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_key_comes_from_the_environment_and_goes_nowhere_else(server, tmp_path, monkeypatch, capsys):
+    """A server that repeats the key in its errors included: not on the terminal, not in any file."""
+    path = tmp_path / "pool.yaml"
+    path.write_text(pool_text(server.url, api_key_env="SAMPLING_KEY", retries=1), encoding="utf-8")
+    command = ["sample", "--pool", str(path), "--output", str(tmp_path / "out"), "--num-prompts", "4"]
+    command += ["--policies-per-prompt", "2"]
+    server.behave(key=KEY)
+    monkeypatch.delenv("SAMPLING_KEY", raising=False)
+    said = []
+    for value, status, message in (
+        (None, 2, "the environment variable SAMPLING_KEY with its API key (policy pa) is not set or empty; export it"),
+        (f"{KEY} x", 2, "is not one word of printable ASCII"),
+        (KEY[:-1], 2, "HTTP 401 Unauthorized"),
+        (KEY, 0, "12 trajectories for 4 prompts"),
+    ):
+        if value is not None:
+            monkeypatch.setenv("SAMPLING_KEY", value)
+        assert cli.main(command) == status
+        said.append(capsys.readouterr().err)
+        assert message in said[-1]
+    assert KEY[:-1] not in "".join(said)
+    for file in tmp_path.rglob("*"):
+        assert not file.is_file() or KEY[:-1].encode() not in file.read_bytes(), file
+
+
+# --- what a pool may say ---------------------------------------------------------------------------------------------
+
+GOOD = "name: x, endpoint: http://h:1, model: m, api: chat"
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("name: x, endpoint: http://h:1, model: m", "the key `api` is missing; set it to `completions` or `chat`"),
+        ("name: x, endpoint: http://h:1, api: chat", "the key `model` is missing"),
+        ("name: x, backend: http, model: m, api: chat", "the key `endpoint` is missing"),
+        ("name: x, endpoint: http://h:1, model: m, api: chats", "api='chats' is not `completions` or `chat`"),
+        ("name: x, endpoint: h:1, model: m, api: chat", "endpoint='h:1' is no base URL of a server; give one such as"),
+        ("name: x, endpoint: 'http://h:1/?k=v', model: m, api: chat", "is no base URL"),
+        ("name: x, endpoint: ftp://h, model: m, api: chat", "is no base URL"),
+        ("name: x, endpoint: 'http://u:secret@h', model: m, api: chat", "has a user or password in it .of h.; put the"),
+        (f"{GOOD}, api_key: sk-1", "unknown key `api_key`; did you mean `api_key_env`"),
+        (f"{GOOD}, api_key_env: sk-secret", "api_key_env is not the name of an environment variable; put the key into"),
+        (f"{GOOD}, api_key_env: [a]", "api_key_env is not the name of an environment variable"),
+        (f"{GOOD}, temperature: -1", r"temperature=-1 is not a number in \(0, 10\]"),
+        (f"{GOOD}, max_concurrency: 0", "max_concurrency=0 is not a whole number from 1 to 4096"),
+        (f"{GOOD}, requests_per_minute: fast", "requests_per_minute='fast' is not a whole number from 0 up"),
+        (f"{GOOD}, retries: 1.5", "retries=1.5 is not a whole number"),
+        (f"{GOOD}, timeout_seconds: 0", r"timeout_seconds=0 is not a number in \(0, 86400\]"),
+        (f"{GOOD}, corpus_fraction: 1", "unknown key `corpus_fraction`; use one of"),
+        (f"{GOOD}, max_tokens: 0", "max_tokens=0 is not a whole number from 1 up"),
+        ("name: x, path: models/x, api: chat", "unknown key `api`"),
+        ("name: x, backend: transformers", "the key `path` is missing"),
+        ("name: x, backend: vllm", "backend='vllm' does not exist here; use `embedded`, `http`, `transformers`"),
+    ],
+)
+def test_every_mistake_in_an_entry_is_one_clear_line(tmp_path, entry, message):
+    path = tmp_path / "pool.yaml"
+    path.write_text(f"policies:\n- {{{GOOD.replace('name: x', 'name: y')}}}\n- {{{entry}}}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=message) as caught:
+        load_pool(path)
+    assert "policies[1]" in str(caught.value) and "\n" not in str(caught.value) and "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rest", "message"),
+    [
+        ("cleaning: {cutoff: keep}\n", "cleaning: unknown key `cutoff`; did you mean `cut_off`"),
+        ("cleaning: {cut_off: cut}\n", "cleaning: cut_off='cut' is not `trim` or `keep` or `drop`"),
+        ("cleaning: {near_duplicates: 2}\n", r"near_duplicates=2 is not a number in \[0, 1\]"),
+        ("sampling: {max_tokens: many}\n", "sampling: max_tokens='many' is not a whole number from 1 up"),
+    ],
+)
+def test_every_mistake_in_a_section_is_one_clear_line(tmp_path, rest, message):
+    path = tmp_path / "pool.yaml"
+    path.write_text(pool_text("http://h") + rest, encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        load_pool(path)
+
+
+def test_policies_of_one_endpoint_must_agree_on_its_limits(tmp_path):
+    path = tmp_path / "pool.yaml"
+    lines = pool_text("http://h", max_concurrency=4).splitlines()
+    path.write_text("\n".join([*lines[:2], lines[2].replace("max_concurrency: 4", "max_concurrency: 8")]))
+    with pytest.raises(
+        UserError, match=r"max_concurrency=8 of pb and 4 of pa are for one endpoint, http://h; give both"
+    ):
+        load_pool(path)
+
+
+def test_cleaning_is_not_for_embedded_policies(tmp_path):
+    path = tmp_path / "pool.yaml"
+    path.write_text("embedded: {num_policies: 2}\ncleaning: {cut_off: keep}\n", encoding="utf-8")
+    with pytest.raises(UserError, match="cleaning is for answers of models, and every policy here is embedded"):
+        load_pool(path)
+
+
+def test_sampling_of_the_pool_is_the_default_of_its_policies(tmp_path):
+    path = tmp_path / "pool.yaml"
+    path.write_text(pool_text("http://h") + "sampling: {top_p: 0.5, top_k: 0, max_tokens: 7}\n", encoding="utf-8")
+    spec = load_pool(path).specs[0]
+    assert (spec.temperature, spec.top_p, spec.top_k, spec.max_tokens) == (1.0, 0.5, 0, 7)
