@@ -4,13 +4,18 @@ import asyncio
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 from megatron_polar.errors import UserError, printable
 from megatron_polar.policies.answers import Answer, Ask, NoAnswer
 from megatron_polar.policies.backends import EmbeddedPolicy
 from megatron_polar.policies.remote import TransformersSpec
+
+_LARGEST_CONFIG_BYTES = 64 * 1024 * 1024
 
 _GENERATING = threading.Lock()
 """transformers draws from torch's one generator, so models take turns."""
@@ -37,6 +42,25 @@ class EmbeddedSource:
         pass
 
 
+def _refuse_code(spec: TransformersSpec) -> None:
+    """Raise UserError for a model with code of its own: transformers would ask at a terminal whether to run it."""
+    for file in sorted(Path(spec.path).glob("*.json")):
+        if file.stat().st_size > _LARGEST_CONFIG_BYTES or not file.name.endswith("config.json"):
+            continue
+        with suppress(orjson.JSONDecodeError):  # transformers says what is wrong with it
+            if "auto_map" in _keys(orjson.loads(file.read_bytes())):
+                raise UserError(
+                    f"{file}: asks for code of its own (auto_map), which is never run; serve policy {spec.name} with "
+                    "an engine that you trust with it, and name its endpoint"
+                )
+
+
+def _keys(value: Any) -> set[str]:
+    """All keys of a decoded JSON value, at any depth."""
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return set(value if isinstance(value, dict) else ()).union(*map(_keys, children))
+
+
 class TransformersSource:
     """One local model: it has a thread, and one request at a time. Code from its directory is never run."""
 
@@ -56,13 +80,14 @@ class TransformersSource:
         spec = self._spec
         if not (Path(spec.path) / "config.json").is_file():
             raise UserError(f"{spec.path}: no config.json, so policy {spec.name} is no model there; correct `path`")
+        _refuse_code(spec)
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(spec.path, local_files_only=True)
             self._model = AutoModelForCausalLM.from_pretrained(
-                spec.path, local_files_only=True, use_safetensors=True, torch_dtype="auto"
+                spec.path, local_files_only=True, use_safetensors=True, dtype="auto"
             )
             self._model.to(torch.device(spec.device)).eval()
         except Exception as error:  # of many kinds, by what is wrong with the directory
