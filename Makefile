@@ -43,6 +43,7 @@ benchmarks: $(VENV)/.ready-dev
 	$(RUN) benchmarks/plan.py
 	$(RUN) benchmarks/preprocess.py
 	$(RUN) benchmarks/serving.py
+	$(RUN) benchmarks/sampling.py
 	$(RUN) benchmarks/convert.py
 
 $(VENV)/.ready: requirements.txt pyproject.toml

@@ -37,33 +37,50 @@ KINDS = [500, 503, 429, "hang_up", "half", "not_json", "no_choices"]
 def main() -> None:
     """Run campaign and comparison, print the table; status 1 where a request was lost or doubled."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=10_000, help="a multiple of 5")
+    parser.add_argument("--requests", type=int, default=10_000, help="a multiple of 5; 0: no campaign")
     parser.add_argument("--failures", type=float, default=0.05, help="share of requests that fail in the campaign")
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("--delay", type=float, default=0.1, help="seconds that the server takes for an answer")
     parser.add_argument("--compared", type=int, default=5000, help="requests of each run for throughput")
-    parser.add_argument("--rounds", type=int, default=3, help="of both, in turn; medians count")
+    parser.add_argument("--rounds", type=int, default=3, help="of both, in turn; 0: no comparison")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch, chat_server.running(*MODELS) as server:
         pool = write_pool(Path(scratch), server.url, options.concurrency)
-        campaign = run_campaign(pool, server, Path(scratch) / "campaign", options)
-        ours, plain = compare(pool, server, Path(scratch), options)
-    print("| requests | failures injected | kills | answered once | lost | doubled | sent again after a kill |")
-    print("|---:|---:|---:|---:|---:|---:|---:|")
-    row = ("requests", "failures", "kills", "once", "lost", "doubled", "again")
-    print("| " + " | ".join(str(campaign[name]) for name in row) + " |")
-    print("\n| | requests/s | of the plain loop |\n|---|---:|---:|")
-    print(f"| plain asyncio loop | {plain:.1f} | 1 |\n| sample | {ours:.1f} | {ours / plain:.3f} |")
+        campaign = run_campaign(pool, server, Path(scratch) / "campaign", options) if options.requests else None
+        speeds = compare(pool, server, Path(scratch), options) if options.rounds else None
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
-    print(
-        f"\n{options.concurrency} requests at a time, {options.delay:g} s an answer, {options.compared} requests, "
-        f"median of {options.rounds} rounds; sampler, server and all else on one machine ({machine}). Sent again: "
-        "answered by the server when the kill came, but not yet received; "
-        f"at most {options.kills} x {options.concurrency}."
-    )
-    if campaign["lost"] or campaign["doubled"] or campaign["finished again"]:
+    if campaign:
+        print_campaign(campaign, options, machine=machine)
+    if speeds:
+        print_speeds(*speeds, options, machine=machine)
+    if campaign and (campaign["lost"] or campaign["doubled"] or campaign["finished again"]):
         sys.exit(1)
+
+
+def print_campaign(campaign: dict, options: argparse.Namespace, *, machine: str) -> None:
+    """The first table."""
+    print("| requests | failures injected | kills | answered once | lost | doubled | again: finished | under way |")
+    print("|---:|---:|---:|---:|---:|---:|---:|---:|")
+    row = ("requests", "failures", "kills", "once", "lost", "doubled", "finished again", "again")
+    print("| " + " | ".join(str(campaign[name]) for name in row) + " |")
+    print(
+        f"\n{options.concurrency} requests at a time, {options.delay:g} s an answer, {campaign['seconds']:.0f} s with "
+        f"the starts of {options.kills + 1} processes; all on one machine ({machine}). Again, under way: answered "
+        f"when a kill came, but not yet received; at most {options.kills} x {options.concurrency}."
+    )
+
+
+def print_speeds(ours: list[float], plain: list[float], options: argparse.Namespace, *, machine: str) -> None:
+    """The second table."""
+    rate, other = statistics.median(ours), statistics.median(plain)
+    print("\n| | requests/s, median | rounds | of the plain loop |\n|---|---:|---|---:|")
+    for name, value, values in (("plain asyncio loop", other, plain), ("sample", rate, ours)):
+        print(f"| {name} | {value:.1f} | {', '.join(f'{v:.1f}' for v in values)} | {value / other:.3f} |")
+    print(
+        f"\n{options.concurrency} requests at a time, {options.delay:g} s an answer, {options.compared} requests a "
+        f"round; sampler, server and other jobs on one machine ({machine}; load average {os.getloadavg()[0]:.1f})."
+    )
 
 
 def write_pool(directory: Path, url: str, concurrency: int) -> Path:
@@ -101,7 +118,7 @@ def run_campaign(pool: Path, server: chat_server.Remote, output: Path, options: 
     """Sample with failures and kills, then count what the server answered and what the output holds."""
     server.forget()
     server.behave(fail=options.failures, kinds=KINDS, delay=options.delay, retry_after="0.02")
-    again, finished_again = 0, 0
+    again, begun = 0, time.monotonic()
     for number in range(options.kills):
         process, wanted = start(pool, output, options.requests), options.requests * (number + 1) // (options.kills + 1)
         while len(journaled(output)) < wanted:
@@ -115,8 +132,7 @@ def run_campaign(pool: Path, server: chat_server.Remote, output: Path, options: 
     if start(pool, output, options.requests).wait():
         sys.exit("the last run failed")
     counts = server.counts()
-    doubled_by_server = sum(count - 1 for count in counts["answered"].values())
-    finished_again = max(0, doubled_by_server - again)
+    repeated = sum(count - 1 for count in counts["answered"].values())  # all of it was under way at a kill, or was not
     lines = [orjson.loads(line) for path in sorted(output.glob("*.jsonl")) for line in path.read_bytes().splitlines()]
     places = Counter(journal_places(output))
     texts = sum(len(line["trajectories"]) for line in lines)
@@ -127,8 +143,9 @@ def run_campaign(pool: Path, server: chat_server.Remote, output: Path, options: 
         "once": sum(count == 1 for count in places.values()),
         "lost": options.requests - min(len(places), texts, len(counts["answered"])),
         "doubled": sum(count - 1 for count in places.values()),
-        "again": doubled_by_server,
-        "finished again": finished_again,
+        "again": again,
+        "finished again": repeated - again,
+        "seconds": time.monotonic() - begun,
     }
 
 
@@ -142,25 +159,25 @@ def journal_places(output: Path) -> list[tuple]:
 # --- throughput ------------------------------------------------------------------------------------------------------
 
 
-def compare(pool: Path, server: chat_server.Remote, scratch: Path, options: argparse.Namespace) -> tuple[float, float]:
-    """Requests per second of `sample` and of the plain loop."""
+def compare(pool: Path, server: chat_server.Remote, scratch: Path, options: argparse.Namespace) -> tuple[list, list]:
+    """Requests per second of `sample` and of the plain loop, round by round."""
     from megatron_polar.policies import sample
 
+    prompts = scratch / "prompts.jsonl"
+    prompts.write_bytes(b"".join(b'{"prompt": "prompt %d"}\n' % n for n in range(options.compared // PER_PROMPT)))
     ours, plain = [], []
     for number in range(options.rounds):
         server.forget()
         server.behave(delay=options.delay)
         begun = time.perf_counter()
-        report = sample.sample_pool(
-            pool, prompts=None, output=scratch / f"straight-{number}", num_prompts=options.compared // PER_PROMPT
-        )
+        report = sample.sample_pool(pool, prompts=prompts, output=scratch / f"straight-{number}")
         ours.append(report.num_trajectories / (time.perf_counter() - begun))
         server.forget()
         server.behave(delay=options.delay)
         begun = time.perf_counter()
         asyncio.run(plain_loop(server.url, report.num_trajectories, options.concurrency))
         plain.append(report.num_trajectories / (time.perf_counter() - begun))
-    return statistics.median(ours), statistics.median(plain)
+    return ours, plain
 
 
 async def plain_loop(url: str, requests: int, concurrency: int) -> None:

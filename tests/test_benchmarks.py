@@ -18,6 +18,10 @@ SMALL = {
     "last_layer.py": (["--layers", "1", "--repeats", "1"], "| polar_72b | 80 |"),
     "loaders.py": (["--steps", "3", "--step-seconds", "0.05", "--workers", "0"], "| dali | 0 |"),
     "plan.py": ([], "| 16B | 192 | TP4 PP1 |"),
+    "sampling.py": (
+        ["--requests", "100", "--kills", "1", "--delay", "0.02", "--compared", "50", "--rounds", "1"],
+        "| 100 |",
+    ),
     "throughput.py": (
         ["--preset", "nano", "--row-tokens", "2048", "--rows", "1", "--steps", "1"],
         "| fp32 | 4 | packed |",

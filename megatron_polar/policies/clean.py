@@ -126,6 +126,12 @@ def find_duplicates(drafts: Sequence[Draft], cleaning: Cleaning) -> list[Duplica
     return found
 
 
+def warm_up(cleaning: Cleaning) -> None:
+    """Import what `find_duplicates` needs, half a second, while the first answers are waited for."""
+    if cleaning.near_duplicates:
+        _sketch(["word"])
+
+
 def _sketch(words: Sequence[str]):
     from datasketch import MinHash
 

@@ -15,6 +15,7 @@ from megatron_polar.manifest import write_durably
 from megatron_polar.policies.answers import Answer, Ask, Journal, NoAnswer, Place, Source
 from megatron_polar.policies.assemble import assemble
 from megatron_polar.policies.backends import EmbeddedPolicy, EmbeddedSpec, derived_seed
+from megatron_polar.policies.clean import warm_up
 from megatron_polar.policies.endpoint import Endpoint
 from megatron_polar.policies.live import LiveProgress
 from megatron_polar.policies.local import EmbeddedSource, TransformersSource
@@ -199,7 +200,8 @@ class _Collector:
         for source, policies in sources:
             asks = self._asks(policies)
             tasks += [asyncio.create_task(self._work(source, asks)) for _ in range(source.concurrency)]
-        syncing = asyncio.create_task(self._sync_now_and_then())
+        aside = [asyncio.create_task(self._sync_now_and_then())]
+        aside.append(asyncio.create_task(asyncio.to_thread(warm_up, self._pool.cleaning)))
         try:
             if tasks:
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
@@ -208,9 +210,9 @@ class _Collector:
             running = [task for task in tasks if not task.done()]
             if running:
                 await asyncio.wait(running, timeout=_DRAIN_SECONDS)
-            for task in (*tasks, syncing):
+            for task in (*tasks, aside[0]):
                 task.cancel()
-            results = await asyncio.gather(*tasks, syncing, return_exceptions=True)
+            results = await asyncio.gather(*tasks, *aside, return_exceptions=True)
         failed = [r for r in results if isinstance(r, BaseException) and not isinstance(r, asyncio.CancelledError)]
         if failed:
             raise failed[0]
