@@ -1,5 +1,6 @@
 """`sample` over real HTTP: every request answered once, whatever fails and whenever it is killed."""
 
+import errno
 import json
 import os
 import signal
@@ -174,6 +175,77 @@ def test_a_killed_run_sends_no_finished_request_again(server, tmp_path):
     assert sum(len(record.trajectories) for record in records) == 240
     draw(pool, tmp_path / "straight", prompts_per_shard=500)
     assert shards(output) == shards(tmp_path / "straight")
+
+
+def test_ctrl_c_waits_for_what_is_under_way_and_the_same_command_goes_on(server, tmp_path):
+    pool, output = write_pool(tmp_path, server, max_concurrency=8), tmp_path / "out"
+    server.behave(delay=0.2)
+    process = start(pool, output)
+    while finished(output) < 20:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in said
+    assert "interrupted: nothing is lost, the same command goes on from here" in said
+    assert sum(server.counts()["answered"].values()) == finished(output) < 240
+    server.behave(delay=0.0)
+    draw(pool, output, prompts_per_shard=500)
+    assert set(server.counts()["answered"].values()) == {1}, "nothing was asked twice"
+
+
+def test_a_line_that_cannot_be_written_whole_leaves_no_half(server, tmp_path, monkeypatch):
+    pool, output = write_pool(tmp_path, server), tmp_path / "out"
+    write, lines = os.write, []
+
+    def full_disk(descriptor, content):
+        if b'"draw"' not in content:
+            return write(descriptor, content)
+        lines.append(content)
+        if len(lines) < 30:
+            return write(descriptor, content)
+        write(descriptor, content[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full_disk)
+        with pytest.raises(OSError, match="No space left") as caught:
+            draw(pool, output)
+    assert "answers-0000" in caught.value.filename
+    journals = b"".join(path.read_bytes() for path in (output / ".work").glob("answers-*"))
+    assert journals.count(b"\n") == 29 and journals.endswith(b"}\n")
+    draw(pool, output)
+    assert len(server.counts()["answered"]) == 240
+
+
+def test_no_link_is_followed(server, tmp_path):
+    pool, output, elsewhere = write_pool(tmp_path, server), tmp_path / "out", tmp_path / "elsewhere"
+    draw(pool, output, num_prompts=20)
+    elsewhere.write_text("mine, without a newline at its end")
+    (output / "manifest.json").unlink()
+    (output / "trajectories-00000.jsonl").unlink()
+    journal = output / ".work" / "answers-00000.ndjson"
+    journal.unlink()
+    journal.symlink_to(elsewhere)
+    with pytest.raises(UserError, match=r"answers-00000\.ndjson: not a regular file; delete it"):
+        draw(pool, output, num_prompts=20)
+    (output / ".work").rename(tmp_path / "moved")
+    (output / ".work").symlink_to(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"\.work: a link; delete it"):
+        draw(pool, output, num_prompts=20)
+    assert elsewhere.read_text() == "mine, without a newline at its end"
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"counts": 3}', b"\xff", None])
+def test_a_summary_that_vouches_for_nothing_is_made_again(server, straight, tmp_path, content):
+    pool, output = write_pool(tmp_path, server), tmp_path / "out"
+    draw(pool, output)
+    summary = output / ".work" / "shard-00001.json"
+    if content is None:
+        content = summary.read_bytes().replace(b'"answered":', b'"answered":1')
+    summary.write_bytes(content)
+    assert draw(pool, output).num_reused == 2
+    assert shards(output) == shards(straight) and server.counts()["seen"] == 240
 
 
 def test_a_torn_last_line_of_a_journal_is_asked_for_again(server, straight, tmp_path):

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import chat_server
@@ -12,6 +13,7 @@ from flaky_server import FlakyServer
 from megatron_polar import cli
 from megatron_polar.errors import UserError
 from megatron_polar.policies.answers import Ask, NoAnswer, Place
+from megatron_polar.policies.clean import Cleaning
 from megatron_polar.policies.endpoint import Endpoint, request_body
 from megatron_polar.policies.pool import load_pool
 from megatron_polar.policies.prompts import Prompt
@@ -305,3 +307,17 @@ def test_sampling_of_the_pool_is_the_default_of_its_policies(tmp_path):
     path.write_text(pool_text("http://h") + "sampling: {top_p: 0.5, top_k: 0, max_tokens: 7}\n", encoding="utf-8")
     spec = load_pool(path).specs[0]
     assert (spec.temperature, spec.top_p, spec.top_k, spec.max_tokens) == (1.0, 0.5, 0, 7)
+
+
+def test_the_documented_pool_of_servers_has_the_documented_defaults(tmp_path):
+    page = (Path(__file__).parent.parent / "docs" / "policies.md").read_text(encoding="utf-8")
+    path = tmp_path / "pool.yaml"
+    path.write_text(page.split("```yaml\n")[2].split("```")[0], encoding="utf-8")
+    full, short = load_pool(path).specs
+    own = {"name", "endpoint", "model", "api_key_env"}
+    defaults = {name: value for name, value in asdict(short).items() if name not in own}
+    assert {name: value for name, value in asdict(full).items() if name not in own} == defaults
+    assert load_pool(path).cleaning == Cleaning()
+    minimal = tmp_path / "minimal.yaml"
+    minimal.write_text(path.read_text().partition("cleaning:")[0].replace("sampling:", "# sampling:"), encoding="utf-8")
+    assert load_pool(minimal).specs[1] == short and load_pool(minimal).cleaning == Cleaning()

@@ -3,6 +3,7 @@
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -12,6 +13,7 @@ import orjson
 from megatron_polar.errors import UserError
 from megatron_polar.policies.prompts import Prompt
 
+_READ_BYTES = 65536
 _MOST_OPEN = 64  # files; endpoints that are far ahead of others keep shards open
 
 
@@ -98,15 +100,24 @@ class Journal:
             line |= {"seconds": round(outcome.seconds, 4), "tokens": outcome.tokens}
         content = orjson.dumps(line) + b"\n"
         descriptor = self._descriptor(ask.shard)
-        while content:
-            content = content[os.write(descriptor, content) :]
+        end = os.fstat(descriptor).st_size
+        try:
+            while content:
+                content = content[os.write(descriptor, content) :]
+        except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(descriptor, end)  # the next line must not stand behind a part of this one
+            error.filename = str(self.path(ask.shard))
+            raise
         self._dirty.add(ask.shard)
 
     def read(self, shard: int) -> dict[Place, Answer | NoAnswer]:
         """What is finished of a shard. Raises UserError for a line that this program has not written."""
         path, found = self.path(shard), {}
-        if not path.exists():
+        if not os.path.lexists(path):
             return found
+        if path.is_symlink() or not path.is_file():
+            raise UserError(f"{path}: not a regular file; delete it, and its requests are sent again")
         for number, line in enumerate(_whole_lines(path), start=1):
             try:
                 entry = orjson.loads(line)
@@ -142,11 +153,9 @@ class Journal:
         if shard not in self._open:
             if len(self._open) >= _MOST_OPEN:
                 os.close(self._open.popitem(last=False)[1])
-            path = self.path(shard)
-            if path.exists():
-                _cut_torn_line(path)
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            self._open[shard] = os.open(path, flags, 0o644)
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            self._open[shard] = os.open(self.path(shard), flags, 0o644)
+            _cut_torn_line(self._open[shard])
         self._open.move_to_end(shard)
         return self._open[shard]
 
@@ -158,18 +167,15 @@ def _whole_lines(path: Path) -> Iterator[bytes]:
                 yield line
 
 
-def _cut_torn_line(path: Path) -> None:
+def _cut_torn_line(descriptor: int) -> None:
     """Take off what is behind the last newline."""
-    with path.open("r+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        end = size
-        while end > 0:
-            start = max(0, end - 65536)
-            file.seek(start)
-            newline = file.read(end - start).rfind(b"\n")
-            if newline >= 0:
-                end = start + newline + 1
-                break
-            end = start
-        if end < size:
-            file.truncate(end)
+    size = end = os.fstat(descriptor).st_size
+    while end > 0:
+        start = max(0, end - _READ_BYTES)
+        newline = os.pread(descriptor, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            end = start + newline + 1
+            break
+        end = start
+    if end < size:
+        os.ftruncate(descriptor, end)

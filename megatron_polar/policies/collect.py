@@ -64,11 +64,15 @@ def read_summary(shard: Shard) -> dict | None:
     try:
         summary = orjson.loads(shard.summary.read_bytes())
         for path, name in ((shard.path, "sha256"), (shard.quarantine, "quarantine_sha256")):
-            if hashlib.sha256(path.read_bytes()).hexdigest() != summary[name]:
+            if _hash_of(path.read_bytes()) != summary[name]:
                 return None
-        return summary
+        return summary if summary["counts_sha256"] == _hash_of(orjson.dumps(summary["counts"])) else None
     except (OSError, orjson.JSONDecodeError, KeyError, TypeError):
         return None
+
+
+def _hash_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def collect(pool: Pool, settings: DrawSettings, shards: Sequence[Shard], *, suffix: str) -> dict[str, dict]:
@@ -80,6 +84,8 @@ def collect(pool: Pool, settings: DrawSettings, shards: Sequence[Shard], *, suff
     if not shards:
         return {}
     work = shards[0].path.parent / WORK
+    if work.is_symlink():
+        raise UserError(f"{work}: a link; delete it, or choose another output directory")
     work.mkdir(exist_ok=True)
     return asyncio.run(_Collector(pool, settings, work=work, suffix=suffix).run(shards))
 
@@ -287,11 +293,11 @@ class _Collector:
             cleaning=self._pool.cleaning,
             first_row=shard.first_row,
         )
-        summary: dict[str, Any] = {"counts": made.counts}
+        summary: dict[str, Any] = {"counts": made.counts, "counts_sha256": _hash_of(orjson.dumps(made.counts))}
         for path, content, name in (
             (shard.path, made.content, "sha256"),
             (shard.quarantine, made.quarantine, "quarantine_sha256"),
         ):
             write_durably(path, content, suffix=self._suffix)
-            summary[name] = hashlib.sha256(content).hexdigest()
+            summary[name] = _hash_of(content)
         write_durably(shard.summary, orjson.dumps(summary) + b"\n", suffix=self._suffix)
