@@ -74,7 +74,7 @@ class Server:
             await asyncio.sleep(told["delay"])
         if self.random.random() < told["fail"]:
             self.failed += 1
-            return self.failure(self.random.choice(told["kinds"]))
+            return self.failure(self.random.choice(told["kinds"]), request)
         is_chat = "messages" in body
         prompt = body["messages"][-1]["content"] if is_chat else body["prompt"]
         special = self.special(prompt, is_chat)
@@ -103,9 +103,9 @@ class Server:
             return " always the very same answer", "stop"
         return None
 
-    def failure(self, kind) -> Response:
-        if isinstance(kind, int):
-            return JSONResponse({"error": "injected"}, kind)
+    def failure(self, kind, request: Request) -> Response:
+        if isinstance(kind, int):  # some proxies repeat the headers, keys among them
+            return JSONResponse({"error": "injected", "you": request.headers.get("authorization")}, kind)
         if kind == "hang_up":
             return _HangUp()
         if kind == "half":
@@ -116,7 +116,7 @@ class Server:
 
     async def list_models(self, request: Request) -> Response:
         if self.behaviour["key"] and request.headers.get("authorization") != f"Bearer {self.behaviour['key']}":
-            return JSONResponse({"error": "bad key"}, 401)
+            return JSONResponse({"error": f"bad key {request.headers.get('authorization')}"}, 401)
         return JSONResponse({"object": "list", "data": [{"id": name, "owned_by": "tests"} for name in self.models]})
 
     async def behave(self, request: Request) -> Response:

@@ -211,14 +211,14 @@ def test_a_key_comes_from_the_environment_and_goes_nowhere_else(server, tmp_path
     path.write_text(pool_text(server.url, api_key_env="SAMPLING_KEY", retries=1), encoding="utf-8")
     command = ["sample", "--pool", str(path), "--output", str(tmp_path / "out"), "--num-prompts", "4"]
     command += ["--policies-per-prompt", "2"]
-    server.behave(key=KEY)
+    server.behave(key=KEY, fail=0.3, kinds=[422])
     monkeypatch.delenv("SAMPLING_KEY", raising=False)
     said = []
     for value, status, message in (
         (None, 2, "the environment variable SAMPLING_KEY with its API key (policy pa) is not set or empty; export it"),
         (f"{KEY} x", 2, "is not one word of printable ASCII"),
         (KEY[:-1], 2, "HTTP 401 Unauthorized"),
-        (KEY, 0, "12 trajectories for 4 prompts"),
+        (KEY, 0, "failed for good"),
     ):
         if value is not None:
             monkeypatch.setenv("SAMPLING_KEY", value)
@@ -226,6 +226,7 @@ def test_a_key_comes_from_the_environment_and_goes_nowhere_else(server, tmp_path
         said.append(capsys.readouterr().err)
         assert message in said[-1]
     assert KEY[:-1] not in "".join(said)
+    assert b"Bearer ***" in (tmp_path / "out" / "quarantine.ndjson").read_bytes()
     for file in tmp_path.rglob("*"):
         assert not file.is_file() or KEY[:-1].encode() not in file.read_bytes(), file
 
