@@ -91,6 +91,8 @@ class Server:
         """Prompts with these words are answered otherwise than by rote."""
         if "POISON" in prompt:
             return JSONResponse({"error": {"message": "this prompt is\nnot acceptable"}}, 400)
+        if "BROKEN" in prompt:
+            return JSONResponse({"error": "out of memory"}, 500)
         if "EMPTY" in prompt:
             return "  ", "stop"
         if "FILTER" in prompt:

@@ -90,11 +90,10 @@ def test_policies_of_one_endpoint_share_its_concurrency(server, tmp_path):
     assert server.counts()["most_at_once"] == 5
 
 
-def test_the_rate_limit_spaces_requests_evenly(server, tmp_path):
+def test_the_rate_limit_holds(server, tmp_path):
     answers(lambda: endpoint_of(tmp_path, server.url, requests_per_minute=1200), map(ask_for, range(21)))
     times = server.counts()["times"]
     assert times[-1] - times[0] >= 0.9, "20 pauses of 50 ms; the server's clock sees them arrive, not start"
-    assert max(sum(start <= t < start + 0.2 for t in times) for start in times) <= 7
 
 
 def test_throttling_is_waited_for_as_long_as_the_server_says(server, tmp_path):
@@ -114,28 +113,22 @@ def test_pauses_grow_and_retries_end(server, tmp_path):
     assert server.counts()["seen"] == 5
 
 
-def test_a_request_that_alone_fails_is_given_up_where_others_are_answered(server, tmp_path):
+def test_a_request_that_alone_fails_is_given_up_where_others_are_answered(server, tmp_path, monkeypatch):
     """The first fails four times while the second is answered: the endpoint lives."""
+    monkeypatch.setattr(Endpoint, "_backoff", lambda self, spec, failures: 0.5)
 
     async def run():
-        endpoint = endpoint_of(tmp_path, server.url, retries=3, backoff_seconds=0.2)
-        server.behave(fail=1.0, kinds=[500])
-        failing = asyncio.create_task(endpoint.answer(ask_for(0)))
+        endpoint = endpoint_of(tmp_path, server.url, retries=3)
+        failing = asyncio.create_task(endpoint.answer(ask_for(0, "BROKEN")))
         while server.counts()["seen"] < 1:
             await asyncio.sleep(0.01)
-        server.behave(fail=0.0)
         assert (await endpoint.answer(ask_for(1))).text
-        server.behave(fail=1.0)
-        with pytest.raises(NoAnswer, match="HTTP 500"):
-            raise (await asyncio.gather(failing, return_exceptions=True))[0]
+        with pytest.raises(NoAnswer, match=r"HTTP 500 .*out of memory") as caught:
+            await failing
+        assert caught.value.attempts == 4
         await endpoint.close()
 
-    original = Endpoint._backoff
-    try:
-        Endpoint._backoff = lambda self, spec, failures: 0.3
-        asyncio.run(run())
-    finally:
-        Endpoint._backoff = original
+    asyncio.run(run())
 
 
 def test_a_reply_that_does_not_come_is_given_up_in_time(server, tmp_path):
