@@ -7,7 +7,6 @@ import email.utils
 import itertools
 import math
 import time
-from types import SimpleNamespace
 
 import pytest
 from flaky_server import FlakyServer, classify, native, ok, pooling, sglang, value_of
@@ -126,10 +125,10 @@ def test_retry_after_is_kept_and_counts_for_every_request(client_of):
 
 
 def test_retry_after_may_be_a_date():
-    from megatron_polar.serve.transport import _retry_after
+    from megatron_polar.retry_after import retry_after
 
     def seconds(value):
-        return _retry_after(SimpleNamespace(headers={"retry-after": value}))
+        return retry_after({"retry-after": value})
 
     assert seconds(email.utils.formatdate(time.time() + 60, usegmt=True)) == pytest.approx(60, abs=2)
     assert seconds(email.utils.formatdate(time.time() - 60, usegmt=True)) == 0.0

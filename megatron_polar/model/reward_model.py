@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from megatron_polar.model.layer_spec import config_device
-from megatron_polar.model.row_layout import RowLayout
+from megatron_polar.model.row_layout import RowLayout, rows_here
 
 
 class RewardHead(MegatronModule):
@@ -35,12 +35,8 @@ class RewardHead(MegatronModule):
     def forward(self, hidden_states: torch.Tensor, reward_positions: torch.Tensor) -> torch.Tensor:
         """hidden_states [s, b, h], reward_positions [c] in the flattened tokens of the whole row → rewards [c]."""
         sp_group = self.groups.tp if self.config.sequence_parallel else None
-        hidden = hidden_states.flatten(0, 1)
-        shard = self.groups.cp.rank() * (sp_group.size() if sp_group else 1) + (sp_group.rank() if sp_group else 0)
-        local = reward_positions - shard * hidden.size(0)
-        here = (local >= 0) & (local < hidden.size(0))
-        rows = hidden.index_select(0, local.clamp(0, hidden.size(0) - 1)).to(self.weight.dtype)
-        rewards = torch.where(here, (rows * self.weight[0]).sum(-1), 0)
+        rows, is_here = rows_here(hidden_states, reward_positions, sp=sp_group, cp=self.groups.cp)
+        rewards = torch.where(is_here, (rows.to(self.weight.dtype) * self.weight[0]).sum(-1), 0)
         for group in (sp_group, self.groups.cp):
             if group is not None and group.size() > 1:
                 # Forward: sum over ranks. Backward: every rank passes the same gradient to its own rows.

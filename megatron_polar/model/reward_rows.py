@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from megatron_polar.model.row_layout import RowLayout
+from megatron_polar.model.row_layout import RowLayout, rows_here
 
 
 class RewardRowsSelfAttention(SelfAttention):
@@ -78,14 +78,7 @@ class RewardRowsLayer(TransformerLayer):
         """Rows `tokens` [r] of the whole flattened row, spread over the ranks that the tokens are spread over."""
         sp = self.pg_collection.tp if self.config.sequence_parallel else None
         cp = self.pg_collection.cp
-        num_sp = sp.size() if sp is not None else 1
-        if num_sp * cp.size() == 1:
-            return hidden_states.flatten(0, 1).index_select(0, tokens)[:, None]
-        local = hidden_states.flatten(0, 1)
-        shard = cp.rank() * num_sp + (sp.rank() if sp is not None else 0)
-        index = tokens - shard * local.size(0)
-        is_here = (index >= 0) & (index < local.size(0))
-        rows = local.index_select(0, index.clamp(0, local.size(0) - 1))
+        rows, is_here = rows_here(hidden_states, tokens, sp=sp, cp=cp)
         rows = torch.where(is_here[:, None], rows, 0)[:, None]
         for group in (cp, sp):  # each row is on one rank, so the sum is that row
             if group is not None and group.size() > 1:

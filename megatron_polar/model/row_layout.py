@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 
@@ -97,6 +98,21 @@ def _gathered_rows(batch: MicroBatch) -> tuple[torch.Tensor, list[tuple[torch.Te
     first = torch.searchsorted(sources, sources)  # index of the first copy of the same source
     copy_number = torch.arange(len(rows)) - first
     return rows, [(sources[copy_number == n], order[copy_number == n]) for n in range(int(copy_number.max()) + 1)]
+
+
+def rows_here(
+    hidden: torch.Tensor, positions: torch.Tensor, *, sp: dist.ProcessGroup | None, cp: dist.ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Those of the rows `positions` [r] of the whole flattened row that this rank's hidden states [s, b, h] hold.
+
+    Returns rows [r, h], any row where this rank does not hold it, and whether it does [r]. `sp` is None without
+    sequence parallelism.
+    """
+    local = hidden.flatten(0, 1)
+    shard = cp.rank() * (sp.size() if sp is not None else 1) + (sp.rank() if sp is not None else 0)
+    index = positions - shard * local.size(0)
+    is_here = (index >= 0) & (index < local.size(0))
+    return local.index_select(0, index.clamp(0, local.size(0) - 1)), is_here
 
 
 # --- Reward rows -----------------------------------------------------------------------------------------------------

@@ -5,8 +5,6 @@ been answered is repeated only where no answer came.
 """
 
 import asyncio
-import email.utils
-import math
 import random
 import ssl
 import time
@@ -19,6 +17,7 @@ import orjson
 from megatron_polar.errors import UserError, printable
 from megatron_polar.policies.answers import Answer, Ask, NoAnswer
 from megatron_polar.policies.remote import HttpSpec, read_key
+from megatron_polar.retry_after import retry_after
 
 _PASSING_STATUSES = (408, 409, 425, 500, 502, 503, 504)
 _ENDING_STATUSES = {
@@ -185,7 +184,7 @@ class Endpoint:
             self._idle.append(client)
         status = response.status_code
         if status == httpx.codes.TOO_MANY_REQUESTS:
-            raise _Throttled(self._described(response), pause=_retry_after(response))
+            raise _Throttled(self._described(response), pause=retry_after(response.headers))
         if status in _PASSING_STATUSES:
             raise _Passing(self._described(response))
         is_one_prompt = status == httpx.codes.FORBIDDEN and self._last_answer  # a filter, where others got through
@@ -251,16 +250,3 @@ def read_reply(reply: Any, *, attempts: int, seconds: float) -> Answer:
     tokens = tokens if isinstance(tokens, int) else 0
     ending = "length" if ending == "length" else "stop"
     return Answer(text, ending, attempts=attempts, seconds=seconds, tokens=tokens)
-
-
-def _retry_after(response: httpx.Response) -> float | None:
-    """Seconds that a server asks to be left alone: a number or a date. None when it says nothing that can be read."""
-    value = response.headers.get("retry-after", "")
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, TypeError, OverflowError):
-            return None
-    return None if math.isnan(seconds) else max(0.0, seconds)

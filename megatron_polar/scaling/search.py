@@ -91,8 +91,8 @@ def _candidates(config: RunConfig, *, cluster: Cluster) -> Iterator[RunConfig]:
     architecture: Architecture = architecture_of(config.model)
     tensor = [2**power for power in range(10) if 2**power <= cluster.gpus_per_node]
     whole = config.data.max_tokens_per_micro_batch
-    rows = sorted({max(whole // parts, _FEWEST_TOKENS) for parts in (1, 2, 4)} & set(range(whole + 1)), reverse=True)
-    for tp, pp, vpp, recompute, tokens in product(tensor, _PIPELINE_SIZES, _CHUNKS, ("none", "full"), rows or [whole]):
+    rows = [whole] + [whole // parts for parts in (2, 4) if whole // parts >= _FEWEST_TOKENS]
+    for tp, pp, vpp, recompute, tokens in product(tensor, _PIPELINE_SIZES, _CHUNKS, ("none", "full"), rows):
         parallel = dataclasses.replace(
             config.parallel,
             tensor_model_parallel_size=tp,

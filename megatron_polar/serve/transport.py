@@ -5,9 +5,7 @@ Rewards are a pure function of what is sent, so asking twice does no harm.
 
 import asyncio
 import contextlib
-import email.utils
 import json
-import math
 import os
 import random
 import threading
@@ -21,6 +19,7 @@ from typing import Any, TypeVar
 import httpx
 
 from megatron_polar.errors import UserError, printable
+from megatron_polar.retry_after import retry_after
 from megatron_polar.serve.wire import BadReply
 
 Answer = TypeVar("Answer")
@@ -155,7 +154,7 @@ class Transport:
                 what = str(error) or type(error).__name__
                 raise _Passing(f"no connection ({self._printable(what)})") from None
         if response.status_code in _PASSING_STATUSES:
-            raise _Passing(self._describe(response), pause=_retry_after(response))
+            raise _Passing(self._describe(response), pause=retry_after(response.headers))
         if response.status_code != httpx.codes.OK:
             raise Refused(response.status_code, f"{server.url}{path}: {self._describe(response)}")
         try:
@@ -262,16 +261,3 @@ def _checked_url(url: str) -> str:
     if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
         raise UserError(f"url={url!r} is no base URL of a server; give one such as http://127.0.0.1:8000")
     return str(parsed).rstrip("/")
-
-
-def _retry_after(response: httpx.Response) -> float | None:
-    """Seconds that a server asks to be left alone: a number or a date. None when it says nothing that can be read."""
-    value = response.headers.get("retry-after", "")
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, TypeError, OverflowError):
-            return None
-    return None if math.isnan(seconds) else max(0.0, seconds)
