@@ -1,4 +1,4 @@
-"""Items with several references, for engines that score a text against one: an item for each of them, and the way back."""
+"""Items with several references, for engines that score a text against one: an item for each, and the way back."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -117,7 +117,8 @@ def read_score(body: dict[str, Any], settings: Settings) -> Question:
     items = [_item(item, f"items[{i}]", settings=settings) for i, item in enumerate(_list(body.get("items"), "items"))]
     requests = tuple(request for item in items for request in item.requests)
     count = sum(len(request.outputs) for request in requests)
-    _check_count(count, "items", what="outputs (each counted once for each reference)", settings=settings)
+    what = "outputs" if len(requests) == len(items) else "outputs, each counted once for each reference"
+    _check_count(count, "items", what=what, settings=settings)
     _check_text_bytes(requests, settings=settings)
     names = tuple(f"items[{i}]" for i, item in enumerate(items) for _ in item.requests)
     return Question(Texts(requests, names), partial(_score_reply, items, settings.model, wants_each))
