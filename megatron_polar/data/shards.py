@@ -149,7 +149,9 @@ def _read_shard(shard: Path, done: dict) -> tuple[np.ndarray, np.ndarray, np.nda
     if wrappers.min(initial=0) < 0 or wrappers.max(initial=0) >= len(WRAPPERS):
         raise Damaged(f"{shard.name} has a wrapper that is none of {', '.join(WRAPPERS)}")
     policies = tokens[_policy_places(lengths, documents)]
-    if policies.min(initial=-1) < -1 or policies.max(initial=-1) >= len(done["policies"]):
+    kinds = np.repeat(tokens[_header_places(lengths, documents)], lengths[headers] - HEADER_FIELDS)
+    lowest = np.where(kinds == KINDS.index("references"), REFERENCE, -1)
+    if (policies < lowest).any() or policies.max(initial=-1) >= len(done["policies"]):
         raise Damaged(f"{shard.name} has policies that its done file does not name")
     return tokens, lengths, documents
 
