@@ -364,7 +364,12 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _add_score(verbs) -> None:
     verb = verbs.add_parser("score", help="rewards for {prompt, reference, output} lines")
     _add_checkpoint_options(verb)
-    verb.add_argument("--input", type=Path, required=True, help="JSONL: prompt, reference, output (or outputs: [...])")
+    verb.add_argument(
+        "--input",
+        type=Path,
+        required=True,
+        help="JSONL: prompt, reference (or references: [...]), output (or outputs: [...])",
+    )
     verb.add_argument("--output", type=Path, required=True, help="the same lines with `reward` (or `rewards`) added")
     verb.add_argument("--per-reference", action="store_true", help="add the rewards against each reference, too")
     add_wrapper(verb, of="lines")

@@ -2,8 +2,10 @@
 
 import asyncio
 import gzip
+import importlib.util
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -376,3 +378,21 @@ def test_importers_write_the_list_where_there_are_several(tmp_path):
             assert key in json.loads(stream.readline())
         (line,) = [line for _, line in read_jsonl(output)]
         assert len(parse_record(line, source="f", line_number=1).references) == count
+
+
+def test_the_benchmark_counts_what_the_prompt_alone_would_save(tmp_path, tokenizer_path, monkeypatch, capsys):
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / "reference_prefixes.py"
+    spec = importlib.util.spec_from_file_location("reference_prefixes", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    tokenizer, prompt = load_tokenizer(tokenizer_path), "ba ke li mo"
+    texts = {"references": ["ra si", "zo zo zo", "nu"], "outputs": ["ba", "ve ve"], "wrapper": "sft"}
+    found = module.count_tokens(tokenizer, prompt, **texts)
+    # Of three copies of BOS and prompt two would go; the newline behind the prompt is shared, too.
+    assert found.shared - found.nested == 2 * (len(tokenizer.encode(prompt + "\n")) + 1)
+    assert found.nested < found.shared < found.apart
+    (tmp_path / "a.jsonl").write_text(json.dumps(LINE | {"reference": "r"}) + "\n")
+    arguments = ["reference_prefixes.py", "--tokenizer", str(tokenizer_path), str(tmp_path / "a.jsonl")]
+    monkeypatch.setattr("sys.argv", arguments)
+    module.main()
+    assert capsys.readouterr().out.count("| 4 | ") == 3
