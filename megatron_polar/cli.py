@@ -316,17 +316,32 @@ def _add_evaluate(verbs) -> None:
     )
     verb.add_argument("--limit", type=int, help="draw this many items (seeded)")
     verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument(
+        "--references",
+        type=int,
+        nargs="+",
+        default=[1],
+        metavar="N",
+        help="references per item, whose rewards are averaged; several numbers (1 2 4) are compared on the same items",
+    )
     add_wrapper(verb, of="records")
     verb.set_defaults(run=_evaluate)
 
 
 def _evaluate(options: argparse.Namespace) -> int:
     from megatron_polar.score.evaluate import evaluate, exit_status
+    from megatron_polar.score.reference_counts import check_counts
     from megatron_polar.score.suites import load_suite, with_wrapper
 
     check_output_directory(options.output)
+    counts = check_counts(options.references)
     items = load_suite(
-        options.suite, options.data, limit=options.limit, seed=options.seed, default_wrapper=options.wrapper
+        options.suite,
+        options.data,
+        limit=options.limit,
+        seed=options.seed,
+        default_wrapper=options.wrapper,
+        num_references=counts[-1],
     )
     scorer = _load_scorer(options)
     summary = evaluate(
@@ -336,6 +351,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         suite=options.suite,
         seed=options.seed,
         checkpoint=str(scorer.checkpoint),
+        references=counts,
     )
     if log.is_first_rank():
         from megatron_polar.score.report import evaluation_report
@@ -348,8 +364,14 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _add_score(verbs) -> None:
     verb = verbs.add_parser("score", help="rewards for {prompt, reference, output} lines")
     _add_checkpoint_options(verb)
-    verb.add_argument("--input", type=Path, required=True, help="JSONL: prompt, reference, output (or outputs: [...])")
+    verb.add_argument(
+        "--input",
+        type=Path,
+        required=True,
+        help="JSONL: prompt, reference (or references: [...]), output (or outputs: [...])",
+    )
     verb.add_argument("--output", type=Path, required=True, help="the same lines with `reward` (or `rewards`) added")
+    verb.add_argument("--per-reference", action="store_true", help="add the rewards against each reference, too")
     add_wrapper(verb, of="lines")
     verb.set_defaults(run=_score)
 
@@ -361,7 +383,9 @@ def _score(options: argparse.Namespace) -> None:
     read_requests(options.input)  # refuse a bad file before the model is loaded
     scorer = _load_scorer(options)
     wrapper = scorer.default_wrapper(options.wrapper)
-    count = score_file(scorer, options.input, output=options.output, default_wrapper=wrapper)
+    count = score_file(
+        scorer, options.input, output=options.output, default_wrapper=wrapper, per_reference=options.per_reference
+    )
     log.info(f"{options.output}: {count} lines scored")
 
 

@@ -49,7 +49,8 @@ class ComparisonDataset:
     An epoch has as many comparisons as all corpora have documents; a corpus contributes its share by weight (by size
     where no weights are given), walking through its documents in an order of its own, so that over epochs every
     document is used equally often. Trajectory documents give reference and candidate 1 from one policy and candidates
-    2..K from others (paper eq. 7); preferences give their candidates in ranked order (eq. 8).
+    2..K from others (paper eq. 7); preferences give their candidates in ranked order (eq. 8). Of several references
+    each pass over the documents takes another one, all in turn.
     """
 
     def __init__(
@@ -104,6 +105,9 @@ class ComparisonDataset:
         generator = np.random.default_rng([self.seed, source, cycle, document])
         choose = _draw_contrast if stored.kind == "trajectories" else _draw_ranking
         reference, candidates, levels = choose(stored, count=self.candidates_per_comparison, generator=generator)
+        if stored.num_references > 1:
+            first = _mix64(_mix64(_mix64(self.seed) + source) + document)  # not the same one for all documents
+            reference = (first + cycle) % stored.num_references
         return assemble_comparison(
             stored.halves[reference],
             [stored.halves[i] for i in candidates],
@@ -141,7 +145,7 @@ def _shared_control_tokens(corpora: Sequence[Corpus], sources: Sequence[DatasetS
 
 def _has_contrast(document: StoredDocument) -> bool:
     if document.kind == "preference":
-        return len(document.halves) > 2
+        return len(document.halves) - document.num_references > 1
     ids = document.policy_ids.tolist()
     return 1 < len(set(ids)) < len(ids)
 
@@ -168,8 +172,8 @@ def _draw_contrast(
 def _draw_ranking(
     document: StoredDocument, *, count: int, generator: np.random.Generator
 ) -> tuple[int, list[int], tuple[int, ...]]:
-    """The stored ranking; of a longer one, `count` candidates in their order."""
-    candidates = np.arange(1, len(document.halves))
+    """The stored ranking beside the first reference; of a longer one, `count` candidates in their order."""
+    candidates = np.arange(document.num_references, len(document.halves))
     if len(candidates) > count:
         candidates = np.sort(generator.choice(candidates, size=count, replace=False))
     return 0, [int(c) for c in candidates], tuple(range(len(candidates)))

@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -158,10 +158,13 @@ def gsm8k_preferences(
     split: str = "all",
     heldout_fraction: float = 0.2,
     pairs_per_problem: int = 1,
+    max_references: int = 1,
     seed: int = 0,
     skipped: Counter[str],
 ) -> Iterator[Record]:
     """Yield, from `example_model_solutions.jsonl`, the ground truth as reference, a right and a wrong solution.
+
+    Further references, up to `max_references`, are the other right solutions.
 
     `split`: "train", "heldout" or "all" (`gsm8k_split`). Problems that every model solved, or none, have no pair.
     Texts stay as published, the calculator's `<<2*9=18>>` included: they are part of what the models wrote.
@@ -186,14 +189,21 @@ def gsm8k_preferences(
         category = f"{len(solutions[True])} of {len(solutions[True]) + len(solutions[False])} models right"
         for right, wrong in _draw(pairs, pairs_per_problem, seed=seed, text=question):
             meta = {"chosen_policy": right[0], "rejected_policy": wrong[0], "category": category}
-            yield _preference(question, truth, right[1], wrong[1], meta=meta)
+            others = _draw(solutions[True], len(solutions[True]), seed=seed, text=f"references\n{question}")
+            further = _further([text for _, text in others], used=(truth, right[1], wrong[1]), count=max_references - 1)
+            yield _preference(question, truth, right[1], wrong[1], meta=meta, further=further)
 
 
 # --- RMB --------------------------------------------------------------------------------------------------------------
 
 
 def rmb_preferences(
-    directory: Path, *, trios_per_conversation: int | None = 1, seed: int = 0, skipped: Counter[str]
+    directory: Path,
+    *,
+    trios_per_conversation: int | None = 1,
+    max_references: int = 1,
+    seed: int = 0,
+    skipped: Counter[str],
 ) -> Iterator[Record]:
     """Derive POLAR's trios from RMB: the best answer is the reference, two others with a judged order are compared.
 
@@ -202,7 +212,8 @@ def rmb_preferences(
     puts below another; second > third is one published judgement; both lie below the reference, directly or through a
     chain of judgements. Of the trios of a conversation those whose reference beats most answers come first, then those
     with the most direct judgements, then a seeded draw; `trios_per_conversation` None yields all of them (not
-    independent of each other).
+    independent of each other). Further references, up to `max_references`, are other answers that could be the
+    reference of the same two.
     """
     root = directory / "RMB_dataset" if (directory / "RMB_dataset").is_dir() else directory
     for part in ("Pairwise_set", "BoN_set"):
@@ -220,7 +231,10 @@ def rmb_preferences(
             meta = {"category": category, "subcategory": subcategory, "judged_directly": indirect == 0}
             meta |= {"reference_policy": reference.model, "chosen_policy": second.model, "rejected_policy": third.model}
             meta["answers_below_reference"] = -beaten
-            yield _preference(conversation, reference.text, second.text, third.text, meta=meta)
+            others = [answer.text for _, (answer, *compared) in trios if compared == [second, third]]
+            used = (reference.text, second.text, third.text)
+            further = _further(others, used=used, count=max_references - 1)
+            yield _preference(conversation, *used, meta=meta, further=further)
 
 
 def _rmb_judgements(root: Path, *, skipped: Counter[str]) -> dict[Any, tuple[dict[Answer, set[Answer]], str]]:
@@ -360,8 +374,16 @@ def describe_import(count: int, output: Path, skipped: Counter[str]) -> str:
     return f"{output}: {count} records{left_out}"
 
 
-def _preference(prompt: str | Messages, reference: str, chosen: str, rejected: str, *, meta: Record) -> Record:
-    return {"prompt": prompt, "reference": reference, "chosen": chosen, "rejected": rejected, "meta": meta}
+def _preference(
+    prompt: str | Messages, reference: str, chosen: str, rejected: str, *, meta: Record, further: Sequence[str] = ()
+) -> Record:
+    given = {"references": [reference, *further]} if further else {"reference": reference}
+    return {"prompt": prompt, **given, "chosen": chosen, "rejected": rejected, "meta": meta}
+
+
+def _further(texts: Iterable[str], *, used: Collection[str], count: int) -> list[str]:
+    """The first `count` distinct ones that are in no other use."""
+    return [text for text in dict.fromkeys(texts) if text not in used][: max(0, count)]
 
 
 def _policy_files(directory: Path, name: str) -> list[tuple[str, Path]]:

@@ -26,7 +26,10 @@ FORMAT = "megatron_polar.corpus"
 FORMAT_VERSION = 2
 TOKENS, INDEX, QUARANTINE, TOKENIZER = "corpus.bin", "corpus.idx", "quarantine.jsonl", "tokenizer"
 WORK = ".work"  # what an unfinished run has done so far
-KINDS = ("trajectories", "preference")
+KINDS = ("trajectories", "preference", "references")
+"""What a document holds; "references" is a preference with several references, and is written for no other."""
+REFERENCE = -2
+"""In the place of a policy id: this half of a document of the kind "references" is one of its references."""
 MAXIMA = ("longest_prompt", "longest_response", "longest_half")
 COUNTS = (
     "lines",

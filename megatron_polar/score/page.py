@@ -191,6 +191,20 @@ def interval_figure(rows: Sequence[tuple[str, float, float, float]], *, title: s
     return drawing.html
 
 
+def interval_line_figure(
+    points: Sequence[tuple[float, float, float, float]], *, title: str, x_label: str, y_label: str, caption: str
+) -> str:
+    """Draw (x, value, low, high) points, joined, with their intervals."""
+    x, value, low, high = zip(*points, strict=True)
+    with _Figure(title, caption=caption) as drawing:
+        errors = [[v - b for v, b in zip(value, low, strict=True)], [t - v for t, v in zip(high, value, strict=True)]]
+        drawing.axes.errorbar(x, value, yerr=errors, fmt="o-", color=FIRST_COLOUR, capsize=3, markersize=5)
+        drawing.axes.set_xticks(x, [number(place) for place in x])
+        drawing.axes.set_xlabel(x_label)
+        drawing.axes.set_ylabel(y_label)
+    return drawing.html
+
+
 def histogram_figure(groups: Mapping[str, Sequence[float]], *, title: str, x_label: str, caption: str) -> str:
     """Draw up to two groups of numbers as overlaid histograms over common bins."""
     values = [value for group in groups.values() for value in group]

@@ -22,6 +22,7 @@ from megatron_polar.score.page import (
     table,
     write_report,
 )
+from megatron_polar.score.reference_page import references_body
 from megatron_polar.train.journal import EVENTS, goodput, read_events, read_rows
 
 _MOST_EVENTS = 200
@@ -207,7 +208,10 @@ def _evaluation_body(summary: dict, rewards: dict[str, list[float]] | None) -> s
     headers = ("group of pairs", "accuracy", "95 % from", "to", "pairs", "ties")
     caption = "Accuracy: share of pairs in the right order, a tie counts half."
     accuracies = table(headers, rows, caption=caption, write_number=share)
-    return f'<p>{html.escape(check)}</p>\n{accuracies}<div class="figures">{figures}</div>\n'
+    several = (
+        f"<h3>Several references</h3>\n{references_body(summary['references'])}" if "references" in summary else ""
+    )
+    return f'<p>{html.escape(check)}</p>\n{accuracies}<div class="figures">{figures}</div>\n{several}'
 
 
 def _accuracy_row(name: str, entry: dict) -> tuple:
@@ -222,6 +226,8 @@ def evaluation_report(summary: dict, *, rewards: Path | None, output: Path) -> P
     groups = None if rewards is None else read_rewards(rewards)
     sections = [Section("Accuracy", _evaluation_body(summary, groups))]
     subtitle = f"{summary['num_items']:,} items, {summary['num_pairs']:,} pairs"
+    if summary.get("num_references", 1) > 1:
+        subtitle += f", {summary['num_references']} references each"
     if summary.get("checkpoint"):
         subtitle += f"; {summary['checkpoint']}"
     return write_report(output, title=f"Evaluation: {summary['suite']}", subtitle=subtitle, sections=sections)

@@ -132,12 +132,14 @@ def ordered_pairs(items: Sequence[EvaluationItem], rewards: Sequence[Sequence[fl
 
 
 def word_overlap(item: EvaluationItem) -> list[float]:
-    """Rate candidates by the words they share with the reference (Jaccard): what can be had without learning."""
-    reference = set(item.reference.split())
+    """Rate candidates by the words they share with the reference (Jaccard), the mean over several: what can be had
+    without learning."""
+    references = [set(reference.split()) for reference in item.references]
     rates = []
     for candidate in item.candidates:
         words = set(candidate.split())
-        rates.append(len(words & reference) / max(1, len(words | reference)))
+        shares = [len(words & reference) / max(1, len(words | reference)) for reference in references]
+        rates.append(sum(shares) / len(shares))
     return rates
 
 

@@ -20,6 +20,7 @@ from megatron_polar.data import public
 from megatron_polar.data.lines import list_inputs, read_jsonl
 from megatron_polar.data.records import Preference, Trajectory, TrajectoryGroup, parse_record
 from megatron_polar.errors import UserError
+from megatron_polar.score.more_references import further_trajectories, items_with_references
 
 SUITES = ("preferences", "policies", "gsm8k", "gsm8k-all", "rmb")
 
@@ -32,6 +33,7 @@ class EvaluationItem:
 
     `levels[i]` is the rank of candidate i: 0 is the best, and equal levels have no order between them. `identifier` is
     unique in its suite and the same on every machine. `wrapper` is None where that is left open (`with_wrapper`).
+    `more_references` are further ones, behind the first.
     """
 
     identifier: str
@@ -41,6 +43,11 @@ class EvaluationItem:
     levels: tuple[int, ...]
     category: str
     wrapper: str | None
+    more_references: tuple[str, ...] = ()
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        return (self.reference, *self.more_references)
 
 
 def load_suite(
@@ -51,6 +58,7 @@ def load_suite(
     seed: int = 0,
     comparisons_per_group: int = 1,
     default_wrapper: str | None = "sft",
+    num_references: int = 1,
 ) -> list[EvaluationItem]:
     """Load the comparisons of a suite, at most `limit` of them, drawn by the seed and kept in the order of the files.
 
@@ -59,7 +67,8 @@ def load_suite(
       second trajectory of its own policy. `comparisons_per_group` such draws are made per prompt, without repetition;
     - "gsm8k", "gsm8k-all": OpenAI's example_model_solutions.jsonl, its held-out problems or all of them;
     - "rmb": the published folder RMB_dataset.
-    `default_wrapper` is for items that name none; None leaves it open until the model is known.
+    `default_wrapper` is for items that name none; None leaves it open until the model is known. Items have
+    `num_references` references each; those with fewer are left out, before `limit` is drawn.
     Raises UserError for an unknown name, unusable files, and a suite without a single comparison.
     """
     if name not in SUITES:
@@ -77,16 +86,18 @@ def load_suite(
         groups = _parse_files(path, default_wrapper=default_wrapper)
         items = _policy_items(groups, comparisons_per_group=comparisons_per_group, seed=seed, skipped=skipped)
     elif name == "rmb":
-        items = _preference_items(parsed(public.rmb_preferences(path, skipped=skipped)), fallback="rmb")
+        records = public.rmb_preferences(path, max_references=num_references, skipped=skipped)
+        items = _preference_items(parsed(records), fallback="rmb")
     else:
         split = "heldout" if name == "gsm8k" else "all"
-        records = public.gsm8k_preferences(path, split=split, skipped=skipped)
+        records = public.gsm8k_preferences(path, split=split, max_references=num_references, skipped=skipped)
         items = _preference_items(parsed(records), fallback="gsm8k")
     found = list(items)
     for reason, count in skipped.most_common():
         log.info(f"suite {name}: skipped {count}: {reason}")
     if not found:
         raise UserError(f"{path}: no comparison for the suite {name!r} in it; check the path and docs/evaluation.md")
+    found = items_with_references(found, num_references, suite=name)
     return found if limit is None else _draw_items(found, limit, seed=seed)
 
 
@@ -145,6 +156,7 @@ def _preference_items(records: Iterable[tuple[str, _Parsed]], *, fallback: str) 
             levels=tuple(range(len(record.candidates))),
             category=_category(record, fallback=fallback),
             wrapper=record.wrapper,
+            more_references=record.more_references,
         )
 
 
@@ -158,14 +170,18 @@ def _policy_items(
         if not triples:
             skipped["prompt whose trajectories of one policy, or of two, are the same text"] += 1
         for number, (reference, same, other) in enumerate(triples):
+            name = identifier if comparisons_per_group == 1 else f"{identifier}#{number}"
+            own = [trajectory.text for trajectory in group.trajectories if trajectory.policy == reference.policy]
+            used = (reference.text, same.text, other.text)
             yield EvaluationItem(
-                identifier=identifier if comparisons_per_group == 1 else f"{identifier}#{number}",
+                identifier=name,
                 prompt=group.prompt,
                 reference=reference.text,
                 candidates=(same.text, other.text),
                 levels=(0, 1),
                 category=_category(group, fallback="policy"),
                 wrapper=group.wrapper,
+                more_references=further_trajectories(own, used=used, seed=seed, name=name),
             )
 
 
