@@ -122,6 +122,7 @@ def test_counts_survive_json_and_what_is_none_is_refused():
     bad = [
         {**columns, "won": columns["won"][:-1]},
         {**columns, "won": [-1] * len(columns["won"])},
+        {**columns, "won": [0] * len(columns["won"]), "lost": [0] * len(columns["won"])},
         {**columns, "lost": [0.5] * len(columns["won"])},
         {**columns, "lost": [True] * len(columns["won"])},
         {**columns, "lost": [2**63] * len(columns["won"])},

@@ -5,11 +5,15 @@ A pair is ordered: the policy of the reference (and of candidate 1), then the ot
 comparisons: a comparison in the right order is 2 won, one in the wrong order 2 lost, a tie 1 of each.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
+
+from megatron_polar.errors import UserError
 
 MOST_PAIRS = 1 << 20
 """Pairs kept over the end of a period: 1,024 policies can all meet. Of more, those with most comparisons are kept."""
@@ -102,7 +106,36 @@ def error_rates(counts: PairCounts, *, prior_comparisons: float) -> np.ndarray:
     return (counts.lost + prior_comparisons) / (counts.won + counts.lost + 2 * prior_comparisons)
 
 
-# --- As JSON ---------------------------------------------------------------------------------------------------------
+# --- pairs.json ------------------------------------------------------------------------------------------------------
+
+PAIRS = "pairs.json"
+"""Name of the file in a run directory, and in every checkpoint."""
+PARTS = ("older", "last", "current")
+"""Parts of what was counted, by period; see train/policy_pairs.py."""
+_FORMAT, _VERSION = "megatron_polar.pairs", 1
+
+
+def encode_pairs(parts: Mapping[str, PairCounts], *, policies: Sequence[str], step: int) -> bytes:
+    """Counts up to `step` as a file."""
+    content = {"format": _FORMAT, "format_version": _VERSION, "step": step, "policies": list(policies)}
+    return orjson.dumps(content | {name: plain(parts[name]) for name in PARTS})
+
+
+def read_pairs(path: Path) -> tuple[tuple[str, ...], dict[str, PairCounts]]:
+    """Names of policies, and counts by "older", "last" and "current". Raises UserError for anything else."""
+    try:
+        content = orjson.loads(path.read_bytes())
+        if content["format"] != _FORMAT or content["format_version"] != _VERSION:
+            raise ValueError(f"it is no {_FORMAT} of version {_VERSION}")
+        policies = tuple(content["policies"])
+        if not all(isinstance(name, str) for name in policies):
+            raise ValueError("names of policies are texts")
+        return policies, {name: from_plain(content[name], num_policies=len(policies)) for name in PARTS}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise UserError(
+            f"{path}: holds no counts of policy pairs ({reason}); delete it, or bring back the right one"
+        ) from error
 
 
 def plain(counts: PairCounts) -> dict[str, list[int]]:
@@ -129,4 +162,6 @@ def from_plain(columns: Mapping[str, Any], *, num_policies: int) -> PairCounts:
     keys = pair_keys(reference, other)
     if (np.diff(keys) <= 0).any():
         raise ValueError("pairs are not in order, or one stands there twice")
+    if not (won + lost).all():
+        raise ValueError("a pair stands there that was never compared")
     return PairCounts(keys, won, lost)

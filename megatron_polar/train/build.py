@@ -15,6 +15,7 @@ from megatron_polar.config.presets import architecture_of
 from megatron_polar.config.schema import CurriculumSection, DataSection, DatasetSource, RunConfig
 from megatron_polar.data.comparisons import ComparisonDataset
 from megatron_polar.data.loader import row_shape
+from megatron_polar.data.pair_counts import PAIRS
 from megatron_polar.data.steps import RowShape
 from megatron_polar.data.tokenizer import load_tokenizer
 from megatron_polar.errors import UserError
@@ -30,7 +31,7 @@ from megatron_polar.train.optimizer import (
     build_optimizer,
     build_schedule,
 )
-from megatron_polar.train.policy_pairs import PAIRS, PolicyPairs
+from megatron_polar.train.policy_pairs import PolicyPairs
 
 
 @dataclass(frozen=True)

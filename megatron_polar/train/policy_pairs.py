@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import orjson
 import torch.distributed as dist
 
 from megatron_polar import log
@@ -18,24 +17,22 @@ from megatron_polar.config.schema import CurriculumSection
 from megatron_polar.data.curriculum import DifficultyTables
 from megatron_polar.data.pair_counts import (
     EMPTY,
+    PAIRS,
+    PARTS,
     PairCounts,
     add_counts,
     count_pairs,
+    encode_pairs,
     error_rates,
-    from_plain,
     halve,
     keep_most_compared,
-    plain,
+    read_pairs,
 )
 from megatron_polar.data.steps import Step
 from megatron_polar.errors import UserError
 from megatron_polar.manifest import write_durably
 from megatron_polar.parallel.topology import Topology
 from megatron_polar.train.step import StepResult
-
-PAIRS = "pairs.json"
-FORMAT, FORMAT_VERSION = "megatron_polar.pairs", 1
-_PARTS = ("older", "last", "current")
 
 
 class PolicyPairs:
@@ -85,13 +82,13 @@ class PolicyPairs:
             return
         self.gather()
         period = done // self.section.interval  # the one that begins
-        self.older, self.last, self.current = self._next_older(period - 1), self.current, EMPTY
+        self.older, self.last, self.current = self._with_last(period - 2), self.current, EMPTY
         if self._tables is not None:
-            self._tables.publish(period + 1, self._next_older(period))
+            self._tables.publish(period + 1, self._with_last(period - 1))
 
-    def _next_older(self, period: int) -> PairCounts:
-        """What `older` becomes when `period` has ended."""
-        kept = halve(self.older) if period and period % self.section.half_life == 0 else self.older
+    def _with_last(self, number: int) -> PairCounts:
+        """`older` together with `last`, the counts of period `number`."""
+        kept = halve(self.older) if number % self.section.half_life == 0 else self.older
         return keep_most_compared(add_counts([kept, self.last]))
 
     @contextmanager
@@ -104,7 +101,7 @@ class PolicyPairs:
             self._tables = DifficultyTables(self.section, directory=Path(directory))
             period = self.steps_done // self.section.interval
             self._tables.publish(period, self.older)
-            self._tables.publish(period + 1, self._next_older(period))
+            self._tables.publish(period + 1, self._with_last(period - 1))
             try:
                 yield self._tables
             finally:
@@ -114,9 +111,8 @@ class PolicyPairs:
 
     def encode(self) -> bytes:
         """All that was counted up to the last `gather`, as `pairs.json` of a checkpoint or of the run directory."""
-        content = {"format": FORMAT, "format_version": FORMAT_VERSION, "step": self.steps_done}
-        content |= {"policies": self.policies} | {name: plain(getattr(self, name)) for name in _PARTS}
-        return orjson.dumps(content)
+        parts = {name: getattr(self, name) for name in PARTS}
+        return encode_pairs(parts, policies=self.policies, step=self.steps_done)
 
     def restore(self, checkpoint: Path, *, step: int) -> None:
         """Continue from a checkpoint of `step` steps. Raises UserError where it cannot be continued from."""
@@ -135,7 +131,7 @@ class PolicyPairs:
         policies, parts = read_pairs(path)
         if policies != self.policies:
             raise UserError(f"{path}: counts other policies than those of the training data; use another checkpoint")
-        self.older, self.last, self.current = (parts[name] for name in _PARTS)
+        self.older, self.last, self.current = (parts[name] for name in PARTS)
 
     def write(self, directory: Path) -> None:
         """Write `pairs.json` for the report; a full disk does not stop the run."""
@@ -157,20 +153,3 @@ class PolicyPairs:
             figures["pairs/hardest_decile_accuracy"] = won / (won + lost)
             figures["pairs/hardest_decile_comparisons"] = (won + lost) / 2
         return figures
-
-
-def read_pairs(path: Path) -> tuple[tuple[str, ...], dict[str, PairCounts]]:
-    """Names of policies, and counts by "older", "last" and "current". Raises UserError for anything else."""
-    try:
-        content = orjson.loads(path.read_bytes())
-        if content["format"] != FORMAT or content["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"it is no {FORMAT} of version {FORMAT_VERSION}")
-        policies = tuple(content["policies"])
-        if not all(isinstance(name, str) for name in policies):
-            raise ValueError("names of policies are texts")
-        return policies, {name: from_plain(content[name], num_policies=len(policies)) for name in _PARTS}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        raise UserError(
-            f"{path}: holds no counts of policy pairs ({reason}); delete it, or bring back the right one"
-        ) from error

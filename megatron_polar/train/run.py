@@ -11,6 +11,7 @@ from megatron_polar import faults, log
 from megatron_polar.config.load import dump_config
 from megatron_polar.config.schema import RunConfig
 from megatron_polar.data.loader import load_steps
+from megatron_polar.data.pair_counts import PAIRS
 from megatron_polar.data.steps import Step, StepDataset
 from megatron_polar.errors import CANNOT_SAVE, STOPPED, RunStopped
 from megatron_polar.manifest import write_durably
@@ -25,7 +26,6 @@ from megatron_polar.train.journal import Journal, bad_steps, last_sign_of_life
 from megatron_polar.train.lock import RunLock, lock_run
 from megatron_polar.train.metrics import Metrics, StepTimer, peak_tflops
 from megatron_polar.train.optimizer import current_learning_rate
-from megatron_polar.train.policy_pairs import PAIRS
 from megatron_polar.train.resume import on_first_rank, optimizer_kind, start_or_resume, warn_of_a_stranger
 from megatron_polar.train.signals import StopSignals
 from megatron_polar.train.state_dict import layout_of
