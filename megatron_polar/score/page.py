@@ -20,7 +20,7 @@ _COLOURS = {"--ink": "#1b1f23", "--rule": "#d0d4d9", "--series-1": "#0072b2", "-
 _INK, _RULE, FIRST_COLOUR, SECOND_COLOUR = _COLOURS.values()
 _MAX_POINTS = 600
 _FIGURE_INCHES = (5.2, 2.9)
-_MOST_LABELS, _LABEL_LENGTH = 70, 28
+_MAP_INCHES, _LABEL_LENGTH = (10.0, 8.4), 28
 
 YAxis = Literal["linear", "log", "from zero"]
 
@@ -216,21 +216,17 @@ def histogram_figure(groups: Mapping[str, Sequence[float]], *, title: str, x_lab
 def heat_map_figure(
     shares: np.ndarray, *, labels: Sequence[str], title: str, x_label: str, y_label: str, caption: str
 ) -> str:
-    """Draw a square matrix of shares from 0 to 1 (NaN: left white), with the same labels on both sides where they are
-    few enough to be read."""
-    size = len(labels)
-    inches = min(11.0, max(4.0, 1.5 + 0.16 * size))
-    with _Figure(title, caption=caption, inches=(inches, inches)) as drawing:
+    """Draw a square matrix of shares (NaN: left empty), labelled alike on both sides; below 0.3 all have one colour."""
+    with _Figure(title, caption=caption, inches=_MAP_INCHES) as drawing:
         axes = drawing.axes
-        # From chance in the middle both ways: two colours that no common colour blindness confuses.
-        image = axes.imshow(shares, cmap="RdBu", vmin=0.0, vmax=1.0, interpolation="nearest")
+        # Light is high; told apart with any common colour blindness, and in grey.
+        image = axes.imshow(shares, cmap="cividis", vmin=0.3, vmax=1.0, interpolation="nearest")
         axes.grid(False)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-        if size <= _MOST_LABELS:
-            shown = [label if len(label) <= _LABEL_LENGTH else f"{label[: _LABEL_LENGTH - 1]}…" for label in labels]
-            axes.set_xticks(range(size), shown, rotation=90, fontsize=6)
-            axes.set_yticks(range(size), shown, fontsize=6)
+        shown = [label if len(label) <= _LABEL_LENGTH else f"{label[: _LABEL_LENGTH - 1]}…" for label in labels]
+        axes.set_xticks(range(len(labels)), shown, rotation=90, fontsize=6)
+        axes.set_yticks(range(len(labels)), shown, fontsize=6)
         bar = axes.figure.colorbar(image, ax=axes, shrink=0.6)
         bar.ax.tick_params(colors=_INK, length=3)
         bar.outline.set_edgecolor(_RULE)

@@ -10,7 +10,7 @@ from megatron_polar.data.pair_counts import PairCounts, add_counts, error_rates,
 from megatron_polar.score.page import Section, heat_map_figure, share, table
 
 _PRIOR_COMPARISONS = 8.0
-_MOST_POLICIES = 200
+_MOST_LABELS = 64
 _MOST_ROWS = 20
 
 
@@ -24,34 +24,48 @@ def pairs_section(path: Path) -> Section | None:
     if not len(counts):
         return None
     order, difficulty, comparisons = _by_difficulty(counts, num_policies=len(policies))
-    shown = order[:_MOST_POLICIES]
-    caption = (
-        "Share of comparisons in the right order; 0.5 is chance, empty: not compared lately. Row: "
-        "policy of the reference; column: the other policy. The hardest policies come first."
-    )
-    if len(order) > len(shown):
-        caption += f" The {len(shown)} hardest of {len(order)} policies."
-    figure = heat_map_figure(
-        _matrix(counts, shown, num_policies=len(policies)),
-        labels=[policies[number] for number in shown],
-        title="Accuracy by pair of policies",
-        x_label="other policy",
-        y_label="policy of the reference",
-        caption=caption,
-    )
     note = (
         f"{len(counts):,} ordered pairs of {len(order):,} policies, {counts.comparisons.sum():,.0f} comparisons of the "
         "last periods (older ones count less). Estimates add "
         f"{_PRIOR_COMPARISONS:g} comparisons, half of them wrong, to each: few outcomes alone make no pair hard."
     )
     columns = ("policy", "estimated accuracy", "comparisons")
-    by_policy = [(policies[n], 1 - float(difficulty[n]), int(comparisons[n])) for n in order]
+    by_policy = [(policies[n], 1 - float(difficulty[n]), int(comparisons[n])) for n in order[:_MOST_ROWS]]
     body = (
-        f"<p>{html.escape(note)}</p>\n{figure}"
+        f'<p>{html.escape(note)}</p>\n<div class="figures">{_heat_map(counts, policies, order)}</div>\n'
         + _pair_table(counts, policies)
-        + table(columns, by_policy[:_MOST_ROWS], caption="The hardest policies, on either side.", write_number=share)
+        + table(columns, by_policy, caption="The hardest policies, on either side.", write_number=share)
     )
     return Section("Pairs of policies", body)
+
+
+def _heat_map(counts: PairCounts, policies: Sequence[str], order: np.ndarray) -> str:
+    """One row and column for each policy of `order`, or for some neighbours in it together where there are many."""
+    size = -(-len(order) // _MOST_LABELS)
+    groups = [order[start : start + size] for start in range(0, len(order), size)]
+    if size == 1:
+        labels = [policies[group[0]] for group in groups]
+    else:
+        labels = [f"{1 + size * n} to {size * n + len(group)}" for n, group in enumerate(groups)]
+    places = np.full(len(policies), -1)
+    for number, group in enumerate(groups):
+        places[group] = number
+    won, lost = np.zeros((2, len(groups), len(groups)))
+    reference, other = (places[side] for side in split_keys(counts.keys))
+    np.add.at(won, (reference, other), counts.won)
+    np.add.at(lost, (reference, other), counts.lost)
+    with np.errstate(invalid="ignore"):
+        shares = won / (won + lost)
+    together = "" if size == 1 else f", {size} policies together, numbered from the hardest"
+    return heat_map_figure(
+        shares,
+        labels=labels,
+        title="Accuracy by pair of policies",
+        x_label="other policy",
+        y_label="policy of the reference",
+        caption=f"Share of comparisons in the right order; 0.5 is chance, empty: not compared lately. The hardest "
+        f"policies come first{together}.",
+    )
 
 
 def _by_difficulty(counts: PairCounts, *, num_policies: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -63,17 +77,6 @@ def _by_difficulty(counts: PairCounts, *, num_policies: int) -> tuple[np.ndarray
     difficulty = (lost + _PRIOR_COMPARISONS) / (won + lost + 2 * _PRIOR_COMPARISONS)
     order = np.argsort(-difficulty, kind="stable")
     return order[(won + lost)[order] > 0], difficulty, (won + lost) / 2
-
-
-def _matrix(counts: PairCounts, shown: np.ndarray, *, num_policies: int) -> np.ndarray:
-    """Accuracies [shown, shown], NaN where a pair was not compared."""
-    places = np.full(num_policies, -1)
-    places[shown] = np.arange(len(shown))
-    rows, columns = (places[side] for side in split_keys(counts.keys))
-    inside = (rows >= 0) & (columns >= 0)
-    matrix = np.full((len(shown), len(shown)), np.nan)
-    matrix[rows[inside], columns[inside]] = (counts.won / (counts.won + counts.lost))[inside]
-    return matrix
 
 
 def _pair_table(counts: PairCounts, policies: Sequence[str]) -> str:
