@@ -45,6 +45,7 @@ benchmarks: $(VENV)/.ready-dev
 	$(RUN) benchmarks/serving.py
 	$(RUN) benchmarks/sampling.py
 	$(RUN) benchmarks/convert.py
+	$(RUN) benchmarks/curriculum.py
 
 $(VENV)/.ready: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("error: Python 3.10 or newer is needed; set PYTHON=...")'

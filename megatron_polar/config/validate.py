@@ -1,7 +1,7 @@
 """Checks across sections: what does not fit together is refused before a GPU hour is spent."""
 
 from megatron_polar.config.presets import Architecture, architecture_of
-from megatron_polar.config.schema import ParallelSection, RunConfig
+from megatron_polar.config.schema import DataSection, ParallelSection, RunConfig
 from megatron_polar.errors import UserError
 
 
@@ -85,9 +85,31 @@ def _check_ranges(config: RunConfig) -> None:
     for key, value in above_0.items():
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"{key}={value} must be above 0")
+    _check_curriculum(config.data)
     if config.data.max_sequence_length < 16:
         raise UserError(
             f"data.max_sequence_length={config.data.max_sequence_length} leaves no room for text; use 16 or more"
+        )
+
+
+def _check_curriculum(data: DataSection) -> None:
+    section = data.curriculum
+    for key, least in (("interval", 2), ("half_life", 1)):
+        if getattr(section, key) < least:
+            raise UserError(f"data.curriculum.{key}={getattr(section, key)} must be at least {least}")
+    if not 0 <= section.floor <= 1:
+        raise UserError(f"data.curriculum.floor={section.floor} must lie between 0 and 1: it is a share of the draws")
+    if not 0.05 <= section.temperature < float("inf"):
+        raise UserError(f"data.curriculum.temperature={section.temperature} must be at least 0.05, and finite")
+    if not 0 < section.prior_comparisons < float("inf"):
+        raise UserError(
+            f"data.curriculum.prior_comparisons={section.prior_comparisons} must be above 0: a pair that was never "
+            f"seen would have no error rate"
+        )
+    if data.contrast == "by_difficulty" and not section.record:
+        raise UserError(
+            "data.contrast=by_difficulty draws by what is counted, and data.curriculum.record=false counts nothing; "
+            "set it to true"
         )
 
 

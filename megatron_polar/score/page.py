@@ -10,6 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from megatron_polar.manifest import write_durably
 
 # Okabe and Ito's palette: told apart with any common colour blindness. Matplotlib draws in these colours; in the page
@@ -18,6 +20,7 @@ _COLOURS = {"--ink": "#1b1f23", "--rule": "#d0d4d9", "--series-1": "#0072b2", "-
 _INK, _RULE, FIRST_COLOUR, SECOND_COLOUR = _COLOURS.values()
 _MAX_POINTS = 600
 _FIGURE_INCHES = (5.2, 2.9)
+_MAP_INCHES, _LABEL_LENGTH = (10.0, 8.4), 28
 
 YAxis = Literal["linear", "log", "from zero"]
 
@@ -221,6 +224,26 @@ def histogram_figure(groups: Mapping[str, Sequence[float]], *, title: str, x_lab
         drawing.axes.set_xlabel(x_label)
         drawing.axes.set_ylabel("answers")
         drawing.axes.legend(frameon=False, labelcolor=_INK)
+    return drawing.html
+
+
+def heat_map_figure(
+    shares: np.ndarray, *, labels: Sequence[str], title: str, x_label: str, y_label: str, caption: str
+) -> str:
+    """Draw a square matrix of shares (NaN: left empty), labelled alike on both sides; below 0.3 all have one colour."""
+    with _Figure(title, caption=caption, inches=_MAP_INCHES) as drawing:
+        axes = drawing.axes
+        # Light is high; told apart with any common colour blindness, and in grey.
+        image = axes.imshow(shares, cmap="cividis", vmin=0.3, vmax=1.0, interpolation="nearest")
+        axes.grid(False)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        shown = [label if len(label) <= _LABEL_LENGTH else f"{label[: _LABEL_LENGTH - 1]}…" for label in labels]
+        axes.set_xticks(range(len(labels)), shown, rotation=90, fontsize=6)
+        axes.set_yticks(range(len(labels)), shown, fontsize=6)
+        bar = axes.figure.colorbar(image, ax=axes, shrink=0.6)
+        bar.ax.tick_params(colors=_INK, length=3)
+        bar.outline.set_edgecolor(_RULE)
     return drawing.html
 
 

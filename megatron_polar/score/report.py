@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_polar import log
+from megatron_polar.data.pair_counts import PAIRS
 from megatron_polar.errors import UserError
 from megatron_polar.score.page import (
     FIRST_COLOUR,
@@ -22,6 +23,7 @@ from megatron_polar.score.page import (
     table,
     write_report,
 )
+from megatron_polar.score.pair_matrix import pairs_section
 from megatron_polar.score.reference_page import references_body
 from megatron_polar.train.journal import EVENTS, goodput, read_events, read_rows
 
@@ -265,6 +267,9 @@ def training_report(run_directory: Path, *, evaluations: Mapping[str, Path] | No
             evaluation = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
             sections.append(Section(name, _evaluation_body(evaluation, read_rewards(directory / "rewards.jsonl"))))
     sections.append(Section("Curves", _curves(rows)))
+    if (run_directory / PAIRS).is_file():
+        pairs = pairs_section(run_directory / PAIRS)
+        sections += [pairs] if pairs else []
     events = _read_events(run_directory)
     if events:
         sections.append(Section("Reliability", _reliability(events, rows=read_rows(run_directory))))

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
@@ -43,6 +44,8 @@ class StepResult:
 
     `skipped` says why the update was not made (None: it was), `suspects` which ranks and comparisons are to blame as
     far as that can be seen, `busy_seconds` how long this rank worked before it had to wait for other replicas.
+    `half_wins`: objective.RankingLoss.half_wins of this rank's pairs, int8, in the order of its micro-batches; nothing
+    where the pipeline's last stage is elsewhere, and where nobody asked.
     """
 
     sums: dict[str, float]
@@ -50,6 +53,7 @@ class StepResult:
     skipped: str | None = None
     suspects: list[dict] = field(default_factory=list)
     busy_seconds: float = 0.0
+    half_wins: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int8))
 
 
 def to_device(batch: MicroBatch, *, model: BuiltModel, device: Device, topology: Topology) -> DeviceBatch:
@@ -78,15 +82,24 @@ def train_step(
     topology: Topology,
     device: Device,
     in_order: bool = False,
+    with_outcomes: bool = False,
 ) -> StepResult:
     """Forward and backward over all micro-batches, one update. The gradient is that of the mean over all pairs.
 
     A step that `guard` refuses leaves weights and optimizer as they were, on all ranks alike. `in_order` is
-    `train.canonical_reduction`.
+    `train.canonical_reduction`; `with_outcomes` asks for `StepResult.half_wins`.
     """
     reduction.start()
+    outcomes: list[torch.Tensor] | None = [] if with_outcomes else None
     local = compute_gradients(
-        model, optimizer=optimizer, step=step, reduction=reduction, topology=topology, device=device, in_order=in_order
+        model,
+        optimizer=optimizer,
+        step=step,
+        reduction=reduction,
+        topology=topology,
+        device=device,
+        in_order=in_order,
+        outcomes=outcomes,
     )
     sums = local if in_order else reduce_sums(local, topology=topology, device=device)
     figures = dict(zip(SUMS, sums.sum(0).tolist(), strict=True))
@@ -100,7 +113,8 @@ def train_step(
     else:
         suspects = name_suspects(step, local=None if in_order else local, reduction=reduction, topology=topology)
     device.synchronize()
-    return StepResult(figures, grad_norm, skipped, suspects, reduction.busy_seconds)
+    half_wins = torch.cat(outcomes or [torch.zeros(0, dtype=torch.int8)]).cpu().numpy()
+    return StepResult(figures, grad_norm, skipped, suspects, reduction.busy_seconds, half_wins)
 
 
 def compute_gradients(
@@ -112,17 +126,18 @@ def compute_gradients(
     topology: Topology,
     device: Device,
     in_order: bool = False,
+    outcomes: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Gradients of one step, reduced and divided by the global number of pairs; no update.
 
     Returns objective.SUMS [m, len(SUMS)] of this rank's micro-batches (zeros where the pipeline's last stage is
-    elsewhere), or [1, len(SUMS)] over all ranks with `in_order`.
+    elsewhere), or [1, len(SUMS)] over all ranks with `in_order`. `outcomes` is given the half wins of each micro-batch.
     """
     for chunk in model.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    run = partial(run_schedule, model, topology=topology, device=device, forward_only=False)
+    run = partial(run_schedule, model, topology=topology, device=device, forward_only=False, outcomes=outcomes)
     if not in_order:
         return run(step.micro_batches)
     return accumulate_in_order(
@@ -164,10 +179,11 @@ def run_schedule(
     topology: Topology,
     device: Device,
     forward_only: bool,
+    outcomes: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Run the pipeline over this rank's micro-batches; returns their objective.SUMS [m, len(SUMS)], fp64.
 
-    Only the last pipeline stage sees rewards; the others return zeros.
+    Only the last pipeline stage sees rewards; the others return zeros. `outcomes` is given the half wins [p] of each.
     """
     if forward_only and not micro_batches:  # of canonical rounds, in which each rank runs one if it has one
         return torch.zeros(0, len(SUMS), dtype=torch.float64, device=device.torch_device)
@@ -177,7 +193,7 @@ def run_schedule(
         micro_batches,
         topology=topology,
         device=device,
-        loss=partial(_loss, is_counted),
+        loss=partial(_loss, is_counted, outcomes),
         forward_only=forward_only,
     )
     if stored:
@@ -240,12 +256,14 @@ def _forward_step(loss, batches: Iterator[DeviceBatch], model: torch.nn.Module):
     return output, partial(loss, batch)
 
 
-def _loss(is_counted: bool, batch: DeviceBatch, rewards: torch.Tensor):
+def _loss(is_counted: bool, outcomes: list[torch.Tensor] | None, batch: DeviceBatch, rewards: torch.Tensor):
     """Loss sum, number of pairs and report of one micro-batch; the schedule divides once by the global number of
-    pairs."""
+    pairs, and comes to the micro-batches in their order."""
     if faults.point("loss") == "nan":
         rewards = rewards * float("nan")
     result = ranking_loss(rewards, winners=batch.winners, losers=batch.losers)
+    if outcomes is not None:
+        outcomes.append(result.half_wins)
     num_pairs = torch.tensor(len(batch.winners) if is_counted else 0, dtype=torch.int, device=rewards.device)
     return result.loss_sum, num_pairs, {"sums": result.sums}
 
