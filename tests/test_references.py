@@ -348,7 +348,8 @@ def test_rmb_takes_the_other_unbeaten_answers_above_both(tmp_path):
         sides = {key: {"llm_name": text, "answer": text} for key, text in (("chosen", best), ("reject", worse))}
         return {"conversation_input": [{"role": "user", "content": "q"}], **sides}
 
-    rows = [judged(*pair) for pair in ("xs", "ys", "st", "zt")]  # x and y above s above t; z above t alone
+    # x and y above s above t; z above t alone; w could be the reference of others, u and v.
+    rows = [judged(*pair) for pair in ("xs", "ys", "st", "zt", "xa", "ya", "wu", "uv")]
     for folder in ("Pairwise_set/Helpfulness/Chat", "BoN_set"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "Pairwise_set/Helpfulness/Chat/A.json").write_text(json.dumps(rows))
