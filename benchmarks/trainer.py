@@ -1,4 +1,4 @@
-"""What the benchmarks share: a trainer of one rank without a run directory, and the facts to print below a table."""
+"""What the benchmarks share: a trainer of a rank without a run directory, and the facts to print below a table."""
 
 import platform
 import time
@@ -44,7 +44,7 @@ class Trainer:
             self._shape = row_shape(self.config.data, topology=self.topology, architecture=self.model.architecture)
             self._ready = True
         start = clock(self.device)
-        rows = lay_out(comparisons, shape=self._shape, rank=0, pad_id=0)
+        rows = lay_out(comparisons, shape=self._shape, rank=self.topology.dp_rank, pad_id=0)
         step = Step(
             self._number, rows.micro_batches, rows.members, len(comparisons), 0, rows.imbalance, rows.num_rounds
         )

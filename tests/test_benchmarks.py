@@ -14,7 +14,10 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 SMALL = {
     "balance.py": (["--batches", "1"], "| 4096 | 512 | 2 |"),
-    "growth.py": (["--repeats", "1", "--comparisons", "1", "--hidden-size", "128"], "| layers | 16 |"),
+    "growth.py": (
+        ["--repeats", "1", "--comparisons", "1", "--hidden-size", "128", "--ranks", "1", "2"],
+        "| ranks | 2 |",
+    ),
     "last_layer.py": (["--layers", "1", "--repeats", "1"], "| polar_72b | 80 |"),
     "loaders.py": (["--steps", "3", "--step-seconds", "0.05", "--workers", "0"], "| dali | 0 |"),
     "plan.py": ([], "| 16B | 192 | TP4 PP1 |"),
