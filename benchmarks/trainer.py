@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import version
 
+import numpy as np
 import torch
 
 from megatron_polar.config.schema import FaultsSection, OptimizerSection, RunConfig
@@ -17,7 +18,7 @@ from megatron_polar.parallel.device import Device, select_device
 from megatron_polar.train.gradients import GradientReduction
 from megatron_polar.train.guard import StepGuard
 from megatron_polar.train.optimizer import build_optimizer, build_schedule
-from megatron_polar.train.step import StepResult, train_step
+from megatron_polar.train.step import StepResult, compute_rewards, train_step
 
 
 class Trainer:
@@ -34,6 +35,17 @@ class Trainer:
         self.model = build_model(config, topology=self.topology, device=self.device, vocab_size=vocab_size)
         self._num_steps, self._number, self._guard = num_steps, 0, StepGuard(FaultsSection())
         self._ready = False
+
+    def rewards(self, comparisons: Sequence[TokenizedComparison]) -> list[np.ndarray]:
+        """Rewards of each comparison's candidates, without training; after the first step."""
+        rows = lay_out(comparisons, shape=self._shape, rank=self.topology.dp_rank, pad_id=0)
+        place = {"topology": self.topology, "device": self.device}
+        found: dict[int, np.ndarray] = {}
+        scored = compute_rewards(self.model, micro_batches=rows.micro_batches, **place)
+        for batch, members, values in zip(rows.micro_batches, rows.members, scored, strict=True):
+            parts = values.split(batch.candidate_counts.tolist())
+            found |= {member: part.cpu().double().numpy() for member, part in zip(members, parts, strict=True)}
+        return [found[number] for number in range(len(comparisons))]
 
     def step(self, comparisons: Sequence[TokenizedComparison]) -> tuple[StepResult, Rows, float]:
         """One optimizer step; seconds are CPU time of this process on the CPU, wall time on a GPU."""
