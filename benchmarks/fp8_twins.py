@@ -280,14 +280,20 @@ def report(runs: list[Run], options: argparse.Namespace, *, where: str) -> str:
         lines.append(f"| {variant} | {means[0]:.4f} | {means[1]:.4f} | {means[2]:.3f} | {means[3]:.0f} |")
     lines += [
         "",
-        f"Against {reference} of the same seed: mean and 95 % t interval over seeds. The last row is {reference} "
-        f"against {reference} of another seed; what is no larger than there cannot be told from chance.",
+        f"Against {reference} of the same seed: mean and 95 % t interval over seeds. The last row, {reference} against "
+        f"{reference} of another seed, is the noise: the root mean square where a difference has a sign. What is no "
+        f"larger than there cannot be told from chance.",
         "",
         "| against the reference | final loss, % | largest deviation, % | accuracy | margin | Kendall | Spearman |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, found in differences(runs, options.variants).items():
-        columns = [interval([getattr(one, field) for one in found]) for field in Difference.__dataclass_fields__]
+        fields = {field: [getattr(one, field) for one in found] for field in Difference.__dataclass_fields__}
+        signed = ("final_loss", "accuracy", "margin") if name == "seed" else ()
+        columns = [
+            f"±{np.sqrt(np.mean(np.square(values))):.3f}" if field in signed else interval(values)
+            for field, values in fields.items()
+        ]
         lines.append(f"| {f'{reference}, another seed' if name == 'seed' else name} | {' | '.join(columns)} |")
     shape = f"{options.preset}, {options.layers} layers, answers of about {options.answer_tokens} tokens"
     lines += [
