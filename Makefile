@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE := 1
 # Megatron-Core talks about optional GPU packages on every import; our own warnings go another way.
 export PYTHONWARNINGS := ignore
 
-.PHONY: quickstart test test-serving faults lint benchmarks clean help
+.PHONY: quickstart test test-serving faults lint benchmarks gpu-hour clean help
 
 help:
 	@echo "make quickstart   train a small reward model from nothing, evaluate it, draw runs/quickstart/report.html"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-serving a real vLLM (CPU, in a venv of its own, 3.4 GB) serves the exports, and rewards are compared"
 	@echo "make faults       kills, corruptions, full disks, hung ranks: all campaigns of docs/reliability.md (20 to 30 minutes)"
 	@echo "make benchmarks   the tables of benchmarks/"
+	@echo "make gpu-hour     on a Hopper GPU: parity, throughput, FP8 twins, layouts, into gpu_hour/ (docs/performance.md)"
 
 quickstart: $(VENV)/.ready
 	$(RUN) examples/quickstart/run.py
@@ -32,6 +33,10 @@ lint: $(VENV)/.ready-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/lint-imports
+
+# With the interpreter that has requirements-gpu.txt: make gpu-hour PYTHON=...
+gpu-hour:
+	PYTHON=$(PYTHON) benchmarks/gpu_hour.sh --output gpu_hour
 
 benchmarks: $(VENV)/.ready-dev
 	$(RUN) benchmarks/layouts.py

@@ -48,6 +48,7 @@ def fields(node: ast.ClassDef) -> dict[str, tuple[str, str, str]]:
             text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
             kind = ast.unparse(item.annotation).replace("tuple[", "list of ").replace(", ...]", "")
             kind = kind.removeprefix("Literal[").removesuffix("]").replace("'", "`").replace(" | None", " or null")
+            kind = kind.replace("True", "`true`").replace("False", "`false`")
             value = "required" if item.value is None else ast.unparse(item.value).replace("'", "")
             default = value if item.value is None else words.get(value, f"`{value}`")
             default = "below" if value.startswith("field(") else default

@@ -161,6 +161,10 @@ class TrainSection:
     embedding and reward head stay as they are. Not run on a GPU yet."""
     fp8_bf16_layers: int = 1
     """With `fp8`: first and last layers that stay in bf16, so many at each end (`delayed` wants 0)."""
+    fp8_param_gather: bool = False
+    """With `fp8: tensorwise` or `blockwise`: keep the weights of FP8 layers in FP8 and gather them so after an update,
+    which saves the bf16 copy and half of the gather; fp32 weights stay with the optimizer, and checkpoints hold bf16.
+    Not run on a GPU yet."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in the backward pass: none, core attention, or whole layers."""
     recompute_num_layers: int = 1
@@ -171,8 +175,9 @@ class TrainSection:
     """Add gradients up in one order, whatever the number of data-parallel ranks: runs are then bitwise equal over DP
     sizes. A mode for tests and for hunting bugs: slow, and it needs fp32, no dropout and
     `optimizer.use_distributed_optimizer: false`."""
-    gradient_accumulation_fusion: bool = False
-    """Accumulate weight gradients inside the GEMM (needs Apex's fused_weight_gradient_mlp_cuda on a GPU)."""
+    gradient_accumulation_fusion: Literal["auto", True, False] = "auto"
+    """Add up weight gradients inside the GEMMs that compute them: `auto` where Apex or Transformer Engine's layers can
+    (the log says which), `true` refuses to run where neither can; never on the CPU."""
 
 
 @dataclass(frozen=True)

@@ -209,6 +209,7 @@ def _check_training(config: RunConfig) -> None:
 
 def _check_fp8(config: RunConfig) -> None:
     train = config.train
+    _check_fp8_weights(config)
     if train.fp8 == "off":
         return
     if train.precision != "bf16":
@@ -225,6 +226,31 @@ def _check_fp8(config: RunConfig) -> None:
         raise UserError(
             f"data.pad_to_multiple={config.data.pad_to_multiple}: FP8 kernels of train.fp8={train.fp8} need rows of a "
             f"multiple of {multiple} tokens; set it to {multiple}"
+        )
+
+
+def _check_fp8_weights(config: RunConfig) -> None:
+    """What `train.fp8_param_gather` needs of Megatron-Core 0.16.1, of Transformer Engine 2.11 and of us."""
+    train = config.train
+    if not train.fp8_param_gather:
+        return
+    if train.fp8 not in ("tensorwise", "blockwise"):
+        history = ": no checkpoint has the history that its scales come from, so a resume would round weights wrongly"
+        why = history if train.fp8 == "delayed" else ""
+        raise UserError(
+            f"train.fp8_param_gather=true is not possible with train.fp8={train.fp8}{why}; use train.fp8=tensorwise or "
+            f"blockwise, or set it to false"
+        )
+    if not config.optimizer.use_distributed_optimizer:
+        raise UserError(
+            "train.fp8_param_gather=true needs optimizer.use_distributed_optimizer=true: Megatron-Core's other "
+            "optimizers do not know weights in FP8"
+        )
+    if config.model.last_layer == "reward_rows" and train.fp8_bf16_layers < 1:
+        raise UserError(
+            "train.fp8_param_gather=true with model.last_layer=reward_rows needs train.fp8_bf16_layers of at least 1: "
+            "that layer takes its QKV weight apart, which a weight in FP8 does not allow; or use "
+            "model.last_layer=all_rows"
         )
 
 

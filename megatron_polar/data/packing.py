@@ -11,7 +11,7 @@ import bisect
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -50,6 +50,8 @@ class MicroBatch:
     """Tokens that the comparisons would have without sharing and without padding; as many keys do the rewards see."""
     num_attended: int
     """Query-key pairs inside the attention mask, padding excluded: what attention really computes."""
+    on_device: dict[str, Any] | None = None
+    """Arrays that the loader has copied to the device already, by name, as torch tensors."""
 
     @property
     def num_comparisons(self) -> int:

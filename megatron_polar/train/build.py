@@ -160,7 +160,8 @@ def describe_run(run: Run, *, layout: dict[str, int]) -> list[str]:
     contrasts = config.data.contrast.replace("_", " ")
     return [
         f"model: {parameters / 1e6:.2f}M parameters, {config.train.precision}; layers: {model.transformer_impl}; "
-        f"attention: {model.attention}; optimizer: {optimizer}; saves {saves}",
+        f"attention: {model.attention}; optimizer: {optimizer}; weight gradients: {model.gradient_fusion}; saves "
+        f"{saves}",
         f"ranks: {run.topology.world_size} x {run.device.name} over {run.device.backend}; "
         f"{', '.join(f'{name}={size}' for name, size in layout.items())}",
         f"data: {len(run.data.train)} comparisons an epoch, contrasts {contrasts}, layout {config.data.layout}, "

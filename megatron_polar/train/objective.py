@@ -33,6 +33,6 @@ def ranking_loss(rewards: torch.Tensor, *, winners: torch.Tensor, losers: torch.
         chosen, rejected = rewards[winners].double(), rewards[losers].double()
         squares = (chosen.square() + rejected.square()).sum()
         columns = [losses.double(), correct, margin.double(), chosen, rejected]
-        pairs = torch.tensor(float(len(winners)), dtype=torch.float64, device=rewards.device)
+        pairs = torch.full((), float(len(winners)), dtype=torch.float64, device=rewards.device)  # no copy to wait for
         sums = torch.stack([pairs, *(column.sum() for column in columns), squares])
     return RankingLoss(loss_sum=losses.sum(), sums=sums, half_wins=(2 * correct).to(torch.int8))

@@ -69,8 +69,7 @@ def start_or_resume(run: Run, *, watchdog: Watchdog) -> Start:
         checkpoint = source.path
         _check_same_function(checkpoint, run=run, what=f"train.init_from={checkpoint}")
         _check_same_tokenizer(checkpoint, run=run)
-        load_weights(checkpoint, model=run.model, after_each=watchdog.progress)
-        run.optimizer.reload_model_params()
+        load_weights(checkpoint, model=run.model, optimizer=run.optimizer, after_each=watchdog.progress)
         log.info(f"starting at step 0 from the weights of {checkpoint}")
         return Start(0, f"weights of {checkpoint}", {})
     log.info(f"no checkpoint in {run.directory}: starting at step 0 from random weights")

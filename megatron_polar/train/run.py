@@ -91,7 +91,8 @@ def _train(training: Training) -> None:
             _stop_if_asked(training)
             timer = StepTimer()
             watchdog.enter("data", training.done + 1)
-            for step in load_steps(dataset, start=training.done, stop=run.num_steps, data=run.config.data):
+            gpu = run.device.torch_device.index
+            for step in load_steps(dataset, start=training.done, stop=run.num_steps, data=run.config.data, gpu=gpu):
                 _one_step(training, step, timer=timer)
                 _after_step(training)
                 _stop_if_asked(training)

@@ -1,7 +1,7 @@
 """One optimizer step over megatron-core's pipeline schedules: from micro-batches to the loss, the gradient and the
 update."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -18,6 +18,7 @@ from megatron_polar.model.build import BuiltModel
 from megatron_polar.model.row_layout import RowLayout, make_row_layout
 from megatron_polar.parallel.device import Device
 from megatron_polar.parallel.topology import Topology
+from megatron_polar.parallel.transfer import move
 from megatron_polar.train.gradients import (
     GradientReduction,
     accumulate_in_order,
@@ -57,19 +58,42 @@ class StepResult:
 
 
 def to_device(batch: MicroBatch, *, model: BuiltModel, device: Device, topology: Topology) -> DeviceBatch:
-    """Move a micro-batch to the device and keep this context-parallel rank's part of the tokens."""
-    place = device.torch_device
-    tokens = torch.from_numpy(batch.tokens).chunk(topology.cp_size, dim=1)[topology.cp_rank]
+    """Move a micro-batch to the device and keep this context-parallel rank's part of the tokens. The host waits for
+    nothing."""
+    there = batch.on_device or {}
+    tokens, winners, losers = (
+        there[name] if name in there else torch.from_numpy(getattr(batch, name))
+        for name in ("tokens", "winners", "losers")
+    )
     ranks = topology.cp_size * (topology.tp_size if model.transformer_config.sequence_parallel else 1)
     layout = make_row_layout(
         batch,
-        device=place,
+        device=torch.device("cpu"),
         cp_rank=topology.cp_rank,
         cp_size=topology.cp_size,
         spread_over=ranks * model.reward_rows_multiple if model.reward_rows else None,
     )
-    winners, losers = (torch.from_numpy(x).to(place, non_blocking=True) for x in (batch.winners, batch.losers))
-    return DeviceBatch(tokens.contiguous().to(place, non_blocking=True), layout, winners, losers)
+    tokens = tokens.chunk(topology.cp_size, dim=1)[topology.cp_rank].contiguous()
+    return move(DeviceBatch(tokens, layout, winners, losers), device)
+
+
+class _MovedWhenAsked(Sequence[DeviceBatch]):
+    """Micro-batches on the device, each laid out when a schedule first asks for it: by then the device has the ones
+    before it to compute. The chunks of an interleaved pipeline each go through all of them."""
+
+    def __init__(self, micro_batches: Sequence[MicroBatch], move_one: Callable[[MicroBatch], DeviceBatch]):
+        self._waiting, self._move_one = micro_batches, move_one
+        self._moved: list[DeviceBatch] = []
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __getitem__(self, number: int) -> DeviceBatch:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        while len(self._moved) <= number:
+            self._moved.append(self._move_one(self._waiting[len(self._moved)]))
+        return self._moved[number]
 
 
 def train_step(
@@ -233,7 +257,7 @@ def compute_rewards(
 
 
 def _schedule(model, micro_batches, *, topology, device, loss, forward_only) -> list:
-    batches = [to_device(batch, model=model, device=device, topology=topology) for batch in micro_batches]
+    batches = _MovedWhenAsked(micro_batches, partial(to_device, model=model, device=device, topology=topology))
     iterators = [iter(batches) for _ in model.chunks]
     interleaved = topology.vpp_size is not None
     forward_backward = get_forward_backward_func()
@@ -264,7 +288,8 @@ def _loss(is_counted: bool, outcomes: list[torch.Tensor] | None, batch: DeviceBa
     result = ranking_loss(rewards, winners=batch.winners, losers=batch.losers)
     if outcomes is not None:
         outcomes.append(result.half_wins)
-    num_pairs = torch.tensor(len(batch.winners) if is_counted else 0, dtype=torch.int, device=rewards.device)
+    # Filled on the device: torch.tensor would copy the number there and wait for it.
+    num_pairs = torch.full((), len(batch.winners) if is_counted else 0, dtype=torch.int, device=rewards.device)
     return result.loss_sum, num_pairs, {"sums": result.sums}
 
 
