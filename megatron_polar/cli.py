@@ -308,7 +308,7 @@ def _add_evaluate(verbs) -> None:
     verb = verbs.add_parser("evaluate", help="accuracy on a suite, with intervals and self-checks")
     _add_checkpoint_options(verb)
     verb.add_argument(
-        "--suite", required=True, help="preferences, policies, gsm8k, gsm8k-all or rmb (docs/evaluation.md)"
+        "--suite", required=True, help="preferences, policies, gsm8k, rmb, rm-bench, ... (docs/evaluation.md)"
     )
     verb.add_argument("--data", type=Path, required=True, help="the suite's file or directory")
     verb.add_argument(
@@ -316,6 +316,9 @@ def _add_evaluate(verbs) -> None:
     )
     verb.add_argument("--limit", type=int, help="draw this many items (seeded)")
     verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--reference-scheme", help="gold, policy:NAME, leave-one-out or none (default: the suite's own)")
+    verb.add_argument("--reference-answers", type=Path, help="JSONL of references, for gold and policy:NAME")
+    verb.add_argument("--comparisons-per-prompt", type=int, default=1, help="draws of the suite policies (1)")
     verb.add_argument(
         "--references",
         type=int,
@@ -331,16 +334,20 @@ def _add_evaluate(verbs) -> None:
 def _evaluate(options: argparse.Namespace) -> int:
     from megatron_polar.score.evaluate import evaluate, exit_status
     from megatron_polar.score.reference_counts import check_counts
+    from megatron_polar.score.reference_scheme import resolve_scheme
     from megatron_polar.score.suites import load_suite, with_wrapper
 
     check_output_directory(options.output)
-    counts = check_counts(options.references)
+    counts, has_answers = check_counts(options.references), options.reference_answers is not None
     items = load_suite(
         options.suite,
         options.data,
         limit=options.limit,
         seed=options.seed,
+        comparisons_per_group=options.comparisons_per_prompt,
         default_wrapper=options.wrapper,
+        reference_scheme=options.reference_scheme,
+        reference_answers=options.reference_answers,
         num_references=counts[-1],
     )
     scorer = _load_scorer(options)
@@ -351,6 +358,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         suite=options.suite,
         seed=options.seed,
         checkpoint=str(scorer.checkpoint),
+        reference_scheme=resolve_scheme(options.suite, options.reference_scheme, has_answers=has_answers),
         references=counts,
     )
     if log.is_first_rank():

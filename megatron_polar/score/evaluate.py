@@ -14,7 +14,9 @@ from megatron_polar import log
 from megatron_polar.data.references import mean_over_references
 from megatron_polar.errors import UserError
 from megatron_polar.manifest import HashedFile
+from megatron_polar.score.analysis import analyse, headline
 from megatron_polar.score.more_references import items_with_references
+from megatron_polar.score.policy_pairs import policy_pairs_csv
 from megatron_polar.score.reference_counts import EachReward, check_counts, compare_reference_counts
 from megatron_polar.score.requests import Scorer, ScoreRequest, check_finite, for_references, outputs_cut
 from megatron_polar.score.statistics import Accuracy, compute_statistics, ordered_pairs
@@ -33,11 +35,13 @@ def evaluate(
     seed: int = 0,
     items_per_request: int = 256,
     checkpoint: str | None = None,
+    reference_scheme: str = "as given",
     references: Sequence[int] = (1,),
 ) -> dict[str, Any]:
     """Score all items, once as they are and once for the label-swap self-check; write and return the summary.
 
-    Writes `output/rewards.jsonl` (one line per item) and then `output/summary.json`, each complete or not at all. The
+    Writes `output/rewards.jsonl` (one line per item), for policies `output/policy_pairs.csv`, and then
+    `output/summary.json`, each complete or not at all. `reference_scheme` names where the references are from. The
     self-check reverses the candidates and swaps their labels, so the accuracy must become 1 - accuracy; a scorer that
     looks at positions instead of texts does not pass. `summary["swap_check"]` is "passed" or starts with "FAILED";
     `exit_status(summary)` is what a command returns. `references`: how many of the items' references to use; of several
@@ -60,6 +64,11 @@ def evaluate(
     _write_atomically(output / "rewards.jsonl", _reward_lines(items, rewards, each))
     statistics = compute_statistics(items, rewards, seed=seed)
     swapped = compute_statistics(swapped_items, swapped_rewards, seed=seed).micro
+    analysis = analyse(items, rewards, suite=suite, scheme=reference_scheme, seed=seed)
+    if analysis.policy_pairs is not None:
+        _write_atomically(output / "policy_pairs.csv", policy_pairs_csv(analysis.policy_pairs))
+    elif log.is_first_rank():  # of an earlier evaluation into this directory
+        (output / "policy_pairs.csv").unlink(missing_ok=True)
     figures = dataclasses.asdict(statistics)
     summary = {
         "suite": suite,
@@ -78,12 +87,13 @@ def evaluate(
         "outputs_cut": cut,
         "seconds": seconds,
         "items_per_second": len(items) / seconds if seconds > 0 else None,
+        **analysis.figures,
         "categories": figures["categories"],
     }
     if counts[-1] > 1:
         summary["references"] = compare_reference_counts(items, each, counts=counts, seed=seed)
     _write_atomically(output / "summary.json", [json.dumps(summary, indent=2, ensure_ascii=False)])
-    log.info(_one_line(summary))
+    log.info(_one_line(summary, also=headline(analysis)))
     if cut:
         log.warn(f"{suite}: {cut} candidates were cut as in training; those that are the same then count as ties")
     if exit_status(summary):
@@ -100,7 +110,7 @@ def swap_labels(item: EvaluationItem) -> EvaluationItem:
     """Reverse the candidates and call the worst the best: what is right on the result is wrong on `item`."""
     highest, lowest = max(item.levels), min(item.levels)
     levels = tuple(highest + lowest - level for level in reversed(item.levels))
-    return dataclasses.replace(item, candidates=item.candidates[::-1], levels=levels)
+    return dataclasses.replace(item, candidates=item.candidates[::-1], levels=levels, labels=item.labels[::-1])
 
 
 def _score_items(
@@ -160,6 +170,8 @@ def _reward_lines(
         line = {"identifier": item.identifier, "category": item.category, "levels": item.levels, "rewards": row}
         if len(rows) > 1:
             line["per_reference"] = rows
+        if item.labels:
+            line |= {"labels": item.labels, "reference_label": item.reference_label}
         yield json.dumps(line, ensure_ascii=False)
 
 
@@ -177,11 +189,13 @@ def _write_atomically(path: Path, lines: Iterable[str]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _one_line(summary: dict[str, Any]) -> str:
+def _one_line(summary: dict[str, Any], *, also: str) -> str:
     check = summary["swap_check"].split(":")[0]
+    what = f"{summary['suite']}, reference {summary['reference_scheme']}"
+    between = f"95 % {summary['low']:.4f} to {summary['high']:.4f}, {summary['num_pairs']} pairs"
     return (
-        f"{summary['suite']}: accuracy {summary['accuracy']:.4f} (95 % {summary['low']:.4f} to {summary['high']:.4f}, "
-        f"{summary['num_pairs']} pairs), macro {summary['macro_accuracy']:.4f} of {len(summary['categories'])}, "
+        f"{what}: accuracy {summary['accuracy']:.4f} ({between}){also}, "
+        f"macro {summary['macro_accuracy']:.4f} of {len(summary['categories'])}, "
         f"ties {summary['tie_rate']:.4f}, swapped {summary['swapped_accuracy']:.4f} ({check}); for comparison: the "
         f"longer answer {summary['length_only_accuracy']:.4f}, word overlap with the reference "
         f"{summary['word_overlap_accuracy']:.4f}{_references_in_words(summary)}"

@@ -10,8 +10,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from megatron_polar.manifest import write_durably
 
 # Okabe and Ito's palette: told apart with any common colour blindness. Matplotlib draws in these colours; in the page
@@ -19,8 +17,8 @@ from megatron_polar.manifest import write_durably
 _COLOURS = {"--ink": "#1b1f23", "--rule": "#d0d4d9", "--series-1": "#0072b2", "--series-2": "#d55e00"}
 _INK, _RULE, FIRST_COLOUR, SECOND_COLOUR = _COLOURS.values()
 _MAX_POINTS = 600
+_HEAT_COUNTS = 24  # columns up to which a heat map writes its counts out
 _FIGURE_INCHES = (5.2, 2.9)
-_MAP_INCHES, _LABEL_LENGTH = (10.0, 8.4), 28
 
 YAxis = Literal["linear", "log", "from zero"]
 
@@ -45,7 +43,7 @@ p { max-width: 46rem; }
   margin-top: 1.2rem; align-items: start; }
 figure { margin: 0; }
 figcaption { font-size: .85rem; }
-figure svg { width: 100%; height: auto; display: block; }
+figure svg { width: 100%; max-width: 36rem; height: auto; display: block; }
 svg text { font-family: inherit !important; fill: var(--ink); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
@@ -54,6 +52,15 @@ th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--rule); tex
 thead th { border-bottom-width: 2px; }
 tbody th { font-weight: 400; }
 th.number, td.number { text-align: right; }
+table.heat { font-size: .8rem; }
+table.heat th, table.heat td { padding: .15rem .3rem; border: 1px solid var(--rule); text-align: center; }
+table.heat th { font-weight: 400; text-align: right; border: none; }
+table.heat thead th { writing-mode: vertical-rl; transform: rotate(180deg); text-align: left; vertical-align: top; }
+table.heat small { display: block; color: var(--soft); font-size: .65rem; line-height: 1; }
+table.heat td.total, table.heat thead td { border-color: transparent; }
+table.heat caption div { position: sticky; left: 0; min-width: 22rem; max-width: 46rem; }
+table.heat.dense { font-size: .68rem; }
+table.heat.dense td { padding: .1rem .12rem; min-width: 1.3rem; }
 summary { cursor: pointer; font-weight: 600; }
 pre { background: var(--card); padding: 1rem; border-radius: .5rem; overflow-x: auto; font-size: .85rem; }
 """
@@ -134,6 +141,58 @@ def table(
     )
 
 
+@dataclass(frozen=True)
+class HeatMap:
+    """Shares by row and column, [rows, columns], None where there is none, each from so many observations.
+
+    `totals` are further columns, by heading, before the others and not coloured.
+    """
+
+    rows: Sequence[str]
+    columns: Sequence[str]
+    shares: Sequence[Sequence[float | None]]
+    counts: Sequence[Sequence[int]]
+    totals: Mapping[str, Sequence[float | None]]
+
+
+def heat_map(cells: HeatMap, *, caption: str) -> str:
+    """Make a table of percentages, the bluer the further above one half, the more orange the further below.
+
+    A table stays readable at any number of columns, with a screen reader and without colour, which a picture does not.
+    Each cell says its names and its count when pointed at; small tables write the counts out.
+    """
+    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in (*cells.totals, *cells.columns))
+    is_small = len(cells.columns) <= _HEAT_COUNTS
+    lines = []
+    for index, name in enumerate(cells.rows):
+        row = "".join(f'<td class="total">{_percent(values[index])}</td>' for values in cells.totals.values())
+        row += "".join(
+            _heat_cell(share, count, name=f"{name} / {column}", has_count=is_small)
+            for column, share, count in zip(cells.columns, cells.shares[index], cells.counts[index], strict=True)
+        )
+        lines.append(f'<tr><th scope="row">{html.escape(name)}</th>{row}</tr>')
+    return (
+        f'<div class="scroll"><table class="heat{"" if is_small else " dense"}">'
+        f"<caption><div>{html.escape(caption)}</div></caption>\n"
+        f"<thead><tr><td></td>{head}</tr></thead>\n<tbody>" + "\n".join(lines) + "</tbody></table></div>\n"
+    )
+
+
+def _heat_cell(share: float | None, count: int, *, name: str, has_count: bool) -> str:
+    if share is None:
+        return "<td></td>"
+    red, green, blue = bytes.fromhex((FIRST_COLOUR if share >= 0.5 else SECOND_COLOUR)[1:])
+    strength = min(1.0, abs(2 * share - 1)) * 0.65  # the ink stays readable on it, in light and in dark
+    title = html.escape(f"{name}: {share:.4f} of {count:,}", quote=True)
+    small = f"<small>{count:,}</small>" if has_count else ""
+    style = f"background: rgb({red} {green} {blue} / {strength:.2f})"
+    return f'<td style="{style}" title="{title}">{_percent(share)}{small}</td>'
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.0f}"
+
+
 def cards(figures: Mapping[str, float | int | str | None]) -> str:
     """Make a row of headline figures from name → value."""
     boxes = [
@@ -208,6 +267,23 @@ def interval_line_figure(
     return drawing.html
 
 
+def reliability_figure(points: Sequence[tuple[float, float, float, float]], *, title: str, caption: str) -> str:
+    """Draw (confidence, accuracy, low, high) of the bins that are not empty, and the line where both are equal."""
+    with _Figure(title, caption=caption) as drawing:
+        drawing.axes.plot([0.5, 1], [0.5, 1], color=SECOND_COLOUR, linestyle="--", linewidth=1.2, label="calibrated")
+        x, y = [point[0] for point in points], [point[1] for point in points]
+        errors = [[max(0.0, p[1] - p[2]) for p in points], [max(0.0, p[3] - p[1]) for p in points]]
+        drawing.axes.errorbar(
+            x, y, yerr=errors, fmt="o-", color=FIRST_COLOUR, capsize=3, markersize=5, label="measured"
+        )
+        drawing.axes.set_xlim(0.49, 1.01)
+        drawing.axes.set_ylim(max(0.0, min([0.5, *(point[2] for point in points)]) - 0.02), 1.02)
+        drawing.axes.set_xlabel("mean confidence, sigmoid(|reward difference|)")
+        drawing.axes.set_ylabel("share right")
+        drawing.axes.legend(frameon=False, labelcolor=_INK, loc="upper left")
+    return drawing.html
+
+
 def histogram_figure(groups: Mapping[str, Sequence[float]], *, title: str, x_label: str, caption: str) -> str:
     """Draw up to two groups of numbers as overlaid histograms over common bins."""
     values = [value for group in groups.values() for value in group]
@@ -224,26 +300,6 @@ def histogram_figure(groups: Mapping[str, Sequence[float]], *, title: str, x_lab
         drawing.axes.set_xlabel(x_label)
         drawing.axes.set_ylabel("answers")
         drawing.axes.legend(frameon=False, labelcolor=_INK)
-    return drawing.html
-
-
-def heat_map_figure(
-    shares: np.ndarray, *, labels: Sequence[str], title: str, x_label: str, y_label: str, caption: str
-) -> str:
-    """Draw a square matrix of shares (NaN: left empty), labelled alike on both sides; below 0.3 all have one colour."""
-    with _Figure(title, caption=caption, inches=_MAP_INCHES) as drawing:
-        axes = drawing.axes
-        # Light is high; told apart with any common colour blindness, and in grey.
-        image = axes.imshow(shares, cmap="cividis", vmin=0.3, vmax=1.0, interpolation="nearest")
-        axes.grid(False)
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        shown = [label if len(label) <= _LABEL_LENGTH else f"{label[: _LABEL_LENGTH - 1]}…" for label in labels]
-        axes.set_xticks(range(len(labels)), shown, rotation=90, fontsize=6)
-        axes.set_yticks(range(len(labels)), shown, fontsize=6)
-        bar = axes.figure.colorbar(image, ax=axes, shrink=0.6)
-        bar.ax.tick_params(colors=_INK, length=3)
-        bar.outline.set_edgecolor(_RULE)
     return drawing.html
 
 

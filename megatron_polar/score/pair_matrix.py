@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_polar.data.pair_counts import PairCounts, add_counts, error_rates, read_pairs, split_keys
-from megatron_polar.score.page import Section, heat_map_figure, share, table
+from megatron_polar.score.page import HeatMap, Section, heat_map, share, table
 
 _PRIOR_COMPARISONS = 8.0
 _MOST_LABELS = 64
@@ -32,7 +32,7 @@ def pairs_section(path: Path) -> Section | None:
     columns = ("policy", "estimated accuracy", "comparisons")
     by_policy = [(policies[n], 1 - float(difficulty[n]), int(comparisons[n])) for n in order[:_MOST_ROWS]]
     body = (
-        f'<p>{html.escape(note)}</p>\n<div class="figures">{_heat_map(counts, policies, order)}</div>\n'
+        f"<p>{html.escape(note)}</p>\n{_heat_map(counts, policies, order)}"
         + _pair_table(counts, policies)
         + table(columns, by_policy, caption="The hardest policies, on either side.", write_number=share)
     )
@@ -54,17 +54,14 @@ def _heat_map(counts: PairCounts, policies: Sequence[str], order: np.ndarray) ->
     reference, other = (places[side] for side in split_keys(counts.keys))
     np.add.at(won, (reference, other), counts.won)
     np.add.at(lost, (reference, other), counts.lost)
+    total = won + lost
     with np.errstate(invalid="ignore"):
-        shares = won / (won + lost)
+        shares = [[None if np.isnan(share) else share for share in row] for row in (won / total).tolist()]
     together = "" if size == 1 else f", {size} policies together, numbered from the hardest"
-    return heat_map_figure(
-        shares,
-        labels=labels,
-        title="Accuracy by pair of policies",
-        x_label="other policy",
-        y_label="policy of the reference",
-        caption=f"Share of comparisons in the right order; 0.5 is chance, empty: not compared lately. The hardest "
-        f"policies come first{together}.",
+    return heat_map(
+        HeatMap(labels, labels, shares, counts=np.ceil(total / 2).astype(int).tolist(), totals={}),
+        caption="Accuracy by pair of policies, in percent: rows are policies of the reference, columns the others. 50 "
+        f"is chance; empty: not compared lately. The hardest policies come first{together}.",
     )
 
 
