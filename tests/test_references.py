@@ -259,7 +259,11 @@ class NoisyReferences:
 
 def item(number: int, count: int = 4) -> EvaluationItem:
     references = [f"r{k}" for k in range(count)]
-    return EvaluationItem(f"i{number}", f"p{number}", "r0", ("good", "bad"), (0, 1), "c", "sft", tuple(references[1:]))
+    first, *more = references
+    candidates, levels = ("good", "bad"), (0, 1)
+    return EvaluationItem(
+        f"i{number}", f"p{number}", first, candidates, levels, "c", "sft", more_references=tuple(more)
+    )
 
 
 def test_numbers_of_references_are_compared_on_the_same_items(tmp_path, capfd):
