@@ -157,6 +157,8 @@ def _hold_main_weights(weights: dict, *, model: BuiltModel, optimizer: MegatronO
     After the optimizer has been asked for its state: it finds a weight's entry by the weight.
     """
     in_fp8 = [weight for core in model.cores for weight in core.parameters() if is_fp8_weight(weight)]
+    if not in_fp8:
+        return
     values = main_weights(optimizer, in_fp8) if optimizer is not None else {w: plain(w) for w in in_fp8}
     for entries in weights.values():
         for entry in entries.values():
