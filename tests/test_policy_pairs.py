@@ -1,6 +1,7 @@
 """Counts of policy pairs in real runs: what they say, and that draws by difficulty survive kills and other layouts."""
 
 import hashlib
+import re
 import shutil
 from pathlib import Path
 
@@ -23,9 +24,12 @@ from tiny_runs import (
 from megatron_polar import faults
 from megatron_polar.config.load import load_config
 from megatron_polar.config.schema import CurriculumSection, DatasetSource
+from megatron_polar.config.validate import validate
 from megatron_polar.data import steps
-from megatron_polar.data.pair_counts import PAIRS, read_pairs, split_keys
+from megatron_polar.data.pair_counts import EMPTY, PAIRS, PairCounts, encode_pairs, pair_keys, read_pairs, split_keys
 from megatron_polar.errors import UserError
+from megatron_polar.score.pair_matrix import pairs_section
+from megatron_polar.score.report import training_report
 from megatron_polar.train.policy_pairs import PolicyPairs
 from megatron_polar.train.replay import replay_step
 from megatron_polar.train.run import train
@@ -369,3 +373,69 @@ def test_a_step_is_replayed_with_the_policies_that_met_in_it(alone, tmp_path, ca
     message = run_ranks(replay, 1, config_of(run), 8)[0]
     for part in ("--replay-step 8", "of step 3", "data.curriculum.interval=2", "checkpoint.save_interval"):
         assert part in message
+
+
+# --- the report and the configuration --------------------------------------------------------------------------------
+
+
+def write_counts(directory: Path, *, num_policies: int) -> None:
+    """Policy 3 is always ranked wrongly, policy 5 half the time, all others rightly: 10 comparisons a pair."""
+    numbers = np.arange(num_policies)
+    reference, other = (side.reshape(-1) for side in np.meshgrid(numbers, numbers, indexing="ij"))
+    reference, other = reference[reference != other], other[reference != other]
+    lost = np.where((reference == 3) | (other == 3), 20, np.where((reference == 5) | (other == 5), 10, 0))
+    counts = PairCounts(pair_keys(reference, other), 20 - lost, lost)
+    parts = {"older": EMPTY, "last": counts, "current": EMPTY}
+    names = [f"<policy {number}>" for number in numbers]
+    (directory / PAIRS).write_bytes(encode_pairs(parts, policies=names, step=1))
+
+
+@pytest.mark.parametrize("num_policies", [8, 150])
+def test_the_report_draws_the_hardest_policies_first(num_policies, tmp_path):
+    write_counts(tmp_path, num_policies=num_policies)
+    body = pairs_section(tmp_path / PAIRS).body
+    texts = re.findall(r"<text[^>]*>(.*?)</text>", body, flags=re.S)
+    if num_policies == 8:
+        names = [text for text in texts if "policy " in text and "&lt;" in text]
+        assert names[:2] == ["&lt;policy 3&gt;", "&lt;policy 5&gt;"]
+        assert len(names) == 16
+    else:
+        assert "1 to 3" in texts
+        assert "148 to 150" in texts
+        assert "3 policies together" in body
+    assert "<policy" not in body  # names are escaped
+    rows = re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', body)
+    pairs = [row for row in rows if row[0] == "&lt;policy 3&gt;"]
+    assert f"{4 / (10 + 8):.4f}" in pairs[0][1]  # 4 right ones of the prior's 8 comparisons, 10 wrong ones
+
+
+def test_a_report_without_counts_has_no_such_section(tmp_path):
+    parts = dict.fromkeys(("older", "last", "current"), EMPTY)
+    (tmp_path / PAIRS).write_bytes(encode_pairs(parts, policies=["a", "b"], step=0))
+    assert pairs_section(tmp_path / PAIRS) is None
+
+
+def test_the_run_has_drawn_its_pairs(alone):
+    training_report(alone[0])
+    page = (alone[0] / "report.html").read_text()
+    assert "<h2>Pairs of policies</h2>" in page
+    assert "policy4" in page
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ({"interval": 1}, "interval=1 must be at least 2"),
+        ({"half_life": 0}, "half_life=0 must be at least 1"),
+        ({"floor": 1.5}, "floor=1.5 must lie between 0 and 1"),
+        ({"floor": float("nan")}, "floor=nan must lie between 0 and 1"),
+        ({"temperature": 0.0}, "temperature=0.0 must be at least 0.05"),
+        ({"prior_comparisons": 0.0}, "prior_comparisons=0.0 must be above 0"),
+        ({"record": False}, "record=false counts nothing"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_curriculum_that_cannot_be_is_refused_by_its_key(section, key, tmp_path):
+    with pytest.raises(UserError) as caught:
+        validate(curriculum_config("data", tmp_path, data__curriculum=CurriculumSection(**section)))
+    assert key in str(caught.value)
