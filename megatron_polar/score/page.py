@@ -191,6 +191,75 @@ def interval_figure(rows: Sequence[tuple[str, float, float, float]], *, title: s
     return drawing.html
 
 
+@dataclass(frozen=True)
+class Points:
+    """Single measurements; hollow ones are set apart from the others, and labels stand beside them where given."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: str = FIRST_COLOUR
+    is_hollow: bool = False
+    errors: tuple[Sequence[float], Sequence[float]] | None = None
+    """Lower and upper ends of vertical intervals."""
+
+
+@dataclass(frozen=True)
+class Band:
+    """The space between two curves over a common x."""
+
+    x: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+
+
+def log_log_figure(
+    points: Sequence[Points],
+    *,
+    lines: Sequence[Line] = (),
+    bands: Sequence[Band] = (),
+    title: str,
+    x_label: str,
+    y_label: str,
+    caption: str,
+) -> str:
+    """Draw points, curves and bands on logarithmic axes."""
+    with _Figure(title, caption=caption) as drawing:
+        axes = drawing.axes
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        for band in bands:
+            axes.fill_between(band.x, band.low, band.high, color=FIRST_COLOUR, alpha=0.15, linewidth=0)
+        for line in lines:
+            style = "--" if line.is_faint else "-"
+            axes.plot(line.x, line.y, color=line.colour, linewidth=1.6, linestyle=style, label=line.label)
+        for group in points:
+            face = "none" if group.is_hollow else group.colour
+            if group.errors is not None:
+                ends = [[y - low for y, low in zip(group.y, group.errors[0], strict=True)]]
+                ends += [[high - y for y, high in zip(group.y, group.errors[1], strict=True)]]
+                axes.errorbar(group.x, group.y, yerr=ends, fmt="none", ecolor=group.colour, capsize=3, linewidth=1.2)
+            axes.scatter(group.x, group.y, s=26, facecolors=face, edgecolors=group.colour, zorder=3, label=group.label)
+        _label_sparse_decades(axes.yaxis)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.legend(frameon=False, labelcolor=_INK, fontsize=8)
+    return drawing.html
+
+
+def _label_sparse_decades(axis) -> None:
+    """Losses span less than a decade, where a logarithmic axis labels next to nothing."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    low, high = axis.get_view_interval()
+    if high / low > 20:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    else:
+        axis.set_major_locator(MaxNLocator(6))
+        axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g}"))
+
+
 def histogram_figure(groups: Mapping[str, Sequence[float]], *, title: str, x_label: str, caption: str) -> str:
     """Draw up to two groups of numbers as overlaid histograms over common bins."""
     values = [value for group in groups.values() for value in group]
