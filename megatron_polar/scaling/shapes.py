@@ -21,6 +21,8 @@ from megatron_polar.config.presets import Architecture
 from megatron_polar.errors import UserError
 
 _SIZE_WEIGHT = 5.0
+_FEWEST_LAYERS = 2
+"""Of the last one only the rows of rewards are computed, so that a single layer would hardly compute at all."""
 _LARGEST_HIDDEN = 16384
 _HIDDEN_STEPS = ((128, 32), (512, 64), (1024, 128), (2048, 256), (_LARGEST_HIDDEN + 1, 1024))
 
@@ -66,7 +68,7 @@ def _head_size(hidden: int) -> int:
 def _depths(hidden: int) -> list[int]:
     """From two thirds to one and a half of the depth that the proportions want."""
     wanted = hidden / _proportion(hidden)
-    low, high = max(1, math.floor(wanted / 1.5)), math.ceil(wanted * 1.5)
+    low, high = max(_FEWEST_LAYERS, math.floor(wanted / 1.5)), math.ceil(wanted * 1.5)
     return [layers for layers in range(low, high + 1) if layers < 8 or layers % 2 == 0]
 
 

@@ -240,24 +240,23 @@ def log_log_figure(
                 ends += [[high - y for y, high in zip(group.y, group.errors[1], strict=True)]]
                 axes.errorbar(group.x, group.y, yerr=ends, fmt="none", ecolor=group.colour, capsize=3, linewidth=1.2)
             axes.scatter(group.x, group.y, s=26, facecolors=face, edgecolors=group.colour, zorder=3, label=group.label)
-        _label_sparse_decades(axes.yaxis)
+        for axis in (axes.xaxis, axes.yaxis):
+            _label_within_decades(axis)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.legend(frameon=False, labelcolor=_INK, fontsize=8)
     return drawing.html
 
 
-def _label_sparse_decades(axis) -> None:
+def _label_within_decades(axis) -> None:
     """Losses span less than a decade, where a logarithmic axis labels next to nothing."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
     low, high = axis.get_view_interval()
-    if high / low > 20:
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    else:
+    if high / low < 10:
         axis.set_major_locator(MaxNLocator(6))
         axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g}"))
+        axis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g}"))
 
 
 def histogram_figure(groups: Mapping[str, Sequence[float]], *, title: str, x_label: str, caption: str) -> str:

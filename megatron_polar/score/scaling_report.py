@@ -221,7 +221,7 @@ def _runs(fit: ScalingFit, gathered: Gathered) -> str:
 
 def _compact(value: float | int | None) -> str:
     """Numbers of a study span twenty decades."""
-    return f"{value:.3e}" if value is not None and value >= 1e7 else number(value)
+    return f"{value:.3e}" if isinstance(value, float) and value >= 1e7 else number(value)
 
 
 def _meaning(fit: ScalingFit, gathered: Gathered) -> str:
