@@ -11,6 +11,7 @@ import megatron_polar
 from megatron_polar import log
 from megatron_polar.cli_launch import add_plan, add_preflight
 from megatron_polar.cli_models import add_convert, add_serve, add_wrapper
+from megatron_polar.cli_scaling import add_fit
 from megatron_polar.errors import (
     ENVIRONMENT_ERRORS,
     INTERRUPTED,
@@ -80,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_evaluate,
         _add_score,
         _add_report,
+        add_fit,
         add_convert,
         add_serve,
     ):

@@ -11,7 +11,8 @@ import pytest
 
 from megatron_polar.errors import UserError
 from megatron_polar.score.evaluate import evaluate
-from megatron_polar.score.page import Line, Section, cards, line_figure, number, share, table, write_report
+from megatron_polar.score.figures import Line, line_figure
+from megatron_polar.score.page import Section, cards, number, share, table, write_report
 from megatron_polar.score.report import evaluation_report, read_metrics, read_rewards, training_report
 from megatron_polar.score.suites import EvaluationItem
 

@@ -1,6 +1,5 @@
 """A preprocessed dataset, opened and checked; `preprocess` writes one. The format is in docs/data.md."""
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -10,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 
 from megatron_polar import log
 from megatron_polar.data.lines import INPUT_SUFFIXES
 from megatron_polar.data.preprocess import preprocess
 from megatron_polar.data.preprocess_report import PreprocessReport
 from megatron_polar.data.storage import (
-    FORMAT_VERSION,
     HEADER_FIELDS,
     INDEX,
     KINDS,
@@ -26,6 +23,7 @@ from megatron_polar.data.storage import (
     WORK,
     check_content,
     check_dataset,
+    fingerprint_of,
     read_dataset_manifest,
 )
 from megatron_polar.data.template import WRAPPERS, ControlTokens, Half
@@ -113,9 +111,7 @@ class Corpus:
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of what training depends on: tokens, index, policies, tokenizer; not the inputs' names."""
-        files = [self.manifest["files"][name]["sha256"] for name in (TOKENS, INDEX)]
-        parts = [FORMAT_VERSION, files, self.manifest["policies"], self.manifest["tokenizer"]["fingerprint"]]
-        return hashlib.sha256(orjson.dumps(parts)).hexdigest()
+        return fingerprint_of(self.manifest)
 
     @property
     def wrapper(self) -> str:

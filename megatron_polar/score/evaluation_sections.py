@@ -7,16 +7,8 @@ import html
 from typing import Any
 
 from megatron_polar.data.public.rm_bench import STYLES
-from megatron_polar.score.page import (
-    HeatMap,
-    Section,
-    cards,
-    heat_map,
-    interval_figure,
-    reliability_figure,
-    share,
-    table,
-)
+from megatron_polar.score.figures import interval_figure, reliability_figure
+from megatron_polar.score.page import HeatMap, Section, cards, heat_map, share, table
 
 _Summary = dict[str, Any]
 

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from megatron_polar.score.page import interval_line_figure, share, table
+from megatron_polar.score.figures import interval_line_figure
+from megatron_polar.score.page import share, table
 
 
 def references_body(found: dict[str, Any]) -> str:

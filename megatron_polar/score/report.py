@@ -11,19 +11,15 @@ from megatron_polar import log
 from megatron_polar.data.pair_counts import PAIRS
 from megatron_polar.errors import UserError
 from megatron_polar.score.evaluation_sections import further_sections, references_text
-from megatron_polar.score.page import (
+from megatron_polar.score.figures import (
     FIRST_COLOUR,
     SECOND_COLOUR,
     Line,
-    Section,
-    cards,
     histogram_figure,
     interval_figure,
     line_figure,
-    share,
-    table,
-    write_report,
 )
+from megatron_polar.score.page import Section, cards, share, table, write_report
 from megatron_polar.score.pair_matrix import pairs_section
 from megatron_polar.score.reference_page import references_body
 from megatron_polar.train.journal import EVENTS, goodput, read_events, read_rows

@@ -86,13 +86,18 @@ class Run:
 
     @property
     def environment(self) -> dict:
-        """Versions and machine, for `environment.json`."""
+        """Versions, machine, and what the data and the embedding were, for `environment.json`."""
+        held_out = self.data.validation.corpora if self.data.validation else []
         return {
             "megatron_polar": megatron_polar.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
             "device": self.device.name,
             "world_size": self.topology.world_size,
+            "embedding_rows": self.model.vocab_size,
+            "tokenizer": self.data.train.corpora[0].manifest["tokenizer"]["fingerprint"],
+            "train_data": [corpus.fingerprint for corpus in self.data.train.corpora],
+            "validation_data": [corpus.fingerprint for corpus in held_out],
         }
 
 
