@@ -15,7 +15,14 @@ from megatron_polar.config.presets import Architecture, architecture_of
 from megatron_polar.config.schema import ModelSection, ParallelSection, RunConfig
 from megatron_polar.config.validate import validate
 from megatron_polar.errors import UserError
-from megatron_polar.scaling.laws import SIZES, Sizes, batch_size, peak_learning_rate
+from megatron_polar.scaling.laws import (
+    FITTED_PARAMETERS,
+    FITTED_REWARD_TOKENS,
+    SIZES,
+    Sizes,
+    batch_size,
+    peak_learning_rate,
+)
 from megatron_polar.scaling.plan import Cluster, Plan, make_plan
 from megatron_polar.scaling.search import search_layouts
 from megatron_polar.scaling.shapes import shape_of_size
@@ -244,8 +251,13 @@ def _notes(rungs: Sequence[Rung], request: LadderRequest) -> list[str]:
     if again:
         most = max(rung.epochs for rung in again)
         notes.append(f"{len(again)} runs see prompts again, up to {most:.3g} times: laws of D are for fresh data")
-    if request.hyper_parameters == "paper" and any(not 1e8 < rung.all_parameters < 1e9 for rung in rungs):
-        notes.append("the paper's laws of learning rate and batch were fitted from 116M to 924M parameters")
+    if request.hyper_parameters == "paper":
+        (low, high), (least, most) = FITTED_PARAMETERS, FITTED_REWARD_TOKENS
+        if any(not low <= rung.all_parameters <= high or not least <= rung.tokens <= most for rung in rungs):
+            notes.append(
+                f"the paper's laws of learning rate and batch were fitted on {short(low)} to {short(high)} weights "
+                f"and {short(least)} to {short(most)} tokens, and some runs lie beyond"
+            )
     if request.hyper_parameters == "base" and len(rungs) > 1:
         notes.append("one learning rate for all sizes: the largest may want a lower one")
     if len(request.seeds) > 1:
