@@ -182,6 +182,8 @@ def test_answers_of_a_policy_become_references_but_never_a_candidate(tmp_path, c
         ("q0", "mine", "p"),
         ("q1", "second", "p"),
     ]
+    (item,) = load_suite("judgebench", path, reference_scheme="policy:p", reference_answers=answers, num_references=2)
+    assert item.references == ("mine", "mine too")
     said = capsys.readouterr().err
     assert "skipped 1: item whose only reference answer is one of its candidates" in said
     assert "skipped 1: item without a reference answer for its prompt" in said

@@ -23,7 +23,9 @@ from megatron_polar.manifest import Damaged
 from megatron_polar.train.build import refuse_planted_outputs
 from megatron_polar.train.checkpoint_files import find_checkpoint, verify_checkpoint
 from megatron_polar.train.journal import Journal, LineFile
+from megatron_polar.train.last_words import LastWords
 from megatron_polar.train.shard_files import _METADATA_CLASSES, read_metadata
+from megatron_polar.train.verdicts import Process
 
 PACKAGE = Path(__file__).resolve().parents[1] / "megatron_polar"
 
@@ -218,6 +220,22 @@ def test_lines_are_not_appended_to_what_a_link_leads_to(tmp_path, capfd):
     assert not (tmp_path / "new").exists()
     assert orjson.loads((tmp_path / "events.jsonl").read_bytes())["event"] == "start"
     assert capfd.readouterr().err.count("cannot be written now") == 2
+
+
+def test_last_words_are_not_written_through_a_link(tmp_path):
+    run, victim = tmp_path / "run", tmp_path / "victim"
+    (run / "stacks").mkdir(parents=True)
+    victim.write_bytes(b"precious")
+    written = [run / "heartbeat", run / "stacks/rank_00000.txt"]
+    for path in written:
+        os.link(victim, path)
+    words = LastWords(run, process=Process.of_this(0), exit_code=1)
+    words.beat("step", 3)
+    words.stacks("hangs")
+    words.finish()
+    assert victim.read_bytes() == b"precious"
+    assert written[0].read_text() == "step of step 3\n"
+    assert "hangs" in written[1].read_text() and "Thread" in written[1].read_text()
 
 
 @pytest.mark.parametrize("planted", ["checkpoints", "tensorboard", "stacks", "metrics.jsonl", "stacks/rank_00000.txt"])

@@ -56,7 +56,10 @@ def headline(analysis: Analysis) -> str:
 
 def _free_wins(items: Sequence[EvaluationItem], rewards: Sequence[Sequence[float]]) -> dict[str, Any]:
     """How many candidates are the reference's own text, and the accuracy over the pairs that have none of them."""
-    is_free = [[is_same_text(item.reference, candidate) for candidate in item.candidates] for item in items]
+    is_free = [
+        [any(is_same_text(reference, candidate) for reference in item.references) for candidate in item.candidates]
+        for item in items
+    ]
     pairs = ordered_pairs(items, rewards)
     # A difference of two of these markers is 0 exactly where neither candidate is the reference, or both are.
     touched = ordered_pairs(items, [[float(free) for free in row] for row in is_free]).margin != 0

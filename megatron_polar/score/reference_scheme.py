@@ -121,12 +121,14 @@ def _named_texts(row: dict, scheme: str) -> Iterator[tuple[str, str]]:
 def with_reference_answers(
     items: "Iterable[EvaluationItem]", answers: dict[str, list[str]], *, scheme: str, skipped: Counter[str]
 ) -> "Iterator[EvaluationItem]":
-    """The items with a reference of `answers` each: the first one for its prompt that is not one of its candidates."""
+    """The items with the references of `answers` for their prompt that are none of their candidates, one at least."""
     for item in items:
         texts = [text for text in answers.get(item.prompt, ()) if text.strip()]
         usable = [text for text in texts if not any(is_same_text(text, other) for other in item.candidates)]
         if usable:
-            yield replace(item, reference=usable[0], reference_label=scheme.removeprefix(POLICY))
+            first, *more = dict.fromkeys(usable)
+            label = scheme.removeprefix(POLICY)
+            yield replace(item, reference=first, more_references=tuple(more), reference_label=label)
         elif texts:
             skipped["item whose only reference answer is one of its candidates"] += 1
         else:
