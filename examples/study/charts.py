@@ -74,7 +74,8 @@ def _ablations(figures: dict, plt):
         for name, style in (("seen", "-"), ("unseen", "--")):
             _errors(axes, [g[key] for g in groups], [g[name] for g in groups], BASE_COLOUR, style, f"{name} policies")
         axes.legend(frameon=False, fontsize=7)
-    left.set(xlabel="K, candidates a comparison", ylabel="held-out accuracy")
+    counts = [pretrained["settings"][name]["candidates"] for name in pretrained["tables"]["candidates"]]
+    left.set(xlabel="K, candidates a comparison", ylabel="held-out accuracy", xticks=counts)
     right.set(xlabel="comparisons trained on", xscale="log")
     return figure
 

@@ -77,13 +77,13 @@ def _policies(figures: dict) -> Iterator[str]:
     yield _paragraph(f"""Trajectories end at {settings["alpaca_max_words"]} (AlpacaEval) and
         {settings["gsm8k_max_words"]} (GSM8K) words and marks. Held-out prompts are AlpacaEval's `eval` folder and a
         sixth of GSM8K's training problems, by a hash. Text about them is in no training trajectory, in no base model
-        and not in the tokenizer; nor is text of the unseen models, nor of the problems and preferences for fine-tuning.""")
+        and not in the tokenizer; nor is text of the unseen models, nor of what fine-tuning is done and judged on.""")
 
 
 def _base(figures: dict) -> Iterator[str]:
     yield "## Base models"
-    yield _paragraph("""Llama's shape, trained with transformers on the same text (a prompt and several answers, one
-        after the other), and brought in with `convert from-hf --head init`.""")
+    yield _paragraph("""Llama's shape, trained with transformers on the same text (a prompt and what one policy says to
+        it, twice; a prompt and several real answers), and brought in with `convert from-hf --head init`.""")
     counted = ("parameters", "non_embedding_parameters", "tokens")
     rows = [
         [name, *(f"{one[key]:,}" for key in counted), f"{one['held_out_loss']:.3f}", f"{one['seconds']:.0f}"]
@@ -204,6 +204,9 @@ def _repeat(figures: dict) -> Iterator[str]:
 
 
 def _examples(commands: dict[str, str]) -> list[str]:
-    kinds = ("inputs", "sampled-", "tokenizer", "datasets-", "base-", "start-", "pretrain/", "evaluate/", "finetune/")
-    found = [next((n for n in commands if n.startswith(kind) and n != "base-text"), None) for kind in kinds]
-    return list(dict.fromkeys(["base-text", *(name for name in found if name)]))
+    kinds = ("inputs", "sampled-", "tokenizer", "datasets-", "base-text", "base-", "start-", "pretrain/", "evaluate/")
+    kinds += ("finetune/",)
+    found: list[str] = []
+    for kind in kinds:
+        found += [next(name for name in commands if name.startswith(kind) and name not in found)]
+    return found

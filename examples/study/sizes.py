@@ -83,10 +83,10 @@ class Size:
 CPU = Size(
     name="cpu",
     shapes={
-        "xs": Shape(64, 2, 176, 2, 1, lr=1.5e-3),
-        "s": Shape(128, 2, 352, 4, 2, lr=1.0e-3),
-        "m": Shape(192, 3, 512, 6, 3, lr=8.0e-4),
-        "l": Shape(256, 4, 688, 8, 4, lr=7.0e-4),
+        "xs": Shape(64, 3, 176, 2, 1, lr=2.0e-3),
+        "s": Shape(96, 3, 256, 3, 1, lr=2.0e-3),
+        "m": Shape(128, 4, 352, 4, 2, lr=1.5e-3),
+        "l": Shape(192, 4, 512, 6, 3, lr=1.0e-3),
     },
     main_shape="s",
     alpaca_prompt_words=40,
@@ -101,7 +101,7 @@ CPU = Size(
     vocab_size=2048,
     base_tokens=1_200_000,
     base_context=512,
-    base_lr_factor=3.0,
+    base_lr_factor=1.5,
     num_steps=200,
     global_batch_size=32,
     max_sequence_length=512,

@@ -135,7 +135,7 @@ class Study:
             "--sampled",
             str(run / "sampled/alpaca-unseen"),
             "--answers",
-            str(inputs / "answers/alpaca"),
+            str(inputs / "answers"),
         )
         words += ("--per-prompt", str(size.heldout_per_prompt), "--max-words", str(size.alpaca_max_words))
         words += ("--output", str(run / "heldout/real.jsonl"))

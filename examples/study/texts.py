@@ -2,11 +2,10 @@
 
 texts.py heldout --sampled DIR [DIR ...] --per-prompt 3 --output FILE.jsonl
 texts.py real --sampled DIR --answers DIR --max-words 40 --output FILE.jsonl
-texts.py base --sampled DIR [DIR ...] --answers DIR --max-words 40 --output FILE.jsonl
+texts.py base --sampled DIR [DIR ...] --answers DIR --max-words 80 --output FILE.jsonl
 """
 
 import argparse
-import json
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,8 +17,7 @@ from megatron_polar.data.public import write_records
 from megatron_polar.errors import UserError
 from megatron_polar.policies.imitation import split_tokens
 
-ANSWERS_PER_DOCUMENT = 6
-ANSWER_FILES_PER_PROMPT = 4
+ANSWERS_PER_DOCUMENT = 4
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,63 +78,62 @@ def held_out_comparisons(options: argparse.Namespace) -> Iterator[dict]:
 def real_comparisons(options: argparse.Namespace) -> Iterator[dict]:
     """The same question about real answers: an imitation's trajectory as reference, its model's own answer over another
     model's, both cut to the length of trajectories."""
-    (directory,) = options.sampled
-    real: dict[str, dict[str, str]] = {}
-    for prompt, by_policy in groups(directory):
-        for policy in by_policy:
-            name = policy.split("@")[0]
-            real.setdefault(name, {}) or real[name].update(read_answers(options.answers / f"{name}.jsonl"))
-        rng = random.Random(f"{options.seed} real {prompt}")
-        for anchor in rng.sample(sorted(by_policy), min(options.per_prompt, len(by_policy))):
-            other = rng.choice([name for name in sorted(by_policy) if name != anchor])
-            texts = [real[policy.split("@")[0]].get(prompt) for policy in (anchor, other)]
-            if None in texts or texts[0] == texts[1]:
-                continue
-            chosen, rejected = ("".join(split_tokens(text)[: options.max_words]) for text in texts)
-            if chosen != rejected:
-                meta = {"chosen_policy": anchor, "rejected_policy": other, "category": "real answers"}
-                yield {
-                    "prompt": prompt,
-                    "reference": by_policy[anchor][0],
-                    "chosen": chosen,
-                    "rejected": rejected,
-                    "meta": meta,
-                }
-
-
-def read_answers(path: Path) -> dict[str, str]:
-    """Prompt -> answer of one file of answers."""
-    rows = map(orjson.loads, path.read_bytes().splitlines())
-    return {row["prompt"]: row["text"] for row in rows}
+    real = _RealAnswers(options.answers, heard_only=False)
+    for directory in options.sampled:
+        for prompt, by_policy in groups(directory):
+            rng, names = random.Random(f"{options.seed} real {prompt}"), sorted(by_policy)
+            for anchor in rng.sample(names, min(options.per_prompt, len(names))):
+                other = rng.choice([name for name in names if name != anchor])
+                texts = [real.of(policy, prompt) for policy in (anchor, other)]
+                chosen, rejected = (_cut(text or "", options.max_words) for text in texts)
+                if chosen and rejected and chosen != rejected:
+                    meta = {"chosen_policy": anchor, "rejected_policy": other, "category": "real answers"}
+                    candidates = {"chosen": chosen, "rejected": rejected}
+                    yield {"prompt": prompt, "reference": by_policy[anchor][0], **candidates, "meta": meta}
 
 
 def base_documents(options: argparse.Namespace) -> Iterator[dict]:
-    """Documents of a prompt with several answers behind it, one after the other: sampled ones, and those imitated.
+    """Documents of a prompt and what one policy says to it, one trajectory after the other, and of a prompt and several
+    real answers: all that policies may hear (nothing about a held-out prompt), of the policies that were sampled.
 
-    Only answers that policies may hear (none of a held-out prompt), and of the policies that were sampled.
+    A model that has seen the first trajectory can foretell some of the second: what to copy is worth learning.
     """
     rng = random.Random(options.seed)
-    names = set()
+    real = _RealAnswers(options.answers, heard_only=True)
+    said: dict[str, dict[str, None]] = {}
     for directory in options.sampled:
         for prompt, by_policy in groups(directory):
-            texts = [text.strip() for found in by_policy.values() for text in found]
-            names.update((directory.name.split("-")[0], policy.split("@")[0]) for policy in by_policy)
-            rng.shuffle(texts)
-            for start in range(0, len(texts), ANSWERS_PER_DOCUMENT):
-                yield {"text": "\n".join([prompt, *texts[start : start + ANSWERS_PER_DOCUMENT]])}
-    real: dict[str, list[str]] = {}
-    for dataset, name in sorted(names):
-        if dataset == "gsm8k" and name != "exact":
-            continue  # the others' texts are the same but for their slips
-        for line in (options.answers / dataset / f"{name}.jsonl").read_bytes().splitlines():
-            row = json.loads(line)
-            if row["heard"]:
-                real.setdefault(row["prompt"], []).append(row["text"])
-    for prompt, texts in real.items():
+            for policy, texts in sorted(by_policy.items()):
+                yield {"text": "\n".join([prompt, *(text.strip() for text in texts)])}
+                answer = real.of(policy, prompt)
+                if answer is not None:  # writers who slip differ in a few numbers only: all of theirs are kept apart
+                    said.setdefault(prompt, {})[_cut(answer, options.max_words)] = None
+    for prompt, answers in said.items():
+        texts = list(answers)
         rng.shuffle(texts)
-        for start in range(0, len(texts), ANSWER_FILES_PER_PROMPT):
-            cut = ["".join(split_tokens(t)[: 2 * options.max_words]) for t in texts[start : start + 4]]
-            yield {"text": "\n".join([prompt, *cut])}
+        for start in range(0, len(texts), ANSWERS_PER_DOCUMENT):
+            yield {"text": "\n".join([prompt, *texts[start : start + ANSWERS_PER_DOCUMENT]])}
+
+
+class _RealAnswers:
+    """The answers that policies imitate, read when a policy is first asked for: <folder>/*/<name>.jsonl."""
+
+    def __init__(self, folder: Path, *, heard_only: bool):
+        self._folder, self._heard_only = folder, heard_only
+        self._read: dict[str, dict[str, str]] = {}
+
+    def of(self, policy: str, prompt: str) -> str | None:
+        """The answer of a policy's model to a prompt; None where it has none that may be used."""
+        name = policy.rpartition("@")[0]
+        if name not in self._read:
+            (path,) = self._folder.rglob(f"{name}.jsonl")
+            rows = map(orjson.loads, path.read_bytes().splitlines())
+            self._read[name] = {row["prompt"]: row["text"] for row in rows if row["heard"] or not self._heard_only}
+        return self._read[name].get(prompt)
+
+
+def _cut(text: str, max_words: int) -> str:
+    return "".join(split_tokens(text)[:max_words])
 
 
 if __name__ == "__main__":
