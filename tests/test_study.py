@@ -130,7 +130,7 @@ def job(name, *words, directory, needs=(), stage="one", reads=()):
     return jobs.Job(stage, name, words, directory / name, needs, reads=reads)
 
 
-def tokenizer_words(directory, size="64"):
+def tokenizer_words(directory, size="280"):
     answers = {"reference": "a", "chosen": "b", "rejected": "c"}
     (directory.parent / "text.jsonl").write_text(
         "".join(json.dumps({"prompt": f"word{i} and {i * 7}"} | answers) + "\n" for i in range(200))

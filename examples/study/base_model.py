@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from megatron_polar.data.tokenizer import load_tokenizer
 
     torch.manual_seed(options.seed)
+    torch.set_float32_matmul_precision("high")  # on GPUs; weights and sums stay fp32
     tokenizer = load_tokenizer(options.tokenizer)
     rows, held_out = read_rows(options.text, tokenizer, context=options.context, seed=options.seed)
     model = build_model(options, tokenizer).to(options.device)

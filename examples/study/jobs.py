@@ -27,7 +27,12 @@ _GO_ON = ("sample", "preprocess", "train")
 """Verbs that go on from what an interrupted call has left."""
 _POLL_SECONDS = 0.05
 _SHOWN_LINES = 12
-_PRELOADED = ["megatron_polar.cli", "megatron_polar.train.run", "megatron_polar.score.scorer", "transformers"]
+_PRELOADED = ["megatron_polar.cli", "megatron_polar.train.run", "megatron_polar.score.evaluate", "matplotlib.figure"]
+_PRELOADED += [
+    "matplotlib.backends.backend_svg",
+    "transformers.models.llama.modeling_llama",
+    "megatron_polar.score.scorer",
+]
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,7 @@ class Jobs:
         done = self.directory / "done" / f"{name}.json"
         done.parent.mkdir(parents=True, exist_ok=True)
         record = {"hash": self.hashes[name], "command": one.job.shown, "seconds": round(seconds, 2)}
+        record["cpu_seconds"] = None if one.cpu_seconds() is None else round(one.cpu_seconds(), 2)
         temporary = done.with_suffix(".tmp")
         temporary.write_text(json.dumps(record, indent=2) + "\n")
         temporary.replace(done)
@@ -156,8 +162,10 @@ class _Running:
 
     def __init__(self, job: Job, log: Path, context):
         self.job, self.log, self.started = job, log, time.monotonic()
+        self._used = None
         if context is not None:
-            self.process = context.Process(target=_run_here, args=(job.words, str(log)))
+            self._used = context.Value("d", 0.0)
+            self.process = context.Process(target=_run_here, args=(job.words, str(log), self._used))
             self.process.start()
         else:
             words = (
@@ -172,6 +180,10 @@ class _Running:
         """The exit status; None while it runs."""
         return self.process.exitcode if hasattr(self.process, "exitcode") else self.process.poll()
 
+    def cpu_seconds(self) -> float | None:
+        """Processor time of a fork that has ended; None for a process of its own."""
+        return None if self._used is None else self._used.value
+
     def stop(self) -> None:
         """Ask it to end, and wait."""
         self.process.terminate()
@@ -185,8 +197,8 @@ def _context():
     return context
 
 
-def _run_here(words: Sequence[str], log: str) -> None:
-    """In the fork: run a command as the console does, with its output in a file."""
+def _run_here(words: Sequence[str], log: str, used) -> None:
+    """In the fork: run a command as the console does, with its output in a file; `used` gets its processor time."""
     with open(log, "wb") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
@@ -198,6 +210,7 @@ def _run_here(words: Sequence[str], log: str) -> None:
         main = __import__(Path(words[0]).stem).main
     status = main(list(words[1:]))
     sys.stdout.flush()
+    used.value = time.process_time() + sum(os.times()[2:4])  # its own, and of children that it has waited for
     sys.exit(status)
 
 

@@ -36,11 +36,13 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Seque
 
 def _head(figures: dict) -> Iterator[str]:
     machine, minutes = figures["machine"], sum(figures["seconds"].values()) / 60
+    cpu_minutes = sum(figures["cpu_seconds"].values()) / 60
+    used = f", and {cpu_minutes:.0f} of processor time" if cpu_minutes else ""
     yield f"# What POLAR's claims come to here: a study in small (size `{figures['size']}`)"
     yield _paragraph("""Made by `python examples/study/run.py`; every figure of this page is in
         [study.json](study.json), with the SHA-256 of every public file, all settings, seeds and commands.""")
     yield _paragraph(f"""Ran on {machine["processor"]} ({machine["device"]}), {machine["parallel_jobs"]} jobs at a time
-        with {machine["threads_a_job"]} thread each. The jobs took {minutes:.0f} minutes, added up. Versions:
+        with {machine["threads_a_job"]} thread each. The jobs took {minutes:.0f} minutes, added up{used}. Versions:
         {", ".join(f"{name} {version}" for name, version in figures["versions"].items())}.""")
     yield _paragraph("""Accuracies are shares of right pairs on held-out data; 0.5 is chance. Brackets are 95 %
         intervals of a bootstrap over prompts (or problems), pooled over seeds: they say what other prompts would
@@ -197,7 +199,7 @@ def _repeat(figures: dict) -> Iterator[str]:
     yield _paragraph(f"""{len(figures["data"])} public files of tatsu-lab/alpaca_eval, openai/grade-school-math and
         Zhou-Zoey/RMB-Reward-Model-Benchmark, each with its SHA-256 in [study.json](study.json). The SHA-256 of that
         list (`name hash` and a newline for each) is `{digest}`.""")
-    spent = ", ".join(f"{stage} {found / 60:.0f}" for stage, found in figures["seconds"].items())
+    spent = ", ".join(f"{stage} {found / 60:.1f}" for stage, found in figures["seconds"].items())
     yield f"Minutes of jobs: {spent}. One command of each kind:"
     shown = [figures["commands"][name] for name in _examples(figures["commands"])]
     yield "\n".join(["```", *shown, "```"])
