@@ -20,6 +20,8 @@ REPLICATES = 4000
 LEVEL = 0.95
 PAPER_LAW = {"coefficient": 0.9, "exponent": 0.0425, "r2": 0.9886}
 """L(N) = 0.9 N^-0.0425, N all parameters, five sizes of 50M to 1B (arXiv 2507.05197, section 4.4)."""
+RFT = "rft"
+"""Below the study's directory: what the study of reinforcement fine-tuning (rft.py --output RUN/rft) has written."""
 PRETRAIN_SETS = ("seen", "unseen", "real")
 
 
@@ -243,7 +245,7 @@ def zero_shot(study: Study) -> dict:
 def collect(study: Study) -> dict:
     """All figures of the study, in the shape of docs/study.json."""
     pretrained = pretraining(study)
-    rft = study.run / "rft" / "summary.json"  # written by the study of reinforcement fine-tuning, where it was run
+    rft = study.run / RFT / "rft.json"
     return {
         "finetune": {task: finetuning(study, task) for task in TASKS},
         "scaling": scaling(study, pretrained["settings"]),

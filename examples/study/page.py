@@ -18,10 +18,13 @@ ARM_TITLES = {
 }
 
 
-def write_page(figures: dict) -> str:
-    """The whole page."""
-    parts = (_head, _policies, _base, _start, _ablations, _scaling, _finetune, _zero_shot, _rft, _failures, _repeat)
-    return "\n\n".join(block for part in parts for block in part(figures)) + "\n"
+def write_page(figures: dict, *, rft: str) -> str:
+    """The whole page; `rft`: the text about reinforcement fine-tuning, empty where that was not run."""
+    before = (_head, _policies, _base, _start, _ablations, _scaling, _finetune, _zero_shot)
+    blocks = [block for part in before for block in part(figures)]
+    blocks += ["## Reinforcement fine-tuning", rft or "Not part of this run."]
+    blocks += [block for part in (_failures, _repeat) for block in part(figures)]
+    return "\n\n".join(blocks) + "\n"
 
 
 def _paragraph(text: str) -> str:
@@ -179,11 +182,6 @@ def _zero_shot(figures: dict) -> Iterator[str]:
     head = ("set", "accuracy", "more words shared", "the longer one", "prompts")
     yield _table(head, rows, numbers=(2, 3, 4))
     yield f"Answers are cut to {figures['settings']['max_response_length']} tokens, as in pre-training."
-
-
-def _rft(figures: dict) -> Iterator[str]:
-    yield "## Reinforcement fine-tuning"
-    yield "In its own part of [study.json](study.json)." if figures["rft"] else "Not part of this run."
 
 
 def _failures(figures: dict) -> Iterator[str]:

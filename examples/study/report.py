@@ -7,12 +7,13 @@ import argparse
 import importlib.metadata
 import json
 import platform
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from charts import draw
-from figures import collect, commands
+from figures import RFT, collect, commands
 from page import write_page
 from sizes import SIZES
 from stages import STAGES, Study
@@ -44,9 +45,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (options.run / "report").mkdir(exist_ok=True)
     draw(figures, options.docs / "study")
     (options.docs / "study.json").write_text(json.dumps(rounded(figures), indent=1) + "\n")
-    (options.docs / "study.md").write_text(write_page(figures))
+    (options.docs / "study.md").write_text(write_page(figures, rft=rft_page(study)))
     print(f"{options.docs / 'study.md'}, study.json and study/*.svg are written", file=sys.stderr)
     return 0
+
+
+def rft_page(study: Study) -> str:
+    """The tables of the study of reinforcement fine-tuning, its drawing moved to ours; empty where it was not run."""
+    directory = study.run / RFT
+    if not (directory / "rft.json").is_file():
+        return ""
+    shutil.copyfile(directory / "rft.svg", study.docs / "study" / "rft.svg")
+    return f"![reward over the steps](study/rft.svg)\n\n{(directory / 'rft.md').read_text().strip()}"
 
 
 def seconds(study: Study, clock: str) -> dict[str, float]:

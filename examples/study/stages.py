@@ -7,12 +7,13 @@ finetune  GSM8K solutions and AlpacaEval preferences, with and without pre-train
 report    study.json, study.md and its figures
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from jobs import PROGRAM, Job
+from jobs import HERE, PROGRAM, Job
 from sizes import FineTuning, Shape, Size
 
 STAGES = ("policies", "base", "pretrain", "finetune", "report")
@@ -306,8 +307,12 @@ class Study:
 
     def _report(self) -> Iterator[Job]:
         words = ("report.py", "--run", str(self.run), "--docs", str(self.docs))
-        needs = tuple(name for part in (self._pretrain(), self._finetune()) for job in part if (name := job.name))
-        yield Job("report", "report", words, self.run / "report", needs, seconds=20)
+        needs = tuple(job.name for part in (self._pretrain(), self._finetune()) for job in part)
+        rft = self.run / "rft" / "rft.json"  # made by hand: rft.py --output RUN/rft
+        reads = (("rft", hashlib.sha256(rft.read_bytes()).hexdigest()),) if rft.is_file() else ()
+        modules = ("figures.py", "charts.py", "page.py", "shortcomings.py")
+        reads += tuple((name, hashlib.sha256((HERE / name).read_bytes()).hexdigest()) for name in modules)
+        yield Job("report", "report", words, self.run / "report", needs, seconds=20, reads=reads)
 
 
 TASKS = ("gsm8k", "alpaca_eval")
