@@ -206,7 +206,7 @@ def _manifest(sources: Sequence[DatasetSource], *, run: Path | None = None) -> d
         except (Damaged, OSError) as error:
             raise UserError(
                 f"{run}: environment.json does not say which data it was, and {source.path} cannot be read ({error}), "
-                f"so it cannot be told whether its loss compares with others'; put the data back, or give a table"
+                f"so it cannot be told whether its loss compares with others; put the data back, or give a table"
             ) from None
         fingerprints.append(fingerprint_of(manifest))
     tokenizer = manifest.get("tokenizer", {})

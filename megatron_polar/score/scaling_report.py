@@ -107,7 +107,8 @@ def _one_variable(law: FittedLaw, fit: ScalingFit, gathered: Gathered) -> str:
     if held_out is not None:
         points.append(Points("largest run", x[is_largest].tolist(), law.losses[is_largest].tolist(), is_hollow=True))
         points.append(_predicted_point(law, x=x[is_largest]))
-    caption = "Band: 95 % of the law. Orange dot: the largest run as the others predict it, with its interval."
+    caption = "Band: 95 % of the law. Orange dot: the largest run as the others predict it, with its interval. "
+    caption += "Both are cut at half the lowest and twice the highest loss."
     axis = _AXES[law.variables[0]]
     return log_log_figure(
         points, lines=lines, bands=bands, title=law.formula, x_label=axis, y_label="held-out loss", caption=caption
