@@ -62,7 +62,7 @@ class PolicyPairs:
         if not self.is_recording or result.skipped is not None or not topology.is_last_stage:
             return
         if topology.tp_rank == 0 and topology.cp_rank == 0:
-            keys = [batch.policy_pairs for batch in step.micro_batches]
+            keys = [EMPTY.keys, *(batch.policy_pairs for batch in step.micro_batches)]  # a rank may have no micro-batch
             self._own.append((np.concatenate(keys), result.half_wins))
 
     def gather(self) -> None:
