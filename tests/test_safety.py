@@ -318,13 +318,15 @@ def test_the_package_has_no_way_to_run_what_it_reads():
 
 MAY_USE_TRANSFORMERS = {
     "examples/quickstart/score_with_transformers.py",
+    "examples/study/base_model.py",
     "megatron_polar/convert/internlm2/configuration_internlm2.py",
     "megatron_polar/convert/internlm2/modeling_internlm2.py",
     "megatron_polar/convert/tokenizer.py",
     "megatron_polar/policies/local.py",
     "megatron_polar/score/verify_export.py",
 }
-"""What reads or is part of an export that was just written here, and policies from local directories that a pool names
+"""What reads or is part of an export that was just written here, base models that the study has just trained, and
+policies from local directories that a pool names
 (safetensors only; a directory that asks for code of its own is refused before transformers sees it). Nothing else that
 comes from elsewhere meets transformers."""
 
