@@ -1,38 +1,18 @@
 """Test sets as published: their formats, their scores against the publishers' definitions, and clear errors."""
 
-import json
 import random
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from published_files import published, write_json, write_lines
 
 from megatron_polar.data import public
 from megatron_polar.errors import UserError
 from megatron_polar.score.evaluate import evaluate
 from megatron_polar.score.published import TieFacts, best_of, published_scores, ties_score, wins_over_all
 from megatron_polar.score.suites import EvaluationItem, load_suite
-
-SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
-
-
-def published(name: str) -> Path:
-    path = SHARED / name
-    if not path.exists():
-        pytest.skip(f"the publisher's files are not here ({name} beside the repository in shared/data)")
-    return path
-
-
-def write_json(path: Path, value) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value), encoding="utf-8")
-    return path
-
-
-def write_lines(path: Path, rows) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 class Table:

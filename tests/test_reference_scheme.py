@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from published_files import write_lines
 
 from megatron_polar.errors import UserError
 from megatron_polar.score.evaluate import evaluate
@@ -23,11 +24,6 @@ from megatron_polar.score.suites import SUITES, load_suite
 class Lengths:
     def score(self, requests):
         return [[float(len(output)) for output in request.outputs] for request in requests]
-
-
-def write_lines(path: Path, rows) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def group(prompt: str, policies: dict[str, int]) -> dict:
