@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -82,7 +83,8 @@ def test_the_page_shows_the_figures_and_its_drawings(finished):
 def test_a_second_call_repeats_nothing_and_a_lost_job_alone_is_run_again(finished):
     again = run_study(finished)
     assert again.returncode == 0
-    assert again.stdout.startswith("68 of 68 jobs are done, 0 to run")
+    told, every = re.match(r"(\d+) of (\d+) jobs are done, 0 to run\n", again.stdout).groups()
+    assert told == every == str(sum(1 for _ in (finished / "done").rglob("*.json")))
     done = finished / "done/heldout-real.json"
     before = json.loads(done.read_text())
     done.unlink()
@@ -130,7 +132,7 @@ def job(name, *words, directory, needs=(), stage="one", reads=()):
     return jobs.Job(stage, name, words, directory / name, needs, reads=reads)
 
 
-def tokenizer_words(directory, size="280"):
+def tokenizer_words(directory, size="290"):
     answers = {"reference": "a", "chosen": "b", "rejected": "c"}
     (directory.parent / "text.jsonl").write_text(
         "".join(json.dumps({"prompt": f"word{i} and {i * 7}"} | answers) + "\n" for i in range(200))
