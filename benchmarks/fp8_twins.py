@@ -2,9 +2,10 @@
 their seed: loss, held-out accuracy and margin, and how far the rewards agree in rank.
 
 A comparison's reference and first candidate come from one synthetic policy, the other candidates from others; a policy
-is a distribution over the vocabulary. Every variant sees the same comparisons in the same order. Of one seed they start
-from the same weights; another seed of the first variant, the reference, has others: what that changes is the floor of
-noise, below which a difference says nothing. The report is written anew after every seed.
+is a distribution over the vocabulary. In training, the candidates of some comparisons change places, so that the loss
+cannot fall to nothing. Every variant sees the same comparisons in the same order. Of one seed they start from the same
+weights; another seed of the first variant, the reference, has others: what that changes is the floor of noise, below
+which a difference says nothing. The report is written anew after every seed.
 
   python benchmarks/fp8_twins.py --variants bf16 tensorwise blockwise      # a GPU with Transformer Engine
   python benchmarks/fp8_twins.py --variants bf16 fp32 --preset nano        # the CPU
@@ -16,8 +17,10 @@ import json
 import os
 import statistics
 import sys
-import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch
@@ -25,9 +28,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch
 import numpy as np
 import torch
 from scipy import stats
-from trainer import Trainer, conditions, constant_rate
+from trainer import Trainer, conditions
 
-from megatron_polar.config.schema import DataSection, DatasetSource, ModelSection, RunConfig, RunSection, TrainSection
+from megatron_polar.config.schema import (
+    DataSection,
+    DatasetSource,
+    ModelSection,
+    OptimizerSection,
+    RunConfig,
+    RunSection,
+    TrainSection,
+)
 from megatron_polar.data.template import TokenizedComparison
 from megatron_polar.errors import USER_ERROR, UserError
 from megatron_polar.model.layer_spec import transformer_engine_problem
@@ -69,25 +80,23 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
-    torch.set_num_threads(1)
-    started, runs, place = time.monotonic(), [], None
-    for seed in options.seeds:
-        done = len(runs) // len(options.variants)
-        expected = (time.monotonic() - started) * (done + 1) / max(done, 1)
-        if done > 1 and options.limit_minutes and expected > 60 * options.limit_minutes:
-            print(f"no time for seed {seed} within {options.limit_minutes} minutes", file=sys.stderr)
-            break
-        for variant in options.variants:
-            run, place = train(variant, seed, options, place=place)
+    runs, wanted = [], list(itertools.product(options.seeds, options.variants))
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for run, where in pool.map(partial(train_apart, options), *zip(*wanted, strict=True)):
             runs.append(run)
-            print(f"seed {seed}, {variant}: loss {run.final_loss():.4f}, accuracy {run.accuracy:.3f}", file=sys.stderr)
-        text = report(runs, options, where=conditions(place[0], "scipy"))
-        options.output.write_text(text)
-        options.output.with_suffix(".json").write_text(json.dumps([vars(run) for run in runs]) + "\n")
-        draw(runs, options)
-    print(text)
-    torch.distributed.destroy_process_group()
+            print(f"seed {run.seed}, {run.variant}: loss {run.final_loss():.4f}, accuracy {run.accuracy:.3f}",
+                  file=sys.stderr)  # fmt: skip
+            if run.variant == options.variants[-1]:
+                write(runs, options, where=where)
+    print(options.output.read_text())
     return 0
+
+
+def write(runs: list[Run], options: argparse.Namespace, *, where: str) -> None:
+    """The report of the seeds so far, its picture and the runs themselves."""
+    options.output.write_text(report(runs, options, where=where))
+    options.output.with_suffix(".json").write_text(json.dumps([vars(run) for run in runs]) + "\n")
+    draw(runs, options)
 
 
 def parse() -> argparse.Namespace:
@@ -98,14 +107,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", default=["bf16", "tensorwise"], metavar="VARIANT", help=names)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the initial weights")
     parser.add_argument("--preset", default="polar_1_8b" if has_gpu else "nano")
-    parser.add_argument("--layers", type=int, default=12 if has_gpu else 2)
+    parser.add_argument("--layers", type=int, default=8 if has_gpu else 2)
     parser.add_argument("--steps", type=int, default=500 if has_gpu else 60)
-    parser.add_argument("--batch", type=int, default=64 if has_gpu else 16, help="comparisons of a step")
+    parser.add_argument("--batch", type=int, default=16, help="comparisons of a step")
     parser.add_argument("--held-out", type=int, default=512 if has_gpu else 64)
-    parser.add_argument("--answer-tokens", type=int, default=200 if has_gpu else 24)
-    parser.add_argument("--policies", type=int, default=32 if has_gpu else 8)
+    parser.add_argument("--answer-tokens", type=int, default=48 if has_gpu else 24)
+    parser.add_argument("--policies", type=int, default=8)
+    parser.add_argument("--swapped", type=float, default=0.1, help="share of training comparisons with wrong labels")
     parser.add_argument("--lr", type=float, default=5e-5 if has_gpu else 1e-3)
-    parser.add_argument("--limit-minutes", type=float, help="begin no seed that would end later")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, all on this one GPU")
     parser.add_argument("--output", type=Path, default=PLACE / "fp8_twins.md")
     options = parser.parse_args()
     if len(set(options.seeds)) < 2:
@@ -143,17 +153,26 @@ def make_config(variant: str, seed: int, options: argparse.Namespace) -> RunConf
             fp8=recipe,
             fp8_bf16_layers=0 if recipe == "delayed" else 1,
         ),
-        optimizer=constant_rate(options.lr),
+        optimizer=OptimizerSection(lr=options.lr, warmup_fraction=0.1),
     )
 
 
-def train(variant: str, seed: int, options: argparse.Namespace, *, place) -> tuple[Run, tuple]:
-    """One run; the data are those of every other."""
+def train_apart(options: argparse.Namespace, seed: int, variant: str) -> tuple[Run, str]:
+    """`train` in a process of its own, with which a model's memory goes."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(train, options, seed, variant).result()
+
+
+def train(options: argparse.Namespace, seed: int, variant: str) -> tuple[Run, str]:
+    """One run, and the conditions; the data are those of every other run."""
+    torch.set_num_threads(1)
     policies = make_policies(options.policies)
-    trainer = Trainer(make_config(variant, seed, options), vocab_size=VOCAB_SIZE, place=place)
+    trainer = Trainer(make_config(variant, seed, options), vocab_size=VOCAB_SIZE, num_steps=options.steps)
     generator, losses, seconds = np.random.default_rng([7, 0]), [], 0.0
     for _ in range(options.steps):
-        batch = draw_comparisons(policies, options.batch, candidates=2, options=options, generator=generator)
+        batch = draw_comparisons(
+            policies, options.batch, candidates=2, options=options, generator=generator, swapped=options.swapped
+        )
         result, _, elapsed = trainer.step(batch)
         losses.append(result.sums["loss"] / result.sums["pairs"])
         seconds += elapsed
@@ -162,12 +181,8 @@ def train(variant: str, seed: int, options: argparse.Namespace, *, place) -> tup
         generator=np.random.default_rng([7, 1]),
     )  # fmt: skip
     rewards = [row.tolist() for row in trainer.rewards(held_out)]
-    run = Run(variant, seed, losses, rewards, seconds)
-    place = trainer.place
-    del trainer
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return run, place
+    torch.distributed.destroy_process_group()
+    return Run(variant, seed, losses, rewards, seconds), conditions(trainer.device, "scipy")
 
 
 # --- Data ------------------------------------------------------------------------------------------------------------
@@ -181,9 +196,16 @@ def make_policies(count: int) -> np.ndarray:
 
 
 def draw_comparisons(
-    policies: np.ndarray, count: int, *, candidates: int, options: argparse.Namespace, generator: np.random.Generator
+    policies: np.ndarray,
+    count: int,
+    *,
+    candidates: int,
+    options: argparse.Namespace,
+    generator: np.random.Generator,
+    swapped: float = 0.0,
 ) -> list[TokenizedComparison]:
-    """Reference and first candidate of one policy, each other candidate of another; answers of uneven length."""
+    """Reference and first candidate of one policy, each other candidate of another; answers of uneven length. Of a
+    share `swapped` the label says that the last candidate is the reference's."""
 
     def answer(policy: int) -> np.ndarray:
         length = int(options.answer_tokens * generator.uniform(0.5, 1.5))
@@ -198,7 +220,8 @@ def draw_comparisons(
         asked = prompt()
         prefix = np.concatenate([[1], asked, answer(chosen[0]), [2], asked]).astype(np.int32)
         answers = tuple(np.append(answer(policy), 3).astype(np.int32) for policy in chosen)
-        found.append(TokenizedComparison(prefix, answers, (0,) + (1,) * (candidates - 1), 0))
+        levels = (0,) + (1,) * (candidates - 1)
+        found.append(TokenizedComparison(prefix, answers, levels[::-1] if generator.random() < swapped else levels, 0))
     return found
 
 
@@ -302,7 +325,9 @@ def report(runs: list[Run], options: argparse.Namespace, *, where: str) -> str:
         "run. Kendall: within a comparison, averaged; Spearman: over all held-out rewards less their comparison's "
         "mean.",
         "",
-        f"{shape}, learning rate {options.lr:g}, {options.policies} policies; {where}. Curves: "
+        f"{shape}, peak learning rate {options.lr:g} (a tenth of the steps "
+        f"of warm-up, then cosine), {options.policies} policies, {options.swapped:.0%} of the training "
+        f"labels wrong; {options.jobs} run(s) side by side; {where}. Curves: "
         f"`{options.output.with_suffix('.svg').name}`.",
         "",
     ]

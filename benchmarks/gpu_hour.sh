@@ -29,7 +29,7 @@ part environment 2 "$PYTHON benchmarks/gpu_environment.py"
 part parity 4 "$PYTHON -m pytest -q -p no:cacheprovider tests/test_gpu.py"
 part throughput_7b 4 "$PYTHON benchmarks/throughput.py --preset polar_7b --layers 8 --candidates 2 --fp8 off tensorwise"
 part throughput_1_8b 4 "$PYTHON benchmarks/throughput.py --preset polar_1_8b --layers 12 --candidates 2 4 --layouts shared_prefix"
-part twins 18 "$PYTHON benchmarks/fp8_twins.py --variants bf16 tensorwise --seeds 0 1 2 --limit-minutes 17 --output OUTPUT/fp8_twins.md"
+part twins 18 "$PYTHON benchmarks/fp8_twins.py --variants bf16 tensorwise --seeds 0 1 2 --jobs 2 --output OUTPUT/fp8_twins.md"
 part layouts 5 "$PYTHON benchmarks/layouts.py --layers 8 --candidates 2 4 --comparisons 16"
 part recipes 5 "$PYTHON benchmarks/throughput.py --preset polar_7b --layers 8 --candidates 2 --layouts shared_prefix --fp8 off blockwise delayed --profile"
 part fp8_weights 4 "$PYTHON benchmarks/throughput.py --preset polar_7b --layers 8 --candidates 2 --layouts shared_prefix --fp8 tensorwise blockwise --fp8-weights"
@@ -78,6 +78,10 @@ if ! $dry_run; then
     mkdir -p "$site"
     "$PYTHON" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter="data")' "$bundle" "$site" || exit 2
     touch "$site/.bundle"
+  fi
+  if [ -n "$bundle" ] && [ -z "${CUDNN_HOME:-}" ]; then
+    # Transformer Engine would take a system's cuDNN beside torch's own, and parts of both do not go together.
+    CUDNN_HOME=$("$PYTHON" -c 'import nvidia.cudnn; print(list(nvidia.cudnn.__path__)[0])' 2>/dev/null) && export CUDNN_HOME
   fi
   if [ -n "$wheels" ]; then
     mkdir -p "$site"

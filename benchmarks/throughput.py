@@ -1,11 +1,11 @@
 """Training throughput of POLAR's shapes on one GPU: tokens, comparisons and FLOP/s, memory, and where the time goes.
 
-Real optimizer steps on rows of the length mix of layouts.py. With AdamW's fp32 state a 7B model does not fit one GPU,
-so `--layers` takes fewer: a layer costs the same in any depth, and the embedding is a look-up. FP8 recipes and bf16 can
-be run in turns in one call. "GB" is the peak that torch allocated, "planned" what scaling/memory.py expects of it: the
-plan's sum without what torch does not see (CUDA, NCCL) or does not count (fragmentation). MFU counts, per physical
-token, 6 FLOPs per weight of the layers (in the last layer, behind its keys and values, per reward), and attention over
-its exact causal area; over the dense bf16 peak, for FP8 too.
+Real optimizer steps on rows of the length mix of layouts.py; each precision in a process of its own. With AdamW's fp32
+state a 7B model does not fit one GPU, so `--layers` takes fewer: a layer costs the same in any depth, and the embedding
+is a look-up. FP8 recipes and bf16 can be run in turns in one call. "GB" is the peak that torch allocated, "planned"
+what scaling/memory.py expects of it: the plan's sum without what torch does not see (CUDA, NCCL) or does not count
+(fragmentation). MFU counts, per physical token, 6 FLOPs per weight of the layers (in the last layer, behind its keys
+and values, per reward), and attention over its exact causal area; over the dense bf16 peak, for FP8 too.
 
   python benchmarks/throughput.py --preset polar_7b --layers 12 --fp8 off tensorwise
 """
@@ -14,6 +14,8 @@ import argparse
 import os
 import statistics
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch
 
@@ -42,6 +44,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="timed; two more come before them")
     parser.add_argument("--fp8-weights", action="store_true", help="train.fp8_param_gather with every FP8 recipe")
     parser.add_argument("--no-fusion", action="store_true", help="train.gradient_accumulation_fusion=false")
+    parser.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
     parser.add_argument("--profile", action="store_true", help="share of GPU time outside of GEMMs and attention")
     options = parser.parse_args()
     print(
@@ -49,23 +52,30 @@ def main() -> None:
         "| other |"
     )
     print("|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|")
-    place = None
-    for k in options.candidates:
-        for layout in options.layouts:
-            for fp8 in options.fp8:
-                config = make_config(options, fp8=fp8, layout=layout, k=k)
-                trainer = Trainer(config, vocab_size=VOCAB_SIZE, place=place)
-                place = trainer.place
-                print(measure(trainer, options, k=k, fp8=fp8), flush=True)
-                del trainer
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+    for fp8 in options.fp8:
+        # megatron-core's hooks keep a model alive; its memory comes back with the end of its process.
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            where = pool.submit(measure_precision, options, fp8).result()
     shape = f"{options.preset}, {options.layers} layers" if options.layers else options.preset
+    shape += "" if options.recompute == "none" else f", recompute {options.recompute}"
     print(
         f"\n{shape}, rows of {options.row_tokens} tokens, about {options.rows} a step, medians of {options.steps} "
-        f"steps; GB: peak allocated; other: GPU time outside of GEMMs and attention; {conditions(place[0])}."
+        f"steps; GB: peak allocated; other: GPU time outside of GEMMs and attention; {where}."
     )
+
+
+def measure_precision(options: argparse.Namespace, fp8: str) -> str:
+    """Print a row for every layout and K; returns the conditions."""
+    trainer = None
+    for k in options.candidates:
+        for layout in options.layouts:
+            config = make_config(options, fp8=fp8, layout=layout, k=k)
+            trainer = trainer or Trainer(config, vocab_size=VOCAB_SIZE)
+            trainer.take(config.data)
+            print(measure(trainer, options, k=k, fp8=fp8), flush=True)
+    where = conditions(trainer.device)
     torch.distributed.destroy_process_group()
+    return where
 
 
 def make_config(options: argparse.Namespace, *, fp8: str, layout: str, k: int) -> RunConfig:
@@ -86,6 +96,7 @@ def make_config(options: argparse.Namespace, *, fp8: str, layout: str, k: int) -
             global_batch_size=1,
             num_steps=1,
             precision="bf16" if has_gpu else "fp32",
+            recompute=options.recompute,
             fp8=fp8,
             fp8_bf16_layers=0 if fp8 == "delayed" else 1,
             fp8_param_gather=options.fp8_weights and fp8 in ("tensorwise", "blockwise"),
@@ -148,17 +159,21 @@ def planned_bytes(trainer: Trainer) -> int:
 
 
 def share_outside(trainer: Trainer, comparisons) -> float:
-    """Share of a step's GPU time in kernels that are neither GEMMs nor attention, by their names."""
+    """Share of a step's GPU time in kernels that are neither GEMMs nor attention, by their names; the longest ones go
+    to stderr."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as found:
-        trainer.step(comparisons)
-    times = {event.key.lower(): event.self_device_time_total for event in found.key_averages()}
-    inside = sum(
-        time for name, time in times.items()
-        if any(word in name for word in ("gemm", "nvjet", "cutlass", "flash", "fmha", "cudnn", "attention"))
-    )  # fmt: skip
-    return 1 - inside / sum(times.values())
+        _, _, elapsed = trainer.step(comparisons)
+    events = sorted(found.key_averages(), key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in events)
+    print(f"kernels take {total / 1e6:.3f} s of a profiled step's {elapsed:.3f} s:", file=sys.stderr)
+    for event in events[:30]:
+        time = event.self_device_time_total
+        print(f"{time / total:6.1%} {time / 1e3:9.2f} ms {event.count:6d} x {event.key[:150]}", file=sys.stderr)
+    words = ("gemm", "nvjet", "cutlass", "flash", "fmha", "cudnn", "attention")
+    inside = sum(e.self_device_time_total for e in events if any(word in e.key.lower() for word in words))
+    return 1 - inside / total
 
 
 if __name__ == "__main__":

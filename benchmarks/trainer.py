@@ -3,12 +3,13 @@
 import platform
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 
 import numpy as np
 import torch
 
-from megatron_polar.config.schema import FaultsSection, OptimizerSection, RunConfig
+from megatron_polar.config.schema import DataSection, FaultsSection, OptimizerSection, RunConfig
 from megatron_polar.data.loader import row_shape
 from megatron_polar.data.steps import Rows, Step, lay_out
 from megatron_polar.data.template import TokenizedComparison
@@ -36,6 +37,11 @@ class Trainer:
         self._num_steps, self._number, self._guard = num_steps, 0, StepGuard(FaultsSection())
         self._ready = False
 
+    def take(self, data: DataSection) -> None:
+        """Lay rows out by this section from now on."""
+        self.config = replace(self.config, data=data)
+        self._shape = row_shape(data, topology=self.topology, architecture=self.model.architecture)
+
     def rewards(self, comparisons: Sequence[TokenizedComparison]) -> list[np.ndarray]:
         """Rewards of each comparison's candidates, without training; after the first step."""
         rows = lay_out(comparisons, shape=self._shape, rank=self.topology.dp_rank, pad_id=0)
@@ -53,7 +59,7 @@ class Trainer:
             self._reduction = GradientReduction(self.model, device=self.device)
             self._optimizer = build_optimizer(self.config.optimizer, model=self.model, reduction=self._reduction)
             self._schedule = build_schedule(self.config.optimizer, optimizer=self._optimizer, num_steps=self._num_steps)
-            self._shape = row_shape(self.config.data, topology=self.topology, architecture=self.model.architecture)
+            self.take(self.config.data)
             self._ready = True
         start = clock(self.device)
         rows = lay_out(comparisons, shape=self._shape, rank=self.topology.dp_rank, pad_id=0)

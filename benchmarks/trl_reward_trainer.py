@@ -5,7 +5,8 @@ Both sides really train: ours through `train_step` (packing, schedule, clipping,
 `RewardTrainer.train()` at several `per_device_train_batch_size`, which decide how much it pads (it offers no packing).
 The length mix is that of layouts.py. Of every comparison the reference and the better candidate use one half of the
 vocabulary, the worse one the other, so that there is something to learn. Each run is a process of its own; runs take
-turns, and process CPU time is what counts on the CPU. The last layer computes all rows here, as it is one of few:
+turns, and process CPU time is what counts on the CPU. On a GPU both compute in bf16 from fp32 weights: ours as Megatron
+does, TRL by autocast. The last layer computes all rows here, as it is one of few:
 `model.last_layer: reward_rows` gains a further 3 to 4 % at 24 to 32 layers, and far too much at one or two.
 """
 
@@ -36,7 +37,9 @@ PLACE = Path(__file__).parent
 def main() -> None:
     """Run both sides in turns and write the table and the loss curves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4, help="the first one is not timed")
+    has_gpu = torch.cuda.is_available()
+    parser.add_argument("--steps", type=int, default=12 if has_gpu else 4)
+    parser.add_argument("--warm-up", type=int, default=4 if has_gpu else 1, help="steps that are not timed")
     parser.add_argument("--global-batch-size", type=int, default=8, help="comparisons per step")
     parser.add_argument("--trl-batch-sizes", type=int, nargs="+", default=[1, 4, 8], metavar="PAIRS", help="its own: 8")
     parser.add_argument("--repeats", type=int, default=2)
@@ -71,7 +74,7 @@ def main() -> None:
 def run_side(side: str, options: argparse.Namespace) -> dict:
     """One run in a process of its own: {"seconds": of each timed step, "losses": of every step}."""
     command = [sys.executable, __file__, "--side", side, "--work", str(options.work)]
-    for name in ("steps", "global_batch_size", "layers", "hidden_size", "seed"):
+    for name in ("steps", "global_batch_size", "layers", "hidden_size", "seed", "warm_up"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -129,7 +132,8 @@ def train_here(options: argparse.Namespace) -> dict:
     from megatron_polar.convert.load import load_hugging_face
 
     source = open_model(options.work / "model")
-    config = config_of(source, run_directory="unused", dtype=torch.float32)
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    config = config_of(source, run_directory="unused", dtype=dtype)
     optimizer = constant_rate(LEARNING_RATE, adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_eps=EPSILON, clip_grad=CLIP)
     config = replace(
         config,
@@ -144,7 +148,7 @@ def train_here(options: argparse.Namespace) -> dict:
         result, _, elapsed = trainer.step(pairs[number * size : (number + 1) * size])
         seconds.append(elapsed)
         losses.append(result.sums["loss"] / result.sums["pairs"])
-    return {"seconds": seconds[1:], "losses": losses}
+    return {"seconds": seconds[options.warm_up :], "losses": losses}
 
 
 # --- TRL -------------------------------------------------------------------------------------------------------------
@@ -193,14 +197,14 @@ def train_with_trl(options: argparse.Namespace) -> dict:
             gradient_accumulation_steps=options.global_batch_size // pairs, max_length=None, logging_steps=1,
             learning_rate=LEARNING_RATE, lr_scheduler_type="constant", adam_beta1=BETAS[0], adam_beta2=BETAS[1],
             adam_epsilon=EPSILON, weight_decay=0.0, max_grad_norm=CLIP, optim="adamw_torch", save_strategy="no",
-            report_to=[], bf16=False, gradient_checkpointing=False, disable_tqdm=True,
+            report_to=[], bf16=torch.cuda.is_available(), gradient_checkpointing=False, disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
         ),
         train_dataset=Dataset.from_list(rows),
         callbacks=[Clock()],
     )  # fmt: skip
     trainer.train()
-    return {"seconds": seconds[1:], "losses": losses}
+    return {"seconds": seconds[options.warm_up :], "losses": losses}
 
 
 # --- The report ------------------------------------------------------------------------------------------------------
@@ -220,7 +224,8 @@ def report(runs: dict[str, list[dict]], options: argparse.Namespace) -> str:
         "# Against TRL's RewardTrainer",
         "",
         f"`python benchmarks/trl_reward_trainer.py`: {options.steps} steps of {size} comparisons (K = 2) on the same "
-        f"weights, pairs and optimizer; {options.repeats} runs of each side in turn, first steps not timed.",
+        f"weights, pairs and optimizer; {options.repeats} runs of each side in turn, "
+        f"{options.warm_up} step(s) of warm-up not timed.",
         "",
         "| trainer | comparisons/s | ours is faster by | largest difference of a step's loss |",
         "|---|---:|---:|---:|",
@@ -241,7 +246,8 @@ def report(runs: dict[str, list[dict]], options: argparse.Namespace) -> str:
         "",
         "TRL's own default is 8 pairs a forward pass. A single pair pads least, and leaves a GPU idle.",
         "",
-        f"{options.layers} layer(s), hidden {options.hidden_size}, fp32, {device}, "
+        f"{options.layers} layer(s), hidden {options.hidden_size}, {'bf16' if torch.cuda.is_available() else 'fp32'}, "
+        f"{device}, "
         f"{'wall' if torch.cuda.is_available() else 'process CPU'} time; {packages}, Python "
         f"{platform.python_version()}, seed {options.seed}. TRL pads every forward pass to its longest sequence and "
         f"has no packing for rewards. The last layer computes all rows on both sides.",

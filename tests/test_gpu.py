@@ -113,21 +113,27 @@ def rewards_and_gradients(config, *, place, dtype):
 
 @pytest.mark.parametrize("layers", [0, 1])
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "delayed"])
-def test_fp8_gives_the_rewards_of_bf16(recipe, layers, place):
+def test_fp8_gives_the_rewards_and_gradients_of_bf16(recipe, layers, place):
+    """As far as FP8's three bits of mantissa allow: rounding weights and inputs of all layers moved these rewards by
+    9 % (per tensor, on the CPU). Wider initial weights would multiply that with every layer."""
     if recipe == "delayed" and layers:
         pytest.skip("delayed scaling keeps no layer in bf16")
     config = make_config("unused", parallel={}, precision="bf16", fp8=recipe, fp8_bf16_layers=layers)
-    wide = {"hidden_size": 512, "ffn_hidden_size": 1024, "kv_channels": 64}
+    wide = {"hidden_size": 512, "ffn_hidden_size": 1024, "kv_channels": 64, "init_method_std": 0.02}
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, **wide),
         data=dataclasses.replace(config.data, pad_to_multiple=128),
     )
-    found, *_ = rewards_and_gradients(config, place=place, dtype=torch.bfloat16)
+    found, gradients, _ = rewards_and_gradients(config, place=place, dtype=torch.bfloat16)
     plain = dataclasses.replace(config, train=dataclasses.replace(config.train, fp8="off"))
-    exact, *_ = rewards_and_gradients(plain, place=place, dtype=torch.bfloat16)
-    assert np.isfinite(found).all()
-    assert np.abs(found - exact).max() < 0.1 * max(1.0, np.abs(exact).max())
+    exact, expected, _ = rewards_and_gradients(plain, place=place, dtype=torch.bfloat16)
+    error = np.linalg.norm(found - exact) / np.linalg.norm(exact - exact.mean())
+    assert 1e-3 < error < 0.2  # no difference at all would mean that FP8 was ignored
+    for name, one in gradients.items():
+        other = expected[name]
+        cosine = (one.ravel() @ other.ravel()) / np.linalg.norm(one) / np.linalg.norm(other)
+        assert cosine > 0.9, f"{name}: {cosine:.3f}"
 
 
 @pytest.mark.parametrize("last_layer", ["reward_rows", "all_rows"])

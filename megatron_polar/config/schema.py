@@ -158,13 +158,12 @@ class TrainSection:
     """`bf16` keeps fp32 main parameters and gradients; `fp32` runs everything in fp32."""
     fp8: Literal["off", "tensorwise", "blockwise", "delayed"] = "off"
     """Scaling recipe of FP8 GEMMs in Transformer Engine's layers (Hopper, with `precision: bf16`); weights, optimizer,
-    embedding and reward head stay as they are. Not run on a GPU yet."""
+    embedding and reward head stay as they are."""
     fp8_bf16_layers: int = 1
     """With `fp8`: first and last layers that stay in bf16, so many at each end (`delayed` wants 0)."""
     fp8_param_gather: bool = False
     """With `fp8: tensorwise` or `blockwise`: keep the weights of FP8 layers in FP8 and gather them so after an update,
-    which saves the bf16 copy and half of the gather; fp32 weights stay with the optimizer, and checkpoints hold bf16.
-    Not run on a GPU yet."""
+    which saves the bf16 copy and half of the gather; fp32 weights stay with the optimizer, checkpoints hold bf16."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in the backward pass: none, core attention, or whole layers."""
     recompute_num_layers: int = 1

@@ -1,4 +1,4 @@
-"""What `train.fp8` changes in a GPU's memory and time: which layers, and bytes by arithmetic, not measured on any GPU.
+"""What `train.fp8` changes in a GPU's memory and time: which layers, and bytes by arithmetic.
 
 From Transformer Engine 2.11's Linear and LayerNormLinear under megatron-core 0.16.1, on Hopper, whose FP8 GEMMs take
 both operands in one orientation only: so everything that is multiplied twice exists twice, as it is and transposed.
@@ -27,7 +27,7 @@ here is as in bf16, for attention runs in bf16:
 `blockwise` adds a fp32 scale for each 128 of these. In the backward pass through fc1 the gradient of its output is
 quantised in both orientations, 4f/t a token more.
 
-Time: GEMMs of FP8 layers run at FP8_GEMM_SHARE of the FP8 peak. Casting reads a GEMM's input once (for current scaling
+Time: GEMMs of FP8 layers run at FP8_GEMM_SHARES of the FP8 peak. Casting reads a GEMM's input once (for current scaling
 twice: its largest value comes first) and writes it in both orientations.
 """
 
@@ -36,8 +36,9 @@ from megatron_polar.config.schema import RunConfig
 
 WEIGHT_BYTES = 2
 """Of a weight in FP8 and its transpose."""
-FP8_GEMM_SHARE = 0.5
-"""Of the dense FP8 peak. Assumed; FP8 over bf16 comes out near what torchtitan publishes (tests/test_step_time.py)."""
+FP8_GEMM_SHARES = {"tensorwise": 0.5, "blockwise": 0.4, "delayed": 0.5}
+"""Of the dense FP8 peak. Assumed; FP8 over bf16 comes out near what torchtitan publishes (tests/test_step_time.py).
+That scaling by blocks is slower by a fifth was measured (benchmarks/gpu_h200.md)."""
 _CAST_BYTES = {"tensorwise": 6, "blockwise": 4, "delayed": 4}
 
 

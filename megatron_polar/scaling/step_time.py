@@ -1,8 +1,8 @@
 """How long a step takes, by arithmetic: compute, communication, pipeline bubbles, imbalance.
 
-A model of a machine, not a measurement of one: nothing here was measured by us on a GPU. The shares of peaks that
-well-tuned kernels and links reach are assumed; with them Megatron-LM's published MFU near our sizes comes out within
-a fifth (tests/test_step_time.py).
+A model of a machine, not a measurement of one. The shares of peaks that well-tuned kernels and links reach are
+assumed; with them Megatron-LM's published MFU near our sizes comes out within a fifth (tests/test_step_time.py), and
+steps of one H200 up to 11 % too short (benchmarks/gpu_h200.md, where GEMMs are faster and attention is slower).
 
 - GEMMs: FLOPs of the rows (config/presets.py) over GEMM_SHARE of the peak; forward once, backward twice, and forward
   once more with full recomputation. Attention: its exact causal area, over ATTENTION_SHARE of the peak.
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from megatron_polar.config.presets import Architecture, architecture_of
 from megatron_polar.config.schema import RunConfig
-from megatron_polar.scaling.fp8 import FP8_GEMM_SHARE, bytes_of_casts, num_fp8_layers
+from megatron_polar.scaling.fp8 import FP8_GEMM_SHARES, bytes_of_casts, num_fp8_layers
 from megatron_polar.scaling.hardware import Gpu
 from megatron_polar.scaling.memory import Layout, stage_parameters
 
@@ -135,8 +135,9 @@ def _forward_seconds(
     attention = _flops(architecture, work) - gemms
     peak = gpu.peak_tflops * 1e12 * (1 if config.train.precision == "bf16" else 0.5)
     fp8_share = _fp8_layers(config, layout) / architecture.num_layers
-    rate = 1 / (fp8_share / (FP8_GEMM_SHARE * gpu.fp8_peak_tflops * 1e12) + (1 - fp8_share) / (GEMM_SHARE * peak))
-    seconds = comparisons / ranks * (gemms / rate + attention / (ATTENTION_SHARE * peak))
+    fp8_peak = gpu.fp8_peak_tflops * 1e12 * FP8_GEMM_SHARES.get(config.train.fp8, 1.0)
+    seconds_per_flop = fp8_share / fp8_peak + (1 - fp8_share) / (GEMM_SHARE * peak)
+    seconds = comparisons / ranks * (gemms * seconds_per_flop + attention / (ATTENTION_SHARE * peak))
     return seconds + comparisons * work.tokens * _bytes_moved(config, architecture, layout) / (
         gpu.memory_gb_s * 1e9 * MEMORY_SHARE
     )
