@@ -56,9 +56,10 @@ benchmarks: $(VENV)/.ready-dev
 	$(RUN) benchmarks/sampling.py
 	$(RUN) benchmarks/convert.py
 	$(RUN) benchmarks/curriculum.py
+	$(RUN) benchmarks/fp8_twins.py --variants bf16 fp32 --output benchmarks/precision_twins_cpu.md
 
 $(VENV)/.ready: requirements.txt pyproject.toml
-	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("error: Python 3.10 or newer is needed; set PYTHON=...")'
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("error: Python 3.10 or newer is needed; set PYTHON=...")'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): some minutes, about 1.3 GB"
 	$(RUN) -m pip install --disable-pip-version-check --quiet --requirement requirements.txt

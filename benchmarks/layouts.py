@@ -3,7 +3,8 @@ reward model on this machine, in process CPU time.
 
 The length mix is that of POLAR-like data: prompt uniform in 50..600 tokens, reference and candidates log-normal with
 mean 400 (sigma 0.8, at most 4096). All layouts get the same comparisons; every repeat interleaves them, so that a noisy
-machine hits all alike; the median over repeats is reported, and the ratios are medians of the repeats' ratios.
+machine hits all alike. Rates are over all repeats together, ratios are those of the rates, and beside them stands the
+range over the repeats.
 """
 
 import argparse
@@ -168,13 +169,17 @@ def run(batches, *, model: BuiltModel, topology: Topology, device: Device) -> fl
 
 
 def summarise(figures: dict[int, list[dict]], *, model: BuiltModel, device: Device, options) -> dict:
-    """Medians over the repeats, the ratios that matter, and what they were measured on."""
+    """Rates over all repeats, the ratios that matter with their ranges, and what they were measured on."""
+
+    def total(rows: list[dict], layout: str, what: str) -> float:
+        return sum(row[layout][what] for row in rows)
+
     table, ratios = {}, {"shared_over_packed": {}, "shared_over_padded": {}, "packed_over_padded": {}}
     for k, rows in figures.items():
         table[str(k)] = {
             layout: {
-                "comparisons_per_s": statistics.median(r["comparisons"] / r[layout]["seconds"] for r in rows),
-                "physical_tokens_per_comparison": statistics.mean(r[layout]["tokens"] / r["comparisons"] for r in rows),
+                "comparisons_per_s": sum(r["comparisons"] for r in rows) / total(rows, layout, "seconds"),
+                "physical_tokens_per_comparison": total(rows, layout, "tokens") / sum(r["comparisons"] for r in rows),
             }
             for layout in LAYOUTS
         }
@@ -183,7 +188,9 @@ def summarise(figures: dict[int, list[dict]], *, model: BuiltModel, device: Devi
             ("shared_over_padded", "shared_prefix", "padded"),
             ("packed_over_padded", "packed", "padded"),
         ):
-            ratios[name][str(k)] = statistics.median(r[slow]["seconds"] / r[fast]["seconds"] for r in rows)
+            each = [r[slow]["seconds"] / r[fast]["seconds"] for r in rows]
+            whole = total(rows, slow, "seconds") / total(rows, fast, "seconds")
+            ratios[name][str(k)] = {"ratio": whole, "least": min(each), "most": max(each)}
     return ratios | {
         "layouts": table,
         "clock": "process CPU time" if device.kind == "cpu" else "wall time",
@@ -206,16 +213,19 @@ def print_table(result: dict) -> None:
     print("|---|---|---:|---:|---:|---:|")
     for k, layouts in result["layouts"].items():
         over_padded = {"packed": result["packed_over_padded"][k], "shared_prefix": result["shared_over_padded"][k]}
+        over_packed = result["shared_over_packed"][k]
         for layout, row in layouts.items():
-            padded = f"{over_padded[layout]:.2f}x" if layout in over_padded else ""
-            packed = f"**{result['shared_over_packed'][k]:.2f}x**" if layout == "shared_prefix" else ""
+            padded = f"{over_padded[layout]['ratio']:.2f}x" if layout in over_padded else ""
+            packed = ""
+            if layout == "shared_prefix":
+                packed = f"**{over_packed['ratio']:.2f}x** ({over_packed['least']:.2f} to {over_packed['most']:.2f})"
             print(
                 f"| {k} | {layout} | {row['comparisons_per_s']:.3f} | {row['physical_tokens_per_comparison']:.0f} "
                 f"| {padded} | {packed} |"
             )
     print(
         f"\nForward + backward, {result['parameters'] / 1e6:.1f}M parameters, {result['precision']}, "
-        f"{result['attention']}, {result['device']}; {result['clock']}, medians of {result['repeats']} interleaved "
+        f"{result['attention']}, {result['device']}; {result['clock']}, {result['repeats']} interleaved "
         f"repeats of {result['comparisons_per_repeat']} comparisons; torch {result['torch']}, megatron-core "
         f"{result['megatron_core']}, Python {result['python']}, seed {result['seed']}."
     )

@@ -31,8 +31,11 @@ def main() -> None:
     """Print both tables."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print("# Layouts by estimate\n")
-    print("`python benchmarks/plan.py`; arithmetic, not measured on any GPU. H100 of 80 GB, nodes of eight; prompts of")
-    print(f"{LENGTHS.prompt:.0f} and answers of {LENGTHS.answer:.0f} tokens, K = 2, shared prefixes.\n")
+    print("`python benchmarks/plan.py`; arithmetic, with the shares of the peaks that one H200 reached, and with")
+    print("`optimizer.overlap_grad_reduce` and `overlap_param_gather`. How the ranks of a pipeline wait for each other")
+    print("at every send, and loading, are not in it (docs/performance.md). H100 of 80 GB, nodes of eight; prompts of")
+    print(f"{LENGTHS.prompt:.0f} and answers of {LENGTHS.answer:.0f} tokens, K = 2, shared prefixes. Row tokens are")
+    print("what to configure; GB counts the longest comparison that the examples allow, which may be longer.\n")
     print("| model | GPUs | TP | PP x chunks | DP | recompute | row tokens | GB | s/step | comparisons/s | MFU |")
     print("|---|---:|---:|---|---:|---|---:|---:|---:|---:|---:|")
     work = mean_work(LENGTHS, candidates=2, layout="shared_prefix")

@@ -11,9 +11,11 @@ and values, per reward), and attention over its exact causal area; over the dens
 """
 
 import argparse
+import dataclasses
 import os
 import statistics
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -24,12 +26,17 @@ import torch
 from layouts import VOCAB_SIZE, draw
 from trainer import Trainer, conditions, constant_rate
 
+from megatron_polar.config.presets import architecture_of
 from megatron_polar.config.schema import DataSection, DatasetSource, ModelSection, RunConfig, RunSection, TrainSection
-from megatron_polar.scaling.memory import estimate_memory
+from megatron_polar.data.packing import MicroBatch
+from megatron_polar.errors import USER_ERROR
+from megatron_polar.scaling.hardware import GPUS
+from megatron_polar.scaling.memory import estimate_memory, layout_of
+from megatron_polar.scaling.step_time import Work, estimate_step_time
 from megatron_polar.train.metrics import peak_tflops
 
 
-def main() -> None:
+def main() -> int:
     """Measure every recipe and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="polar_1_8b")
@@ -47,11 +54,16 @@ def main() -> None:
     parser.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
     parser.add_argument("--profile", action="store_true", help="share of GPU time outside of GEMMs and attention")
     options = parser.parse_args()
+    size = make_config(options, fp8="off", layout="packed", k=2).model
+    if not torch.cuda.is_available() and (count := architecture_of(size).num_parameters(VOCAB_SIZE)) > 1e8:
+        print(f"error: --preset {options.preset} has {count:.2g} weights, and there is no GPU here; to try the script: "
+              "--preset nano --row-tokens 2048", file=sys.stderr)  # fmt: skip
+        return USER_ERROR
     print(
-        "| precision | K | layout | s/step | comparisons/s | physical tokens/s | logical tokens/s | MFU | GB | planned "
-        "| other |"
+        "| precision | K | layout | s/step | planned | comparisons/s | physical tokens/s | logical tokens/s | MFU | GB "
+        "| planned | other |"
     )
-    print("|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    print("|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     for fp8 in options.fp8:
         # megatron-core's hooks keep a model alive; its memory comes back with the end of its process.
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -62,6 +74,7 @@ def main() -> None:
         f"\n{shape}, rows of {options.row_tokens} tokens, about {options.rows} a step, medians of {options.steps} "
         f"steps; GB: peak allocated; other: GPU time outside of GEMMs and attention; {where}."
     )
+    return 0
 
 
 def measure_precision(options: argparse.Namespace, fp8: str) -> str:
@@ -90,7 +103,6 @@ def make_config(options: argparse.Namespace, *, fp8: str, layout: str, k: int) -
             max_tokens_per_micro_batch=options.row_tokens,
             pad_to_multiple=128,
             candidates_per_comparison=k,
-            max_sequence_length=options.row_tokens // k,  # for the plan: no comparison is longer than a row here
         ),
         train=TrainSection(
             global_batch_size=1,
@@ -113,7 +125,7 @@ def measure(trainer: Trainer, options: argparse.Namespace, *, k: int, fp8: str) 
         len(c.prefix) + sum(map(len, c.candidates)) for c in draw(k, count=64, generator=np.random.default_rng(1))
     )
     count = max(1, int(options.rows * options.row_tokens / mean))
-    seconds, physical, logical, flops = [], [], [], []
+    seconds, works, longest = [], [], 0
     for number in range(options.steps + 2):
         comparisons = draw(k, count=count, generator=generator)
         if number == 2:
@@ -123,39 +135,55 @@ def measure(trainer: Trainer, options: argparse.Namespace, *, k: int, fp8: str) 
             continue
         batches = rows.micro_batches
         seconds.append(elapsed)
-        physical.append(sum(batch.tokens.size for batch in batches))
-        logical.append(sum(batch.num_logical_tokens for batch in batches))
-        flops.append(
-            3 * trainer.model.architecture.forward_flops(
-                tokens=physical[-1],
-                attended=sum(batch.num_attended for batch in batches),
-                rewards=sum(len(batch.reward_positions) for batch in batches),
-                reward_keys=logical[-1],
-            )
-        )  # fmt: skip
+        works.append(work_of(batches))
+        longest = max(longest, *(batch.tokens.size for batch in batches))
+    flops = [3 * trainer.model.architecture.forward_flops(**dataclasses.asdict(work)) for work in works]
     peak = peak_tflops(trainer.device.name, None)
 
     def rate(amounts: list[float]) -> float:
         return statistics.median(amount / second for amount, second in zip(amounts, seconds, strict=True))
 
     mfu = f"{rate(flops) / peak / 1e12:.1%}" if peak else "not known"
-    memory, planned = trainer.device.memory_allocated() / 1e9, planned_bytes(trainer) / 1e9
+    memory, planned = trainer.device.memory_allocated() / 1e9, planned_bytes(trainer, longest=longest) / 1e9
+    expected = statistics.median(planned_seconds(trainer, work, comparisons=count) for work in works)
     precision = trainer.config.train.precision + ("" if fp8 == "off" else f", FP8 {fp8}")
     precision += " with FP8 weights" if trainer.config.train.fp8_param_gather else ""
     other = f"{share_outside(trainer, draw(k, count=count, generator=generator)):.0%}" if options.profile else ""
     return (
-        f"| {precision} | {k} | {trainer.config.data.layout} | {statistics.median(seconds):.3f} "
-        f"| {rate([count] * len(seconds)):.1f} | {rate(physical):,.0f} | {rate(logical):,.0f} | {mfu} "
-        f"| {memory:.1f} | {planned:.1f} | {other} |"
+        f"| {precision} | {k} | {trainer.config.data.layout} | {statistics.median(seconds):.3f} | {expected:.3f} "
+        f"| {rate([count] * len(seconds)):.1f} | {rate([work.tokens for work in works]):,.0f} "
+        f"| {rate([work.reward_keys for work in works]):,.0f} | {mfu} | {memory:.1f} | {planned:.1f} | {other} |"
     )
 
 
-def planned_bytes(trainer: Trainer) -> int:
-    """Of what torch's allocator counts."""
-    stage = estimate_memory(
-        trainer.config, world_size=1, embedding_rows=trainer.model.vocab_size, longest_response=1
-    ).largest
+def work_of(batches: Sequence[MicroBatch]) -> Work:
+    """Of all micro-batches of a step together."""
+    return Work(
+        tokens=sum(batch.tokens.size for batch in batches),
+        attended=sum(batch.num_attended for batch in batches),
+        rewards=sum(len(batch.reward_positions) for batch in batches),
+        reward_keys=sum(batch.num_logical_tokens for batch in batches),
+    )
+
+
+def planned_bytes(trainer: Trainer, *, longest: int) -> int:
+    """Of what torch's allocator counts, with a longest row of so many tokens."""
+    data = dataclasses.replace(trainer.config.data, max_tokens_per_micro_batch=longest, max_sequence_length=1)
+    config = dataclasses.replace(trainer.config, data=data)
+    stage = estimate_memory(config, world_size=1, embedding_rows=trainer.model.vocab_size, longest_response=1).largest
     return stage.total - stage.runtime
+
+
+def planned_seconds(trainer: Trainer, work: Work, *, comparisons: int) -> float:
+    """Of a step with this work; on another machine than an H100 or H200, of an H200."""
+    gpu = next((gpu for name, gpu in GPUS.items() if name.upper() in trainer.device.name), GPUS["h200"])
+    train = dataclasses.replace(trainer.config.train, global_batch_size=comparisons)
+    config = dataclasses.replace(trainer.config, train=train)
+    mean = Work(*(amount / comparisons for amount in dataclasses.astuple(work)))
+    layout = layout_of(config.parallel, world_size=1)
+    return estimate_step_time(
+        config, layout=layout, work=mean, gpu=gpu, gpus_per_node=1, embedding_rows=trainer.model.vocab_size
+    ).seconds
 
 
 def share_outside(trainer: Trainer, comparisons) -> float:

@@ -213,13 +213,10 @@ def train_with_trl(options: argparse.Namespace) -> dict:
 def report(runs: dict[str, list[dict]], options: argparse.Namespace) -> str:
     """The tables as Markdown."""
     size = options.global_batch_size
-    speed = {side: statistics.median(size / s for run in found for s in run["seconds"]) for side, found in runs.items()}
-    ratios = {
-        side: statistics.median(
-            sum(theirs["seconds"]) / sum(ours["seconds"]) for ours, theirs in zip(runs["ours"], found, strict=True)
-        )
-        for side, found in runs.items()
-    }
+    spent = {side: [sum(run["seconds"]) for run in found] for side, found in runs.items()}
+    steps = sum(len(run["seconds"]) for run in runs["ours"])
+    speed = {side: size * steps / sum(seconds) for side, seconds in spent.items()}
+    ratios = {side: [theirs / ours for ours, theirs in zip(spent["ours"], spent[side], strict=True)] for side in runs}
     lines = [
         "# Against TRL's RewardTrainer",
         "",
@@ -235,7 +232,8 @@ def report(runs: dict[str, list[dict]], options: argparse.Namespace) -> str:
         pairs = side.removeprefix("trl")
         name = "ours, shared prefixes" if side == "ours" else f"TRL, {pairs} pairs a forward pass"
         difference = max(abs(a - b) for run in found for a, b in zip(run["losses"], expected, strict=True))
-        ratio = "" if side == "ours" else f"**{ratios[side]:.2f}x**"
+        whole, least, most = speed["ours"] / speed[side], min(ratios[side]), max(ratios[side])
+        ratio = "" if side == "ours" else f"**{whole:.2f}x** ({least:.2f} to {most:.2f})"
         lines.append(f"| {name} | {speed[side]:.3f} | {ratio} | {'' if side == 'ours' else f'{difference:.1e}'} |")
     losses = ", ".join(f"{loss:.4f}" for loss in expected)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, 1 thread"
@@ -243,6 +241,8 @@ def report(runs: dict[str, list[dict]], options: argparse.Namespace) -> str:
     lines += [
         "",
         f"Losses of our steps: {losses}. Curves: `trl_reward_trainer.svg`.",
+        "",
+        "Rates over all runs together; in brackets the range over the runs.",
         "",
         "TRL's own default is 8 pairs a forward pass. A single pair pads least, and leaves a GPU idle.",
         "",

@@ -68,8 +68,15 @@ def _hint_at_overrides(words: Sequence[str]) -> str:
     return f"; overrides are written without dashes: {key}={value or 'VALUE'}"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes options by their whole names: `--gpus` shall not mean `--gpus-per-node`. Verbs get the same class."""
+
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, allow_abbrev=False, **keywords)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="megatron-polar", description=megatron_polar.__doc__)
+    parser = _Parser(prog="megatron-polar", description=megatron_polar.__doc__)
     parser.add_argument("--version", action="version", version=megatron_polar.__version__)
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB", dest="verb")
     for add in (

@@ -237,6 +237,14 @@ def test_a_damaged_newest_step_is_skipped_by_name_and_the_older_one_goes_on(fini
     assert verify_checkpoint(checkpoint_of(run, STEPS)) is None
 
 
+def test_settings_that_changed_since_the_checkpoint_are_named(finished, tmp_path, capfd):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    run_training(config_of(run, optimizer__lr=5e-3))
+    assert "checkpoint was trained with: optimizer.lr 0.01 before and 0.005 now" in capfd.readouterr().err
+    run_training(config_of(run, optimizer__lr=1e-2))
+    assert "checkpoint was trained with" not in capfd.readouterr().err
+
+
 def test_a_half_written_newest_step_is_skipped_and_written_again(finished, tmp_path, capfd):
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     (checkpoint_of(run, STEPS) / "manifest.json").unlink()

@@ -248,6 +248,9 @@ def test_overrides_may_stand_behind_an_option_and_other_leftovers_are_refused(tm
     with pytest.raises(SystemExit):
         cli.main(["train", str(config), "--dry-run", "--no-such-option"])
     assert "unrecognized arguments: --no-such-option" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # not --gpus-per-node
+        cli.main(["plan", str(config), "--gpus", "64"])
+    assert "unrecognized arguments: --gpus 64" in capsys.readouterr().err
 
 
 # --- places to write to, asked before the work -----------------------------------------------------------------------

@@ -221,6 +221,11 @@ RULES = [
     ("train.fp8=tensorwise train.fp8_bf16_layers=2", "train.fp8_bf16_layers=2", "between 0 and 1"),
     ("train.fp8=delayed", "train.fp8_bf16_layers=1", "between 0 and 0"),
     ("train.fp8=blockwise", "data.pad_to_multiple=16", "set it to 128"),
+    (
+        "train.fp8=tensorwise train.fp8_bf16_layers=0",
+        "data.pad_to_multiple=16: the reward rows of a last layer in FP8",
+        "set it to 128",
+    ),
     ("train.fp8_param_gather=true", "with train.fp8=off", "train.fp8=tensorwise or blockwise"),
     (
         "train.fp8_param_gather=true train.fp8=delayed train.fp8_bf16_layers=0",

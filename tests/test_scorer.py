@@ -10,6 +10,7 @@ from ranks import run_ranks
 from tiny_runs import STEPS, checkpoint_of, run_training, tiny_config
 
 from megatron_polar import cli
+from megatron_polar.config.load import load_saved_config
 from megatron_polar.config.schema import ParallelSection
 from megatron_polar.data.packing import build_micro_batch
 from megatron_polar.errors import UserError
@@ -110,6 +111,20 @@ def test_scores_equal_the_rewards_of_training(trained, records):
     # The same fp32 arithmetic in rows of other lengths.
     np.testing.assert_allclose(flat(found), flat(wanted), rtol=1e-5, atol=1e-5)
     assert np.ptp(flat(wanted)) > 0.1
+
+
+def test_what_was_trained_in_fp8_is_scored_in_bf16(trained, records, monkeypatch):
+    """On any machine: the checkpoint has no FP8 in it."""
+
+    def in_fp8(path):
+        config = load_saved_config(path)
+        train = dataclasses.replace(config.train, fp8="delayed", fp8_bf16_layers=0, fp8_param_gather=True)
+        return dataclasses.replace(config, train=train)
+
+    (expected,) = score(trained, requests_of(records[:3]))
+    monkeypatch.setattr(scorer_module, "load_saved_config", in_fp8)
+    (found,) = score(trained, requests_of(records[:3]))
+    np.testing.assert_array_equal(flat(found), flat(expected))
 
 
 def test_outputs_scored_together_equal_each_alone_and_order_plays_no_part(trained, records):

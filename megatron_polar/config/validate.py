@@ -221,11 +221,13 @@ def _check_fp8(config: RunConfig) -> None:
             f"train.fp8_bf16_layers={train.fp8_bf16_layers} must lie between 0 and {most} with train.fp8={train.fp8} "
             f"and these layers of a pipeline stage"
         )
-    multiple = 128 if train.fp8 == "blockwise" else 16
+    multiple, why = (128 if train.fp8 == "blockwise" else 16), f"FP8 kernels of train.fp8={train.fp8}"
+    if config.model.last_layer == "reward_rows" and train.fp8_bf16_layers == 0:
+        multiple, why = 128, "the reward rows of a last layer in FP8 (train.fp8_bf16_layers=0)"
     if config.data.pad_to_multiple % multiple:
         raise UserError(
-            f"data.pad_to_multiple={config.data.pad_to_multiple}: FP8 kernels of train.fp8={train.fp8} need rows of a "
-            f"multiple of {multiple} tokens; set it to {multiple}"
+            f"data.pad_to_multiple={config.data.pad_to_multiple}: {why} need rows of a multiple of {multiple} tokens; "
+            f"set it to {multiple}"
         )
 
 

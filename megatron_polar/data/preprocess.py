@@ -167,7 +167,8 @@ def _encode(
             if done["bad"] and not settings["max_bad_fraction"]:
                 bad = done["bad"][0]
                 file = source.files[context.files.index(bad["file"])]
-                raise RecordError(bad["reason"], file=str(file), line=bad["line"])
+                way_out = "; or set such lines aside with --max-bad-fraction"
+                raise RecordError(bad["reason"] + way_out, file=str(file), line=bad["line"])
             yield unit, done
 
 

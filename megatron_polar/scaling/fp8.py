@@ -36,9 +36,9 @@ from megatron_polar.config.schema import RunConfig
 
 WEIGHT_BYTES = 2
 """Of a weight in FP8 and its transpose."""
-FP8_GEMM_SHARES = {"tensorwise": 0.5, "blockwise": 0.4, "delayed": 0.5}
-"""Of the dense FP8 peak. Assumed; FP8 over bf16 comes out near what torchtitan publishes (tests/test_step_time.py).
-That scaling by blocks is slower by a fifth was measured (benchmarks/gpu_h200.md)."""
+FP8_GEMM_SHARES = {"tensorwise": 0.68, "blockwise": 0.55, "delayed": 0.69}
+"""Of the dense FP8 peak, on one H200 (benchmarks/gpu_h200.md); FP8 over bf16 also comes out near what torchtitan
+publishes (tests/test_step_time.py)."""
 _CAST_BYTES = {"tensorwise": 6, "blockwise": 4, "delayed": 4}
 
 

@@ -1,5 +1,5 @@
-"""Memory of one GPU for a run, in bytes: arithmetic from the sources named below. What one H200 took lies between 7 %
-more and 5 % less (benchmarks/gpu_h200.md).
+"""Memory of one GPU for a run, in bytes: arithmetic from the sources named below. One H200 took 2 to 4 % less than that
+(benchmarks/gpu_h200.md).
 
 Counted is the GPU path: megatron-core 0.16.1 with Transformer Engine 2.11's layers and a flash kernel for attention.
 Notation: h hidden size, n query heads, g key/value heads, d head dim, f FFN width, K candidates of a comparison, t

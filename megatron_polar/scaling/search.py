@@ -31,13 +31,16 @@ class Candidate:
     @property
     def overrides(self) -> str:
         """What to write behind a YAML to get this layout."""
-        parallel, train = self.config.parallel, self.config.train
+        parallel, train, optimizer = self.config.parallel, self.config.train, self.config.optimizer
         values = {
             "parallel.tensor_model_parallel_size": parallel.tensor_model_parallel_size,
             "parallel.sequence_parallel": parallel.sequence_parallel,
             "parallel.pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
             "parallel.virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
             "train.recompute": train.recompute,
+            "train.recompute_num_layers": train.recompute_num_layers,
+            "optimizer.overlap_grad_reduce": optimizer.overlap_grad_reduce,
+            "optimizer.overlap_param_gather": optimizer.overlap_param_gather,
             "data.max_tokens_per_micro_batch": self.config.data.max_tokens_per_micro_batch,
         }
         return " ".join(f"{key}={_as_yaml(value)}" for key, value in values.items())
@@ -101,7 +104,8 @@ def _candidates(config: RunConfig, *, cluster: Cluster) -> Iterator[RunConfig]:
             virtual_pipeline_model_parallel_size=vpp,
         )
         train = dataclasses.replace(config.train, recompute=recompute, recompute_num_layers=1)
-        optimizer = dataclasses.replace(config.optimizer, overlap_grad_reduce=True, overlap_param_gather=True)
+        shards = config.optimizer.use_distributed_optimizer
+        optimizer = dataclasses.replace(config.optimizer, overlap_grad_reduce=True, overlap_param_gather=shards)
         data = dataclasses.replace(config.data, max_tokens_per_micro_batch=tokens)
         candidate = dataclasses.replace(config, parallel=parallel, train=train, optimizer=optimizer, data=data)
         try:

@@ -1,8 +1,8 @@
 """How long a step takes, by arithmetic: compute, communication, pipeline bubbles, imbalance.
 
-A model of a machine, not a measurement of one. The shares of peaks that well-tuned kernels and links reach are
-assumed; with them Megatron-LM's published MFU near our sizes comes out within a fifth (tests/test_step_time.py), and
-steps of one H200 up to 11 % too short (benchmarks/gpu_h200.md, where GEMMs are faster and attention is slower).
+A model of a machine. The shares of peaks that kernels reach are those of one H200 (benchmarks/gpu_h200.md), whose steps
+come out within a tenth; Megatron-LM's published MFU near our sizes, on H100s, comes out within a fifth
+(tests/test_step_time.py). Links, bubbles and imbalance are arithmetic that no machine of ours has checked.
 
 - GEMMs: FLOPs of the rows (config/presets.py) over GEMM_SHARE of the peak; forward once, backward twice, and forward
   once more with full recomputation. Attention: its exact causal area, over ATTENTION_SHARE of the peak.
@@ -26,9 +26,11 @@ from megatron_polar.scaling.fp8 import FP8_GEMM_SHARES, bytes_of_casts, num_fp8_
 from megatron_polar.scaling.hardware import Gpu
 from megatron_polar.scaling.memory import Layout, stage_parameters
 
-GEMM_SHARE = 0.62
-ATTENTION_SHARE = 0.45
-MEMORY_SHARE = 0.7
+GEMM_SHARE = 0.70
+ATTENTION_SHARE = 0.19
+"""Over many segments of some hundred to some thousand tokens, forward and backward; of long sequences it is more."""
+MEMORY_SHARE = 0.40
+"""So little, because what is counted (`_bytes_moved`) leaves out casts, copies and sums between kernels."""
 LINK_SHARE = 0.75
 """Of NVLink's and the network's bandwidth, in collectives of megabytes."""
 

@@ -214,7 +214,8 @@ def load_scorer(
     """Load a run directory's newest complete checkpoint, one step of it, or a Hugging Face directory; `parallel`
     defaults to one rank a model.
 
-    The tokenizer and the configuration are the checkpoint's own. Raises UserError when there is none that verifies.
+    The tokenizer and the configuration are the checkpoint's own, but for `train.fp8`: scoring is in `train.precision`.
+    Raises UserError when there is none that verifies.
     """
     parallel = parallel or ParallelSection()
     device = select_device(device_kind, local_rank=ranks.local_rank())
@@ -227,7 +228,9 @@ def load_scorer(
     else:
         directory, config, tokenizer = source.directory, _config_of(source), load_tokenizer(checkpoint)
     run = dataclasses.replace(config.run, device=device_kind)
-    config = dataclasses.replace(config, parallel=parallel, run=run)
+    # Checkpoints hold bf16 or fp32, whatever the GEMMs of training were in; and FP8 would tie a reward to its batch.
+    train = dataclasses.replace(config.train, fp8="off", fp8_param_gather=False)
+    config = dataclasses.replace(config, parallel=parallel, run=run, train=train)
     check_layout(parallel, architecture_of(config.model))
     if source is not None:
         source.check_tokenizer(tokenizer, where=checkpoint)

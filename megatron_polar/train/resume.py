@@ -1,5 +1,6 @@
 """Where a run starts: from its newest checkpoint, from another run's weights, or from nothing."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -62,6 +63,9 @@ def start_or_resume(run: Run, *, watchdog: Watchdog) -> Start:
         damaged = on_first_rank(run.topology, partial(_tidy, run.directory, found=found)) or {}
         rest = "" if state.step < run.num_steps else "; all steps are done, nothing is left to train"
         log.info(f"resumed from {checkpoint} at step {state.step}{rest}")
+        changed = changed_settings(load_saved_config(checkpoint / "config.yaml"), config)
+        if changed:
+            log.info(f"other settings than the checkpoint was trained with: {', '.join(changed)}")
         return Start(state.step, checkpoint.name, damaged)
     _refuse_lost_checkpoints(run.directory)
     if config.train.init_from is not None:
@@ -74,6 +78,17 @@ def start_or_resume(run: Run, *, watchdog: Watchdog) -> Start:
         return Start(0, f"weights of {checkpoint}", {})
     log.info(f"no checkpoint in {run.directory}: starting at step 0 from random weights")
     return Start(0, "random weights", {})
+
+
+def changed_settings(saved: RunConfig, now: RunConfig) -> list[str]:
+    """What decides how a run trains and differs, a phrase for each; ranks, files and reports are left out."""
+    found = []
+    for section in ("model", "data", "train", "optimizer"):
+        before, after = (dataclasses.asdict(getattr(config, section)) for config in (saved, now))
+        for key, value in after.items():
+            if before[key] != value and key not in ("train", "validation", "init_from"):
+                found.append(f"{section}.{key} {before[key]} before and {value} now")
+    return found
 
 
 def _refuse_lost_checkpoints(run_directory: Path) -> None:
