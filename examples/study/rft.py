@@ -1,0 +1,267 @@
+"""Reinforcement fine-tuning in small: a tiny policy, GRPO with TRL, and reward models that compare with a reference.
+
+    python examples/study/rft.py --size smoke|cpu|gpu --output DIR [--seed 0] [--jobs 2]
+
+The task is arithmetic with checkable answers. A policy with a short supervised start is improved with GRPO on rewards
+of `megatron-polar serve`, for three reward models: pre-trained on a pool of policies and fine-tuned on labelled
+answers; fine-tuned on the same labels only; pre-trained only. References are right answers to the training problems.
+SFT on the same prompts and references, with as many steps and sequences a step, stands beside them. A rule judges: the
+last number of an answer to a problem that nobody was trained on.
+
+DIR gets rft.json, rft.md and rft.svg. Stages are kept: after an interruption the same command goes on.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+
+import rft_policy_training as training
+import rft_rewards as rewards
+import torch
+from rft_sizes import SIZES, Size, draw_parts
+from rft_stages import concurrently, run_stage
+from scipy import stats
+
+from megatron_polar.errors import INTERRUPTED, USER_ERROR, UserError
+from megatron_polar.manifest import write_durably
+from megatron_polar.outputs import check_output_directory
+
+WARM = ("megatron_polar.train.run", "megatron_polar.score.scorer", "megatron_polar.serve.server", "datasets", "trl")
+REWARD_MODELS = {
+    "finetuned-pretrained": "pre-trained and fine-tuned",
+    "finetuned-base": "fine-tuned, not pre-trained",
+    "pretrained": "pre-trained, not fine-tuned",
+}
+POLICIES = {
+    "before": "before",
+    **{f"grpo-{model}": f"GRPO, reward model {words}" for model, words in REWARD_MODELS.items()},
+    "sft": "SFT on the same prompts and references",
+}
+DIFFERENCES = (
+    ("grpo-finetuned-pretrained", "before"),
+    ("grpo-finetuned-pretrained", "grpo-finetuned-base"),
+    ("grpo-finetuned-pretrained", "grpo-pretrained"),
+    ("grpo-finetuned-pretrained", "sft"),
+    ("sft", "before"),
+)
+
+
+def run(directory: Path | str, *, size: str = "cpu", seed: int = 0, jobs: int = 1) -> dict:
+    """The whole study below `directory`, as far as it is not there yet; returns what rft.json holds (plain JSON).
+
+    `jobs` runs go on at the same time, in a process each. Raises UserError when a stage fails, with its log's end.
+    """
+    if size not in SIZES:
+        raise UserError(f"--size {size!r} does not exist; use one of {', '.join(SIZES)}")
+    if jobs < 1:
+        raise UserError(f"--jobs {jobs}: give 1 or more")
+    directory, settings, started = Path(directory), SIZES[size], time.monotonic()
+    check_output_directory(directory)
+    _prepare_to_fork()
+    shared = run_shared_stages(directory / "shared", settings, seed=seed)
+    concurrently(
+        [(run_stages_of, directory / f"run-{index}", settings, seed, index) for index in range(settings.runs)], jobs
+    )
+    runs = [run_stages_of(directory / f"run-{index}", settings, seed, index) for index in range(settings.runs)]
+    found = summarise(runs) | {
+        "size": size,
+        "seed": seed,
+        "settings": json.loads(json.dumps(dataclasses.asdict(settings))),
+        "problems_sha256": problems_hash(settings, seed=seed),
+        "command": f"python examples/study/rft.py --size {size} --seed {seed}",
+        "shared": shared,
+        "runs": runs,
+        "seconds": time.monotonic() - started,
+        "cpu_seconds": cpu_seconds(directory),
+    }
+    write_durably(directory / "rft.json", json.dumps(found, indent=1).encode() + b"\n")
+    write_durably(directory / "rft.md", markdown(found).encode())
+    draw_rewards(found, directory / "rft.svg")
+    return found
+
+
+def _prepare_to_fork() -> None:
+    """Import once what stages use, and keep this process to one thread: thread pools do not survive a fork."""
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    for module in WARM:
+        importlib.import_module(module)
+
+
+# --- Stages ----------------------------------------------------------------------------------------------------------
+
+
+def run_shared_stages(directory: Path, size: Size, *, seed: int) -> dict:
+    """What all runs share: base model, pool of policies, their trajectories."""
+    functions = (
+        rewards.fit_base,
+        rewards.fit_habits,
+        rewards.sample_trajectories,
+        rewards.preprocess_trajectories,
+        rewards.convert_base,
+    )
+    return {function.__name__: run_stage(directory, function.__name__, function, size, seed) for function in functions}
+
+
+def run_stages_of(directory: Path, size: Size, seed: int, index: int) -> dict:
+    """One run: a policy, reward models and all that follows, each with its own seeds and problems."""
+
+    def stage(function, *more, name: str = "") -> dict:
+        return run_stage(directory, name or function.__name__, function, size, seed, index, *more)
+
+    found = {"warm_up": stage(training.warm_up), "draw_labels": stage(rewards.draw_labels)}
+    found["pretrain"] = stage(rewards.pretrain)
+    for start in ("pretrained", "base"):
+        found[f"finetune-{start}"] = stage(rewards.finetune, start, name=f"finetune-{start}")
+    found["reward_models"] = stage(rewards.evaluate_rewards, list(REWARD_MODELS))
+    found["sft"] = stage(training.tune_on_references)
+    for model in REWARD_MODELS:
+        found[f"grpo-{model}"] = stage(training.improve, model, name=f"grpo-{model}")
+    found["judged"] = {policy: stage(training.judge, policy, name=f"judge-{policy}") for policy in POLICIES}
+    return found
+
+
+def problems_hash(size: Size, *, seed: int) -> str:
+    """SHA-256 over all problems of all runs."""
+    digest = hashlib.sha256()
+    for index in range(size.runs):
+        for part in vars(draw_parts(size, seed=seed, run=index)).values():
+            digest.update("\n".join(problem.prompt for problem in part).encode())
+    return digest.hexdigest()
+
+
+def cpu_seconds(directory: Path) -> dict[str, float]:
+    """CPU seconds by stage, over all runs."""
+    total: dict[str, float] = {}
+    for path in sorted(directory.glob("*/done/*.json")):
+        total[path.stem] = total.get(path.stem, 0.0) + json.loads(path.read_text())["cpu_seconds"]
+    return total | {"all": sum(total.values())}
+
+
+# --- Figures ---------------------------------------------------------------------------------------------------------
+
+
+def interval(values: Sequence[float]) -> dict:
+    """Mean and 95 % interval of the mean over runs (Student's t); no interval for one run."""
+    mean = fmean(values)
+    if len(values) < 2:
+        return {"mean": mean, "ci95": None, "runs": list(values)}
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+    return {"mean": mean, "ci95": [mean - half, mean + half], "runs": list(values)}
+
+
+def summarise(runs: Sequence[dict]) -> dict:
+    """Accuracies, rewards and differences over runs."""
+    kinds = ("greedy", "sampled", "sampled_characters")
+    judged = {policy: {kind: [run["judged"][policy][kind] for run in runs] for kind in kinds} for policy in POLICIES}
+    differences = {}
+    for one, other in DIFFERENCES:
+        differences[f"{one} - {other}"] = {
+            kind: interval([a - b for a, b in zip(judged[one][kind], judged[other][kind], strict=True)])
+            for kind in ("greedy", "sampled")
+        }
+    figures = ("first_reward", "last_reward", "first_length", "last_length")
+    return {
+        "accuracy": {p: {kind: interval(values) for kind, values in of.items()} for p, of in judged.items()},
+        "differences": differences,
+        "reward_models": {
+            model: interval([run["reward_models"][model]["accuracy"] for run in runs]) for model in REWARD_MODELS
+        },
+        "grpo": {
+            model: {name: interval([run[f"grpo-{model}"][name] for run in runs]) for name in figures}
+            for model in REWARD_MODELS
+        },
+    }
+
+
+def markdown(found: dict) -> str:
+    """The tables, as they stand in rft.md."""
+    size, lines = SIZES[found["size"]], []
+    lines += [
+        f"RFT in small, size {found['size']}: {size.runs} run(s), seed {found['seed']}. Shares of right answers to "
+        f"{size.counts.test} held-out problems a run; mean and 95 % interval over runs (Student's t).",
+        "",
+        "| policy | greedy | sampled (temperature 1) | characters of a sampled answer |",
+        "|---|---|---|---|",
+    ]
+    for policy, words in POLICIES.items():
+        row = found["accuracy"][policy]
+        characters = f"{row['sampled_characters']['mean']:.0f}"
+        lines.append(f"| {words} | {_shown(row['greedy'])} | {_shown(row['sampled'])} | {characters} |")
+    lines += ["", "| difference, run by run | greedy | sampled |", "|---|---|---|"]
+    for name, row in found["differences"].items():
+        one, other = name.split(" - ")
+        lines.append(f"| {POLICIES[one]} − {POLICIES[other]} | {_shown(row['greedy'])} | {_shown(row['sampled'])} |")
+    lines += [
+        "",
+        "| reward model | right over wrong answers of the policy | reward over GRPO | tokens of an answer over GRPO |",
+        "|---|---|---|---|",
+    ]
+    for model, words in REWARD_MODELS.items():
+        row = {name: value["mean"] for name, value in found["grpo"][model].items()}
+        reward = f"{row['first_reward']:.2f} → {row['last_reward']:.2f}"
+        length = f"{row['first_length']:.1f} → {row['last_length']:.1f}"
+        lines.append(f"| {words} | {_shown(found['reward_models'][model])} | {reward} | {length} |")
+    lines += ["", f"Problems: SHA-256 {found['problems_sha256'][:16]}…. Command: `{found['command']}`.", ""]
+    return "\n".join(lines)
+
+
+def _shown(value: dict) -> str:
+    if value["ci95"] is None:
+        return f"{value['mean']:.3f}"
+    return f"{value['mean']:.3f} ({value['ci95'][0]:.3f} to {value['ci95'][1]:.3f})"
+
+
+def draw_rewards(found: dict, path: Path) -> None:
+    """Rewards over GRPO's steps, less each run's first ones: reward models have no common scale."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for number, (model, words) in enumerate(REWARD_MODELS.items()):
+        for index, one in enumerate(found["runs"]):
+            curve = one[f"grpo-{model}"]
+            rise = [reward - curve["first_reward"] for reward in curve["rewards"]]
+            axes.plot(range(1, len(rise) + 1), rise, color=f"C{number}", alpha=0.7, label=None if index else words)
+    axes.set_xlabel("step of GRPO")
+    axes.set_ylabel("reward, less the mean of the first steps")
+    axes.legend(title="reward model")
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+# --- Command line ----------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the study and print its tables; returns the exit status."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--size", choices=tuple(SIZES), default="cpu")
+    options.add_argument("--output", type=Path, required=True)
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--jobs", type=int, default=2, help="runs at the same time")
+    given = options.parse_args(arguments)
+    try:
+        print(markdown(run(given.output, size=given.size, seed=given.seed, jobs=given.jobs)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

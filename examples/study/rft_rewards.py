@@ -1,0 +1,255 @@
+"""The reward models of the RFT study: a pool of policies with habits, their trajectories, pre-training, fine-tuning.
+
+Each public function is a stage: it writes below `directory` and returns figures. All that a user would do by hand goes
+through the same commands here: sample, preprocess, convert, train, evaluate.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import policy_server
+import rft_policies as policies
+from omegaconf import OmegaConf
+from rft_problems import STYLES, Problem, gold_answers, is_right, worked_answer
+from rft_sizes import RewardTraining, Size, draw_parts
+from rft_stages import polar, running
+
+from megatron_polar.errors import UserError
+
+WRAPPER = "pretrain"
+"""Policies continue "question\\n", so prompts end with the newline and nothing is put between prompt and answer."""
+STYLE = "symbols"
+"""Of the references and of the policy that is to be improved."""
+
+
+def prompt_of(problem: Problem) -> str:
+    """What policies and reward models are given."""
+    return problem.prompt + "\n"
+
+
+def write_lines(path: Path, lines: Iterable[dict]) -> Path:
+    """Write JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Read JSON lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def answer_pairs(problems: list[Problem], *, habit: str, styles: Iterable[str], seed: int) -> list[tuple[str, str]]:
+    """(prompt, answer) of somebody with this habit, in styles that are drawn."""
+    generator, styles = np.random.default_rng(seed), list(styles)
+    pairs = []
+    for problem in problems:
+        style = styles[generator.integers(len(styles))]
+        pairs.append((prompt_of(problem), worked_answer(problem, habit=habit, style=style, generator=generator)))
+    return pairs
+
+
+# --- Policies --------------------------------------------------------------------------------------------------------
+
+
+def fit_base(directory: Path, size: Size, seed: int) -> dict:
+    """The base language model, on right answers in all styles, and copies of it on the way."""
+    pairs = answer_pairs(draw_parts(size, seed=seed).base, habit="exact", styles=STYLES, seed=seed)
+    tokenizer = policies.train_tokenizer([prompt + answer for prompt, answer in pairs], directory / "tokenizer")
+    start = policies.new_model(tokenizer, size.shape, seed=seed, output=directory / "random")
+    outputs = {directory / "policies" / name: step for name, step in size.stages.items()}
+    outputs[directory / "base"] = size.base.steps
+    figures = policies.fit(start, pairs, size.base, seed=seed, device=size.device, outputs=outputs)
+    return {**figures, **policies.describe(start)}
+
+
+def fit_habits(directory: Path, size: Size, seed: int) -> dict:
+    """Policies with habits, each the base model after a few more steps on answers with this habit in one style."""
+    problems = draw_parts(size, seed=seed).base
+    losses = {}
+    for number, (habit, style) in enumerate(_habits_and_styles(size.habits + size.unseen_habits)):
+        pairs = answer_pairs(problems, habit=habit, styles=[style], seed=seed + number)
+        outputs = {directory / "policies" / f"{habit}-{style}": size.habit.steps}
+        figures = policies.fit(
+            directory / "base", pairs, size.habit, seed=seed + number, device=size.device, outputs=outputs
+        )
+        losses[f"{habit}-{style}"] = figures["last_loss"]
+    return {"last_losses": losses}
+
+
+def _habits_and_styles(habits: Iterable[str]) -> list[tuple[str, str]]:
+    return [(habit, style) for habit in habits for style in STYLES]
+
+
+# --- Trajectories ----------------------------------------------------------------------------------------------------
+
+
+def sample_trajectories(directory: Path, size: Size, seed: int) -> dict:
+    """`sample` from the pool for pre-training, and from policies that it does not see for other problems."""
+    parts = draw_parts(size, seed=seed)
+    stages = list(size.stages)
+    seen = [f"{habit}-{style}" for habit, style in _habits_and_styles(size.habits)] + stages
+    unseen = [f"{habit}-{style}" for habit, style in _habits_and_styles(size.unseen_habits)]
+    served = {name: directory / "policies" / name for name in seen + unseen}
+    with running("/v1/models", _serve_policies, served, size.device) as address:
+        for name, problems, pool in (("train", parts.prompts, seen), ("unseen", parts.heldout, unseen)):
+            prompts = write_lines(directory / f"prompts-{name}.jsonl", ({"prompt": prompt_of(p)} for p in problems))
+            polar(
+                *("sample", "--pool", _write_pool(directory / f"pool-{name}.yaml", pool, size, address)),
+                *("--prompts", prompts, "--output", directory / "trajectories" / name, "--seed", seed),
+                *("--wrapper", WRAPPER, "--policies-per-prompt", min(4, len(pool))),
+            )
+    counts = {}
+    for name in ("train", "unseen"):
+        groups = [
+            line for path in sorted((directory / "trajectories" / name).glob("*.jsonl")) for line in read_lines(path)
+        ]
+        counts[name] = {"prompts": len(groups), "trajectories": sum(len(group["trajectories"]) for group in groups)}
+    return {"policies": seen, "unseen_policies": unseen, **counts}
+
+
+def _serve_policies(served: dict[str, Path], device: str, port: int) -> None:
+    policy_server.serve(served, device=device, port=port)
+
+
+def _write_pool(path: Path, names: list[str], size: Size, address: str) -> Path:
+    """A pool of models behind one endpoint. JSON is YAML, too."""
+    common = {"endpoint": f"{address}/v1", "api": "completions", "max_concurrency": 256, **vars(size.draw)}
+    pool = {
+        "policies": [{"name": name, "model": name, **common} for name in names],
+        "cleaning": {"near_duplicates": 0},  # answers that differ in one digit are not duplicates
+    }
+    path.write_text(json.dumps(pool, indent=1))
+    return path
+
+
+def preprocess_trajectories(directory: Path, size: Size, seed: int) -> dict:
+    """Tokenise both sets of trajectories."""
+    for name in ("train", "unseen"):
+        _preprocess(directory / "trajectories" / name, directory / "data" / name, tokenizer=directory / "base")
+    return {}
+
+
+def _preprocess(text: Path, output: Path, *, tokenizer: Path) -> Path:
+    polar("preprocess", text, "--output", output, "--tokenizer", tokenizer, "--wrapper", WRAPPER)
+    return output
+
+
+def convert_base(directory: Path, size: Size, seed: int) -> dict:
+    """The base model as a checkpoint that reward models start from."""
+    shutil.rmtree(directory / "start", ignore_errors=True)
+    polar("convert", "from-hf", "--model", directory / "base", "--output", directory / "start")
+    return {}
+
+
+# --- Reward models ---------------------------------------------------------------------------------------------------
+
+
+def pretrain(directory: Path, size: Size, seed: int, run: int) -> dict:
+    """POLAR pre-training on the pool's trajectories, from the base model."""
+    shared = directory.parent / "shared"
+    data = {"train": shared / "data" / "train", "validation": shared / "data" / "unseen"}
+    return _train(directory / "pretrained", size.pretrain, start=shared / "start", **data, size=size, seed=seed + run)
+
+
+def finetune(directory: Path, size: Size, seed: int, run: int, start: str) -> dict:
+    """Fine-tuning on the labels; `start` is "pretrained", or "base" for a model that was not pre-trained."""
+    from_there = directory / "pretrained" if start == "pretrained" else directory.parent / "shared" / "start"
+    labels = directory / "labels"
+    return _train(
+        directory / f"finetuned-{start}", size.finetune, start=from_there, train=labels, size=size, seed=seed + run
+    )
+
+
+def _train(
+    output: Path,
+    how: RewardTraining,
+    *,
+    start: Path,
+    train: Path,
+    validation: Path | None = None,
+    size: Size,
+    seed: int,
+) -> dict:
+    """`megatron-polar train`; returns accuracies of its first and last rows, and of the held-out comparisons."""
+    (saved, *_) = sorted(start.glob("checkpoints/step_*/config.yaml"), reverse=True)
+    model = OmegaConf.to_container(OmegaConf.load(saved).model)
+    config = {
+        "run": {"directory": str(output), "seed": seed, "device": size.device},
+        "model": model,
+        "data": {
+            "train": [{"path": str(train)}],
+            "validation": [{"path": str(validation)}] if validation else [],
+            "candidates_per_comparison": 4,  # all that the pool gives for a prompt; pairs have two
+            "max_sequence_length": 512,
+            "max_tokens_per_micro_batch": 8192,
+            "num_workers": 0,
+        },
+        "train": {
+            "global_batch_size": how.batch,
+            "num_steps": how.steps,
+            "precision": "fp32",
+            "init_from": str(start),
+        },
+        "optimizer": {"lr": how.lr},
+        "checkpoint": {"save_interval": how.steps},
+        "evaluation": {"interval": max(1, how.steps // 4) if validation else 0, "num_comparisons": 256},
+        "logging": {"interval": max(1, how.steps // 20), "tensorboard": False},
+    }
+    path = output.with_suffix(".yaml")
+    path.write_text(json.dumps(config, indent=1))  # JSON is YAML
+    polar("train", path)
+    rows = read_lines(output / "metrics.jsonl")
+    accuracies = [row["rm/accuracy"] for row in rows if "rm/accuracy" in row]
+    held_out = [row["validation/rm/accuracy"] for row in rows if "validation/rm/accuracy" in row]
+    return {"first_accuracy": accuracies[0], "last_accuracy": accuracies[-1], "unseen_policies": held_out}
+
+
+def evaluate_rewards(directory: Path, size: Size, seed: int, run: int, models: list[str]) -> dict:
+    """Accuracy of each reward model on right over wrong answers of the policy to test problems."""
+    found = {}
+    for model in models:
+        output = directory / f"evaluate-{model}"
+        polar(
+            *("evaluate", "--checkpoint", directory / model, "--suite", "preferences"),
+            *("--data", directory / "test.jsonl", "--output", output, "--device", size.device),
+        )
+        summary = json.loads((output / "summary.json").read_text())
+        names = ("accuracy", "low", "high", "num_pairs", "word_overlap_accuracy", "length_only_accuracy")
+        found[model] = {name: summary[name] for name in names}
+    return found
+
+
+# --- Labels ----------------------------------------------------------------------------------------------------------
+
+
+def draw_labels(directory: Path, size: Size, seed: int, run: int) -> dict:
+    """Answers of the warm-started policy, right ones before wrong ones, to fine-tune on and to evaluate with."""
+    parts, counts = draw_parts(size, seed=seed, run=run), {}
+    for name, problems in (("labels", parts.labels), ("test", parts.test)):
+        prompts = [prompt_of(problem) for problem in problems for _ in range(size.answers_per_label)]
+        found = policies.answers(directory / "before", prompts, size.draw, seed=seed + run, device=size.device)
+        lines = label_lines(problems, found, seed=seed + run)
+        if not lines:
+            raise UserError(f"{name}: no problem has a right and a wrong answer; let the policy warm up for more steps")
+        write_lines(directory / f"{name}.jsonl", lines)
+        counts[name] = len(lines)
+    _preprocess(directory / "labels.jsonl", directory / "labels", tokenizer=directory.parent / "shared" / "base")
+    return counts
+
+
+def label_lines(problems: list[Problem], answers: list[str], *, seed: int) -> list[dict]:
+    """A preference for each problem whose answers (equally many a problem) are right and wrong: one of either."""
+    share, lines = len(answers) // len(problems), []
+    references = gold_answers(problems, seed=seed, style=STYLE)
+    for index, (problem, reference) in enumerate(zip(problems, references, strict=True)):
+        drawn = [text for text in answers[index * share : (index + 1) * share] if text.strip() and text != reference]
+        right = [text for text in drawn if is_right(problem, text)]
+        wrong = [text for text in drawn if not is_right(problem, text)]
+        if right and wrong:
+            pair = {"chosen": right[0], "rejected": wrong[0]}
+            lines.append({"prompt": prompt_of(problem), "reference": reference, **pair, "wrapper": WRAPPER})
+    return lines
