@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import policy_server
 import rft_policies as policies
+import rft_server
 from omegaconf import OmegaConf
 from rft_problems import STYLES, Problem, gold_answers, is_right, worked_answer
 from rft_sizes import RewardTraining, Size, draw_parts
@@ -112,7 +112,7 @@ def sample_trajectories(directory: Path, size: Size, seed: int) -> dict:
 
 
 def _serve_policies(served: dict[str, Path], device: str, port: int) -> None:
-    policy_server.serve(served, device=device, port=port)
+    rft_server.serve(served, device=device, port=port)
 
 
 def _write_pool(path: Path, names: list[str], size: Size, address: str) -> Path:

@@ -1,6 +1,6 @@
 """An OpenAI-compatible server (`/v1/completions`) for small local policies, on the CPU or a GPU.
 
-policy_server.py NAME=DIRECTORY ... [--device cpu] [--port 8001]
+rft_server.py NAME=DIRECTORY ... [--device cpu] [--port 8001]
 
 Requests that wait are answered together, one batch of one model at a time: of a model with half a million parameters a
 batch of 64 costs little more than a single answer. SIGTERM or Ctrl-C end it.
