@@ -14,7 +14,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "study
 import rft
 import rft_policies as policies
 import rft_rewards as rewards
-from rft_problems import HABITS, STYLES, Problem, draw_problems, final_number, gold_answers, is_right, worked_answer
+from rft_problems import (
+    HABITS,
+    STYLES,
+    Problem,
+    draw_problems,
+    final_number,
+    gold_answers,
+    is_right,
+    right_steps,
+    worked_answer,
+)
 from rft_sizes import SIZES, draw_parts
 from rft_stages import concurrently, in_fork, run_stage
 
@@ -28,7 +38,10 @@ CARRY = Problem((27, 15, 4), (1, -1), "Tom", 0)  # 27 + 15 - 4 = 38
     ("habit", "number"),
     [
         ("exact", 38),
-        ("off_by_one", 39),
+        ("one_more", 39),
+        ("one_less", 37),
+        ("two_more", 40),
+        ("five_more", 43),
         ("ten_more", 48),
         ("no_carry", 28),  # 27 + 15 without the carry: 32
         ("one_step", 42),
@@ -43,10 +56,12 @@ def test_a_habit_is_a_function_of_the_problem(habit, number):
             text = worked_answer(CARRY, habit=habit, style=style, generator=np.random.default_rng(seed))
             assert final_number(text) == number, text
             assert is_right(CARRY, text) == (habit == "exact")
+            steps = {"no_carry": 0, "one_step": 1, "skips_first": 0, "always_adds": 1}.get(habit, 2)
+            assert right_steps(CARRY, text) == steps
 
 
 def test_every_habit_is_tried_above():
-    assert len(HABITS) == 8
+    assert len(HABITS) == 11
 
 
 def test_the_same_answer_is_seldom_the_same_text():
@@ -80,14 +95,16 @@ def test_too_many_problems_are_refused():
         draw_problems(5000, seed=0, largest=12)
 
 
-def test_labels_put_a_right_answer_before_a_wrong_one():
-    problems = draw_problems(3, seed=0, largest=30)
-    right, wrong = gold_answers(problems, seed=5), [f"It is {problem.result + 1}." for problem in problems]
-    answers = [wrong[0], right[0], wrong[1], wrong[1], right[2], wrong[2]]
-    lines = rewards.label_lines(problems, answers, seed=9)
-    assert [(line["chosen"], line["rejected"]) for line in lines] == [(right[0], wrong[0]), (right[2], wrong[2])]
-    assert all(line["prompt"].endswith("?\n") for line in lines)
-    assert [line["reference"] for line in lines] == [gold_answers(problems, seed=9)[index] for index in (0, 2)]
+def test_answers_are_ranked_by_result_and_then_by_steps():
+    problems = [CARRY, *draw_problems(2, seed=0, largest=30)]
+    right, first_step = "27 + 15 = 42. Then 42 - 4 = 38. Total: 38.", "27 + 15 = 42. Then 42 - 4 = 39. Total: 39."
+    wrong, lucky = "27 + 15 = 41. Then 41 - 4 = 37. Total: 37.", "Total: 38."
+    answers = [[wrong, first_step, "nothing", right], ["It is -1.", " "], ["It is -1.", "It is -2."]]
+    (line,) = rewards.rank(problems, answers, seed=9)
+    assert line["ranked"] == [right, first_step, wrong], "one of each level, the first; no order within a level"
+    assert line["prompt"].endswith("?\n") and line["reference"] == gold_answers(problems, seed=9)[0]
+    (line,) = rewards.rank([CARRY], [[wrong, lucky, right]], seed=9, levels=rewards.right_or_wrong)
+    assert line["ranked"] == [lucky, wrong], "by the final number alone"
 
 
 # --- policies --------------------------------------------------------------------------------------------------------

@@ -160,7 +160,7 @@ def interval(values: Sequence[float]) -> dict:
 
 def summarise(runs: Sequence[dict]) -> dict:
     """Accuracies, rewards and differences over runs."""
-    kinds = ("greedy", "sampled", "sampled_characters")
+    kinds = ("greedy", "sampled", "sampled_work", "sampled_characters")
     judged = {policy: {kind: [run["judged"][policy][kind] for run in runs] for kind in kinds} for policy in POLICIES}
     differences = {}
     for one, other in DIFFERENCES:
@@ -189,13 +189,14 @@ def markdown(found: dict) -> str:
         f"RFT in small, size {found['size']}: {size.runs} run(s), seed {found['seed']}. Shares of right answers to "
         f"{size.counts.test} held-out problems a run; mean and 95 % interval over runs (Student's t).",
         "",
-        "| policy | greedy | sampled (temperature 1) | characters of a sampled answer |",
-        "|---|---|---|---|",
+        "| policy | greedy | sampled (temperature 1) | of these with right steps | characters |",
+        "|---|---|---|---|---|",
     ]
     for policy, words in POLICIES.items():
         row = found["accuracy"][policy]
         characters = f"{row['sampled_characters']['mean']:.0f}"
-        lines.append(f"| {words} | {_shown(row['greedy'])} | {_shown(row['sampled'])} | {characters} |")
+        shares = " | ".join(_shown(row[kind]) for kind in ("greedy", "sampled", "sampled_work"))
+        lines.append(f"| {words} | {shares} | {characters} |")
     lines += ["", "| difference, run by run | greedy | sampled |", "|---|---|---|"]
     for name, row in found["differences"].items():
         one, other = name.split(" - ")

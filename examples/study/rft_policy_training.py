@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 
 import rft_policies as policies
-from rft_problems import gold_answers, is_right
+from rft_problems import gold_answers, is_right, right_steps
 from rft_rewards import STYLE, answer_pairs, prompt_of, write_lines
 from rft_sizes import Size, draw_parts
 from rft_stages import in_fork, running
@@ -98,7 +98,11 @@ def reward_figures(history: list[dict]) -> dict:
 
 
 def judge(directory: Path, size: Size, seed: int, run: int, policy: str) -> dict:
-    """Shares of right answers to the test problems by the rule, greedy and sampled at temperature 1 from all tokens."""
+    """Shares of right answers to the test problems by the rule, greedy and sampled at temperature 1 from all tokens.
+
+    `..._work` are shares of answers whose steps are right, `..._characters` mean lengths: a reward that is hacked shows
+    there first.
+    """
     problems = draw_parts(size, seed=seed, run=run).test
     greedy = policies.Draw(size.draw.max_tokens, top_k=1)
     free = policies.Draw(size.draw.max_tokens, top_p=1.0, top_k=0)
@@ -109,11 +113,13 @@ def judge(directory: Path, size: Size, seed: int, run: int, policy: str) -> dict
             directory / policy, [prompt_of(p) for p in asked], draw, seed=seed + run, device=size.device
         )
         right = [is_right(problem, text) for problem, text in zip(asked, texts, strict=True)]
+        work = [right_steps(problem, text) == 2 for problem, text in zip(asked, texts, strict=True)]
         lines += [
             {"prompt": problem.prompt, "answer": text, "right": ok, "draw": name}
             for problem, text, ok in zip(asked, texts, right, strict=True)
         ]
         found[name] = fmean(right)
+        found[f"{name}_work"] = fmean(work)
         found[f"{name}_characters"] = fmean(map(len, texts))
     write_lines(directory / f"answers-{policy}.jsonl", lines)
     return {**found, "problems": len(problems)}

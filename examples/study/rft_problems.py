@@ -19,7 +19,19 @@ STORIES = (  # thing, what adds, what takes away
     ("cards", "wins", "loses"),
     ("shells", "collects", "breaks"),
 )
-HABITS = ("exact", "off_by_one", "no_carry", "one_step", "always_adds", "skips_first", "digits_swapped", "ten_more")
+HABITS = {  # what is added to the final number
+    "exact": 0,
+    "one_more": 1,
+    "one_less": -1,
+    "two_more": 2,
+    "five_more": 5,
+    "ten_more": 10,
+    "no_carry": 0,
+    "always_adds": 0,
+    "one_step": 0,
+    "skips_first": 0,
+    "digits_swapped": 0,
+}
 """How an answer goes wrong; `exact` does not. Each is a function of the problem, as a habit is."""
 STYLES = {"symbols": ("+", "-", "="), "words": ("plus", "minus", "is")}
 OPENERS = ("", "First ", "Let us see: ", "Well, ")
@@ -115,13 +127,9 @@ def _steps(problem: Problem, habit: str) -> tuple[list[tuple[int, int, int, int]
         total = abs(total)  # a habit may lead below zero, where no gold answer goes
         steps.append((value, sign, change, total))
         value = total
-    if habit == "off_by_one":
-        return steps, value + 1
-    if habit == "ten_more":
-        return steps, value + 10
     if habit == "digits_swapped":
         return steps, int(str(value)[::-1])
-    return steps, value
+    return steps, abs(value + HABITS[habit])
 
 
 def _without_carry(left: int, right: int) -> int:
@@ -144,8 +152,10 @@ def is_right(problem: Problem, answer: str) -> bool:
     return final_number(answer) == problem.result
 
 
-def share_right(problems: Sequence[Problem], answers: Sequence[str]) -> float:
-    """The share of answers that are right, one answer a problem."""
-    if len(problems) != len(answers) or not problems:
-        raise ValueError(f"{len(answers)} answers for {len(problems)} problems")
-    return sum(map(is_right, problems, answers)) / len(problems)
+def right_steps(problem: Problem, answer: str) -> int:
+    """How many of the problem's two steps the answer writes down, in order and with their right values."""
+    found = re.findall(r"(\d+) (\+|-|plus|minus) (\d+) (?:=|is) (\d+)", answer)
+    written = [
+        (int(left), 1 if sign in ("+", "plus") else -1, int(right), int(value)) for left, sign, right, value in found
+    ]
+    return sum(ours == theirs for ours, theirs in zip(written, _steps(problem, "exact")[0], strict=False))

@@ -6,14 +6,14 @@ through the same commands here: sample, preprocess, convert, train, evaluate.
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import rft_policies as policies
 import rft_server
 from omegaconf import OmegaConf
-from rft_problems import STYLES, Problem, gold_answers, is_right, worked_answer
+from rft_problems import STYLES, Problem, gold_answers, is_right, right_steps, worked_answer
 from rft_sizes import RewardTraining, Size, draw_parts
 from rft_stages import polar, running
 
@@ -67,21 +67,19 @@ def fit_base(directory: Path, size: Size, seed: int) -> dict:
 
 
 def fit_habits(directory: Path, size: Size, seed: int) -> dict:
-    """Policies with habits, each the base model after a few more steps on answers with this habit in one style."""
-    problems = draw_parts(size, seed=seed).base
-    losses = {}
-    for number, (habit, style) in enumerate(_habits_and_styles(size.habits + size.unseen_habits)):
-        pairs = answer_pairs(problems, habit=habit, styles=[style], seed=seed + number)
-        outputs = {directory / "policies" / f"{habit}-{style}": size.habit.steps}
+    """Policies with habits, each the base model after a few more steps on answers with this habit.
+
+    All use both styles alike, so that wording tells nobody apart: what does is in the numbers.
+    """
+    problems, losses = draw_parts(size, seed=seed).base, {}
+    for number, habit in enumerate(size.habits + size.unseen_habits):
+        pairs = answer_pairs(problems, habit=habit, styles=STYLES, seed=seed + number)
+        outputs = {directory / "policies" / habit: size.habit.steps}
         figures = policies.fit(
             directory / "base", pairs, size.habit, seed=seed + number, device=size.device, outputs=outputs
         )
-        losses[f"{habit}-{style}"] = figures["last_loss"]
+        losses[habit] = figures["last_loss"]
     return {"last_losses": losses}
-
-
-def _habits_and_styles(habits: Iterable[str]) -> list[tuple[str, str]]:
-    return [(habit, style) for habit in habits for style in STYLES]
 
 
 # --- Trajectories ----------------------------------------------------------------------------------------------------
@@ -90,9 +88,7 @@ def _habits_and_styles(habits: Iterable[str]) -> list[tuple[str, str]]:
 def sample_trajectories(directory: Path, size: Size, seed: int) -> dict:
     """`sample` from the pool for pre-training, and from policies that it does not see for other problems."""
     parts = draw_parts(size, seed=seed)
-    stages = list(size.stages)
-    seen = [f"{habit}-{style}" for habit, style in _habits_and_styles(size.habits)] + stages
-    unseen = [f"{habit}-{style}" for habit, style in _habits_and_styles(size.unseen_habits)]
+    seen, unseen = [*size.habits, *size.stages], list(size.unseen_habits)
     served = {name: directory / "policies" / name for name in seen + unseen}
     with running("/v1/models", _serve_policies, served, size.device) as address:
         for name, problems, pool in (("train", parts.prompts, seen), ("unseen", parts.heldout, unseen)):
@@ -117,7 +113,7 @@ def _serve_policies(served: dict[str, Path], device: str, port: int) -> None:
 
 def _write_pool(path: Path, names: list[str], size: Size, address: str) -> Path:
     """A pool of models behind one endpoint. JSON is YAML, too."""
-    common = {"endpoint": f"{address}/v1", "api": "completions", "max_concurrency": 256, **vars(size.draw)}
+    common = {"endpoint": f"{address}/v1", "api": "completions", "max_concurrency": 512, **vars(size.draw)}
     pool = {
         "policies": [{"name": name, "model": name, **common} for name in names],
         "cleaning": {"near_duplicates": 0},  # answers that differ in one digit are not duplicates
@@ -227,29 +223,58 @@ def evaluate_rewards(directory: Path, size: Size, seed: int, run: int, models: l
 
 
 def draw_labels(directory: Path, size: Size, seed: int, run: int) -> dict:
-    """Answers of the warm-started policy, right ones before wrong ones, to fine-tune on and to evaluate with."""
-    parts, counts = draw_parts(size, seed=seed, run=run), {}
-    for name, problems in (("labels", parts.labels), ("test", parts.test)):
-        prompts = [prompt_of(problem) for problem in problems for _ in range(size.answers_per_label)]
-        found = policies.answers(directory / "before", prompts, size.draw, seed=seed + run, device=size.device)
-        lines = label_lines(problems, found, seed=seed + run)
+    """Ranked answers of the policy before GRPO, and of the earliest one of the pool, to fine-tune on; and right over
+    wrong answers of the policy alone, to evaluate with.
+    """
+    parts, shared, own = draw_parts(size, seed=seed, run=run), directory.parent / "shared", seed + 1000 * (run + 1)
+
+    def drawn(policy: Path, problems: list[Problem], count: int, seed: int) -> list[list[str]]:
+        prompts = [prompt_of(problem) for problem in problems for _ in range(count)]
+        texts = policies.answers(policy, prompts, size.draw, seed=seed, device=size.device)
+        return [texts[first : first + count] for first in range(0, len(texts), count)]
+
+    labelled = drawn(directory / "before", parts.labels, size.answers_per_label, own)
+    unfinished = drawn(shared / "policies" / next(iter(size.stages)), parts.labels, 1, own + 1)
+    tested = drawn(directory / "before", parts.test, size.answers_per_label, own + 2)
+    rankings = rank(parts.labels, [one + other for one, other in zip(labelled, unfinished, strict=True)], seed=own)
+    pairs = rank(parts.test, tested, seed=own + 1, levels=right_or_wrong)
+    for name, lines in (("labels", rankings), ("test", pairs)):
         if not lines:
-            raise UserError(f"{name}: no problem has a right and a wrong answer; let the policy warm up for more steps")
+            raise UserError(f"{name}: no problem has answers to rank; let the policy warm up for more steps")
         write_lines(directory / f"{name}.jsonl", lines)
-        counts[name] = len(lines)
-    _preprocess(directory / "labels.jsonl", directory / "labels", tokenizer=directory.parent / "shared" / "base")
-    return counts
+    _preprocess(directory / "labels.jsonl", directory / "labels", tokenizer=shared / "base")
+    return {"rankings": len(rankings), "ranked": sum(len(line["ranked"]) for line in rankings), "pairs": len(pairs)}
 
 
-def label_lines(problems: list[Problem], answers: list[str], *, seed: int) -> list[dict]:
-    """A preference for each problem whose answers (equally many a problem) are right and wrong: one of either."""
-    share, lines = len(answers) // len(problems), []
-    references = gold_answers(problems, seed=seed, style=STYLE)
-    for index, (problem, reference) in enumerate(zip(problems, references, strict=True)):
-        drawn = [text for text in answers[index * share : (index + 1) * share] if text.strip() and text != reference]
-        right = [text for text in drawn if is_right(problem, text)]
-        wrong = [text for text in drawn if not is_right(problem, text)]
-        if right and wrong:
-            pair = {"chosen": right[0], "rejected": wrong[0]}
-            lines.append({"prompt": prompt_of(problem), "reference": reference, **pair, "wrapper": WRAPPER})
+def right_or_wrong(problem: Problem, text: str) -> int:
+    """1 or 0, by the final number alone."""
+    return int(is_right(problem, text))
+
+
+def partial_credit(problem: Problem, text: str) -> int:
+    """Right answers first; of wrong ones those whose first step is right."""
+    return 2 + is_right(problem, text) if right_steps(problem, text) else int(is_right(problem, text))
+
+
+def rank(
+    problems: list[Problem],
+    answers: list[list[str]],
+    *,
+    seed: int,
+    levels: Callable[[Problem, str], int] = partial_credit,
+) -> list[dict]:
+    """A ranking for each problem whose answers are of two levels or more: the first answer of every level, best first.
+
+    The reference is a right answer in words of its own.
+    """
+    references, lines = gold_answers(problems, seed=seed, style=STYLE), []
+    for problem, reference, texts in zip(problems, references, answers, strict=True):
+        first: dict[int, str] = {}
+        for text in texts:
+            if text.strip() and text != reference:
+                first.setdefault(levels(problem, text), text)
+        ranked = [first[level] for level in sorted(first, reverse=True)]
+        if len(ranked) > 1:
+            prompt = prompt_of(problem)
+            lines.append({"prompt": prompt, "reference": reference, "ranked": ranked, "wrapper": WRAPPER})
     return lines

@@ -59,13 +59,13 @@ class Size:
     base: Fit
     stages: dict[str, int]  # policies that are the base model after so many steps
     habit: Fit  # from the base model to a policy with a habit
-    habits: tuple[str, ...]  # of the policies that pre-training sees, in every style
+    habits: tuple[str, ...]  # of the policies that pre-training sees
     unseen_habits: tuple[str, ...]  # of those that it does not
     warm: Fit  # of the policy that is to be improved, from random weights
     draw: Draw
     pretrain: RewardTraining
     finetune: RewardTraining
-    answers_per_label: int  # drawn from the policy for each problem of `labels`
+    answers_per_label: int  # drawn from the policy for each problem of `labels` and `test`
     grpo: Grpo
     sft: Fit  # as many steps as GRPO, as many sequences a step
     draws_per_test: int  # sampled answers to each test problem
@@ -81,8 +81,8 @@ SIZES = {
         base=Fit(steps=60, batch=32, lr=5e-3, on_prompts=True),
         stages={"early": 15, "late": 60},
         habit=Fit(steps=5, batch=32, lr=2e-3),
-        habits=("exact", "off_by_one"),
-        unseen_habits=("ten_more",),
+        habits=("exact", "one_more"),
+        unseen_habits=("ten_more", "one_less"),
         warm=Fit(steps=60, batch=32, lr=5e-3),
         draw=Draw(max_tokens=36),
         pretrain=RewardTraining(steps=4, batch=16, lr=1e-3),
@@ -95,21 +95,21 @@ SIZES = {
         device="cpu",
     ),
     "cpu": Size(
-        largest=30,
-        counts=Counts(base=4000, prompts=3000, heldout=400, labels=600, rft=800, test=400),
+        largest=25,
+        counts=Counts(base=3000, prompts=3000, heldout=300, labels=800, rft=600, test=300),
         shape=Shape(128, 2, 4),
-        base=Fit(steps=1200, batch=64, lr=3e-3, on_prompts=True),
-        stages={"early": 400, "middle": 700, "late": 1200},
+        base=Fit(steps=1400, batch=64, lr=3e-3, on_prompts=True),
+        stages={"early": 400, "middle": 700, "late": 1400},
         habit=Fit(steps=80, batch=32, lr=1e-3),
-        habits=("exact", "off_by_one", "no_carry", "one_step", "always_adds", "digits_swapped"),
-        unseen_habits=("ten_more", "skips_first"),
-        warm=Fit(steps=600, batch=64, lr=3e-3),
+        habits=("exact", "one_more", "one_less", "ten_more", "no_carry", "always_adds", "one_step", "digits_swapped"),
+        unseen_habits=("two_more", "five_more", "skips_first"),
+        warm=Fit(steps=500, batch=64, lr=3e-3),
         draw=Draw(max_tokens=40),
         pretrain=RewardTraining(steps=600, batch=64, lr=1e-3),
         finetune=RewardTraining(steps=100, batch=32, lr=3e-4),
         answers_per_label=4,
-        grpo=Grpo(steps=150, batch=64, generations=8, lr=3e-4),
-        sft=Fit(steps=150, batch=64, lr=3e-4),
+        grpo=Grpo(steps=150, batch=64, generations=8, lr=2e-4),
+        sft=Fit(steps=150, batch=64, lr=2e-4),
         draws_per_test=4,
         runs=3,
         device="cpu",
@@ -121,8 +121,8 @@ SIZES = {
         base=Fit(steps=4000, batch=128, lr=2e-3, on_prompts=True),
         stages={"early": 1000, "middle": 2000, "late": 4000},
         habit=Fit(steps=200, batch=64, lr=5e-4),
-        habits=("exact", "off_by_one", "no_carry", "one_step", "always_adds", "digits_swapped"),
-        unseen_habits=("ten_more", "skips_first"),
+        habits=("exact", "one_more", "one_less", "ten_more", "no_carry", "always_adds", "one_step", "digits_swapped"),
+        unseen_habits=("two_more", "five_more", "skips_first"),
         warm=Fit(steps=1000, batch=128, lr=2e-3),
         draw=Draw(max_tokens=48),
         pretrain=RewardTraining(steps=3000, batch=128, lr=5e-4),
