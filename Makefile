@@ -1,4 +1,4 @@
-# The two commands: `make quickstart` and `make test`. Both install what they need into .venv.
+# The two commands: `make quickstart` and `make test`. They and the others install what they need into .venv.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
@@ -7,20 +7,26 @@ export HF_HUB_OFFLINE := 1
 # Megatron-Core talks about optional GPU packages on every import; our own warnings go another way.
 export PYTHONWARNINGS := ignore
 
-.PHONY: quickstart test test-serving faults lint benchmarks clean help
+.PHONY: quickstart study test test-serving faults lint benchmarks gpu-hour clean help
 
 help:
 	@echo "make quickstart   train a small reward model from nothing, evaluate it, draw runs/quickstart/report.html"
 	@echo "make test         everything that CI runs"
 	@echo "make test-serving a real vLLM (CPU, in a venv of its own, 3.4 GB) serves the exports, and rewards are compared"
+	@echo "make study DATA=DIR   the method's claims in small, on public data (docs/policies.md): about two hours of two cores"
 	@echo "make faults       kills, corruptions, full disks, hung ranks: all campaigns of docs/reliability.md (20 to 30 minutes)"
 	@echo "make benchmarks   the tables of benchmarks/"
+	@echo "make gpu-hour     on a Hopper GPU: parity, throughput, FP8 twins, layouts, into gpu_hour/ (docs/performance.md)"
 
 quickstart: $(VENV)/.ready
 	$(RUN) examples/quickstart/run.py
 
 test: $(VENV)/.ready-dev lint
 	$(RUN) -m pytest
+
+study: $(VENV)/.ready
+	@test -n "$(DATA)" || { echo "error: DATA is missing; make study DATA=folder with the public sets (examples/study/sources.py)" >&2; exit 2; }
+	$(RUN) examples/study/run.py --data "$(DATA)" --size $(or $(SIZE),cpu)
 
 faults: $(VENV)/.ready-dev
 	$(RUN) tests/run_faults.py
@@ -32,6 +38,10 @@ lint: $(VENV)/.ready-dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/lint-imports
+
+# With the interpreter that has requirements-gpu.txt: make gpu-hour PYTHON=...
+gpu-hour:
+	PYTHON=$(PYTHON) benchmarks/gpu_hour.sh --output gpu_hour
 
 benchmarks: $(VENV)/.ready-dev
 	$(RUN) benchmarks/layouts.py
@@ -45,6 +55,7 @@ benchmarks: $(VENV)/.ready-dev
 	$(RUN) benchmarks/serving.py
 	$(RUN) benchmarks/sampling.py
 	$(RUN) benchmarks/convert.py
+	$(RUN) benchmarks/curriculum.py
 
 $(VENV)/.ready: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("error: Python 3.10 or newer is needed; set PYTHON=...")'

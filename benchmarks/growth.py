@@ -1,13 +1,17 @@
-"""How the cost of a step grows: with K, with the length of answers and with layers, on one rank.
+"""How the cost of a step grows: with K, with the length of answers, with layers, and with data-parallel ranks.
 
 Each row changes one thing of a small model and a small batch and says by how much time grew, beside the growth of the
-FLOPs that config/presets.py counts.
+FLOPs that config/presets.py counts. Ranks each get the same work, so that a rank's time should stay what it is; their
+seconds are the mean over the ranks, each a process on this machine. About seven minutes on two idle cores.
 """
 
 import argparse
 import dataclasses
+import json
 import os
+import socket
 import statistics
+import subprocess
 import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch
@@ -34,10 +38,10 @@ class Case:
 
 
 VARIED = {
-    "K": [Case(candidates=k) for k in (2, 4, 8, 16)],
-    "K, packed": [Case(candidates=k, layout="packed") for k in (2, 4, 8, 16)],
-    "answer tokens": [Case(answer=n) for n in (100, 200, 400, 800)],
-    "layers": [Case(layers=n) for n in (2, 4, 8, 16)],
+    "K": ("candidates", [Case(candidates=k) for k in (2, 4, 8)]),
+    "K, packed": ("candidates", [Case(candidates=k, layout="packed") for k in (2, 4, 8)]),
+    "answer tokens": ("answer", [Case(answer=n) for n in (100, 200, 400, 800)]),
+    "layers": ("layers", [Case(layers=n) for n in (2, 4, 8, 16)]),
 }
 
 
@@ -45,33 +49,80 @@ def main() -> None:
     """Measure all cases in turns and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--comparisons", type=int, default=4, help="of a step")
-    parser.add_argument("--hidden-size", type=int, default=512)
+    parser.add_argument("--comparisons", type=int, default=2, help="of a step, on each rank")
+    parser.add_argument("--hidden-size", type=int, default=384)
+    parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4], help="data-parallel, on the CPU")
+    parser.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    cases = list(dict.fromkeys(case for column in VARIED.values() for case in column))
+    if options.as_rank:
+        print(json.dumps(Measurement(options).of(Case(), repeats=options.repeats)))
+        torch.distributed.destroy_process_group()
+        return
+    measurement = Measurement(options)
+    cases = list(dict.fromkeys(case for _, column in VARIED.values() for case in column))
     seconds: dict[Case, list[float]] = {case: [] for case in cases}
-    flops, place = {}, None
     for _ in range(options.repeats):
         for case in cases:
-            trainer = Trainer(make_config(case, options), vocab_size=VOCAB_SIZE, place=place)
-            comparisons = draw(case, options.comparisons)
-            trainer.step(comparisons)  # a warm-up: the optimizer makes its state
-            seconds[case].append(trainer.step(comparisons)[2])
-            flops[case], place = flops_of(case, trainer, options.comparisons), trainer.place
-    median = {case: statistics.median(found) for case, found in seconds.items()}
+            seconds[case] += measurement.of(case, repeats=1)
+    place = measurement.place
+    torch.distributed.destroy_process_group()
     print("| varied | value | s/step | over the first | FLOPs over the first |")
     print("|---|---:|---:|---:|---:|")
-    for name, column in VARIED.items():
-        field = {"K": "candidates", "K, packed": "candidates", "answer tokens": "answer", "layers": "layers"}[name]
-        for case in column:
-            time, work = median[case] / median[column[0]], flops[case] / flops[column[0]]
-            print(f"| {name} | {getattr(case, field)} | {median[case]:.2f} | {time:.2f}x | {work:.2f}x |")
+    for name, (field, column) in VARIED.items():
+        print_rows(name, [(getattr(case, field), seconds[case], measurement.flops[case]) for case in column])
+    if place[0].kind == "cpu" and options.ranks:
+        print_rows("ranks", [(number, of_ranks(number, options), 1) for number in options.ranks])
     print(
         f"\n{options.comparisons} comparisons a step, hidden {options.hidden_size}, prompts of 150 tokens, else K = 2, "
-        f"answers of 200, 4 layers; medians of {options.repeats} repeats in turn; {conditions(place[0])}."
+        f"answers of 200, 4 layers, one rank; medians of {options.repeats} repeats in turn; {conditions(place[0])}."
     )
-    torch.distributed.destroy_process_group()
+
+
+def print_rows(name: str, column: list[tuple[int, list[float], int]]) -> None:
+    """Value, seconds of every repeat and FLOPs of the cases of one column."""
+    first = statistics.median(column[0][1]), column[0][2]
+    for value, found, flops in column:
+        time = statistics.median(found)
+        print(f"| {name} | {value} | {time:.2f} | {time / first[0]:.2f}x | {flops / first[1]:.2f}x |", flush=True)
+
+
+class Measurement:
+    """Seconds of a step of any case, in this process."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options, self.place, self.flops = options, None, {}
+
+    def of(self, case: Case, *, repeats: int) -> list[float]:
+        """Of `repeats` steps, after one of a single comparison that is not timed: the optimizer makes its state."""
+        trainer = Trainer(make_config(case, self.options), vocab_size=VOCAB_SIZE, place=self.place)
+        self.place = trainer.place
+        own = draw(case, self.options.comparisons)
+        self.flops[case] = flops_of(case, trainer, own)
+        ranks = trainer.topology.dp_size
+        trainer.step(own[:1] * ranks)
+        return [trainer.step(own * ranks)[2] for _ in range(repeats)]
+
+
+def of_ranks(number: int, options: argparse.Namespace) -> list[float]:
+    """Mean CPU seconds of the ranks in every step of the first case, each rank with as much work as one alone has."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, __file__, "--as-rank", "--repeats", str(options.repeats)]
+    command += ["--comparisons", str(options.comparisons), "--hidden-size", str(options.hidden_size)]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(number)}
+    processes = [
+        subprocess.Popen(
+            command, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for rank in range(number)
+    ]  # fmt: skip
+    said = [process.communicate() for process in processes]
+    if any(process.returncode for process in processes):
+        raise SystemExit(f"a rank of {number} failed:\n{said[0][1][-3000:]}")
+    return [statistics.mean(step) for step in zip(*(json.loads(out.splitlines()[-1]) for out, _ in said), strict=True)]
 
 
 def make_config(case: Case, options: argparse.Namespace) -> RunConfig:
@@ -105,12 +156,12 @@ def draw(case: Case, count: int) -> list[TokenizedComparison]:
     ]
 
 
-def flops_of(case: Case, trainer: Trainer, count: int) -> int:
+def flops_of(case: Case, trainer: Trainer, comparisons: list[TokenizedComparison]) -> int:
     """Of one step's forward passes."""
     from megatron_polar.data.packing import comparison_flops
 
     architecture = trainer.model.architecture
-    return sum(comparison_flops(c, layout=case.layout, architecture=architecture) for c in draw(case, count))
+    return sum(comparison_flops(c, layout=case.layout, architecture=architecture) for c in comparisons)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 Real optimizer steps on rows of the length mix of layouts.py. With AdamW's fp32 state a 7B model does not fit one GPU,
 so `--layers` takes fewer: a layer costs the same in any depth, and the embedding is a look-up. FP8 recipes and bf16 can
-be run in turns in one call. MFU counts, per physical token, 6 FLOPs per weight of the layers (in the last layer, behind
-its keys and values, per reward), and attention over its exact causal area; over the dense bf16 peak, for FP8 too.
+be run in turns in one call. "GB" is the peak that torch allocated, "planned" what scaling/memory.py expects of it: the
+plan's sum without what torch does not see (CUDA, NCCL) or does not count (fragmentation). MFU counts, per physical
+token, 6 FLOPs per weight of the layers (in the last layer, behind its keys and values, per reward), and attention over
+its exact causal area; over the dense bf16 peak, for FP8 too.
 
   python benchmarks/throughput.py --preset polar_7b --layers 12 --fp8 off tensorwise
 """
@@ -21,6 +23,7 @@ from layouts import VOCAB_SIZE, draw
 from trainer import Trainer, conditions, constant_rate
 
 from megatron_polar.config.schema import DataSection, DatasetSource, ModelSection, RunConfig, RunSection, TrainSection
+from megatron_polar.scaling.memory import estimate_memory
 from megatron_polar.train.metrics import peak_tflops
 
 
@@ -37,17 +40,21 @@ def main() -> None:
     parser.add_argument("--row-tokens", type=int, default=16384)
     parser.add_argument("--rows", type=int, default=4, help="micro-batches of a step, about")
     parser.add_argument("--steps", type=int, default=8, help="timed; two more come before them")
+    parser.add_argument("--fp8-weights", action="store_true", help="train.fp8_param_gather with every FP8 recipe")
+    parser.add_argument("--no-fusion", action="store_true", help="train.gradient_accumulation_fusion=false")
     parser.add_argument("--profile", action="store_true", help="share of GPU time outside of GEMMs and attention")
     options = parser.parse_args()
     print(
-        "| precision | K | layout | s/step | comparisons/s | physical tokens/s | logical tokens/s | MFU | GB | other |"
+        "| precision | K | layout | s/step | comparisons/s | physical tokens/s | logical tokens/s | MFU | GB | planned "
+        "| other |"
     )
-    print("|---|---:|---|---:|---:|---:|---:|---:|---:|---:|")
+    print("|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     place = None
     for k in options.candidates:
         for layout in options.layouts:
             for fp8 in options.fp8:
-                trainer = Trainer(make_config(options, fp8=fp8, layout=layout), vocab_size=VOCAB_SIZE, place=place)
+                config = make_config(options, fp8=fp8, layout=layout, k=k)
+                trainer = Trainer(config, vocab_size=VOCAB_SIZE, place=place)
                 place = trainer.place
                 print(measure(trainer, options, k=k, fp8=fp8), flush=True)
                 del trainer
@@ -61,7 +68,7 @@ def main() -> None:
     torch.distributed.destroy_process_group()
 
 
-def make_config(options: argparse.Namespace, *, fp8: str, layout: str) -> RunConfig:
+def make_config(options: argparse.Namespace, *, fp8: str, layout: str, k: int) -> RunConfig:
     """bf16 on a GPU, fp32 on the CPU (for trying the script)."""
     has_gpu = torch.cuda.is_available()
     return RunConfig(
@@ -72,6 +79,8 @@ def make_config(options: argparse.Namespace, *, fp8: str, layout: str) -> RunCon
             layout=layout,
             max_tokens_per_micro_batch=options.row_tokens,
             pad_to_multiple=128,
+            candidates_per_comparison=k,
+            max_sequence_length=options.row_tokens // k,  # for the plan: no comparison is longer than a row here
         ),
         train=TrainSection(
             global_batch_size=1,
@@ -79,6 +88,8 @@ def make_config(options: argparse.Namespace, *, fp8: str, layout: str) -> RunCon
             precision="bf16" if has_gpu else "fp32",
             fp8=fp8,
             fp8_bf16_layers=0 if fp8 == "delayed" else 1,
+            fp8_param_gather=options.fp8_weights and fp8 in ("tensorwise", "blockwise"),
+            gradient_accumulation_fusion=False if options.no_fusion else "auto",
         ),
         optimizer=constant_rate(1e-5),
     )
@@ -117,14 +128,23 @@ def measure(trainer: Trainer, options: argparse.Namespace, *, k: int, fp8: str) 
         return statistics.median(amount / second for amount, second in zip(amounts, seconds, strict=True))
 
     mfu = f"{rate(flops) / peak / 1e12:.1%}" if peak else "not known"
-    memory = trainer.device.memory_allocated() / 1e9
+    memory, planned = trainer.device.memory_allocated() / 1e9, planned_bytes(trainer) / 1e9
     precision = trainer.config.train.precision + ("" if fp8 == "off" else f", FP8 {fp8}")
+    precision += " with FP8 weights" if trainer.config.train.fp8_param_gather else ""
     other = f"{share_outside(trainer, draw(k, count=count, generator=generator)):.0%}" if options.profile else ""
     return (
         f"| {precision} | {k} | {trainer.config.data.layout} | {statistics.median(seconds):.3f} "
         f"| {rate([count] * len(seconds)):.1f} | {rate(physical):,.0f} | {rate(logical):,.0f} | {mfu} "
-        f"| {memory:.1f} | {other} |"
+        f"| {memory:.1f} | {planned:.1f} | {other} |"
     )
+
+
+def planned_bytes(trainer: Trainer) -> int:
+    """Of what torch's allocator counts."""
+    stage = estimate_memory(
+        trainer.config, world_size=1, embedding_rows=trainer.model.vocab_size, longest_response=1
+    ).largest
+    return stage.total - stage.runtime
 
 
 def share_outside(trainer: Trainer, comparisons) -> float:

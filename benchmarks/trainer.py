@@ -1,10 +1,11 @@
-"""What the benchmarks share: a trainer of one rank without a run directory, and the facts to print below a table."""
+"""What the benchmarks share: a trainer of a rank without a run directory, and the facts to print below a table."""
 
 import platform
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
 
+import numpy as np
 import torch
 
 from megatron_polar.config.schema import FaultsSection, OptimizerSection, RunConfig
@@ -17,7 +18,7 @@ from megatron_polar.parallel.device import Device, select_device
 from megatron_polar.train.gradients import GradientReduction
 from megatron_polar.train.guard import StepGuard
 from megatron_polar.train.optimizer import build_optimizer, build_schedule
-from megatron_polar.train.step import StepResult, train_step
+from megatron_polar.train.step import StepResult, compute_rewards, train_step
 
 
 class Trainer:
@@ -35,6 +36,17 @@ class Trainer:
         self._num_steps, self._number, self._guard = num_steps, 0, StepGuard(FaultsSection())
         self._ready = False
 
+    def rewards(self, comparisons: Sequence[TokenizedComparison]) -> list[np.ndarray]:
+        """Rewards of each comparison's candidates, without training; after the first step."""
+        rows = lay_out(comparisons, shape=self._shape, rank=self.topology.dp_rank, pad_id=0)
+        place = {"topology": self.topology, "device": self.device}
+        found: dict[int, np.ndarray] = {}
+        scored = compute_rewards(self.model, micro_batches=rows.micro_batches, **place)
+        for batch, members, values in zip(rows.micro_batches, rows.members, scored, strict=True):
+            parts = values.split(batch.candidate_counts.tolist())
+            found |= {member: part.cpu().double().numpy() for member, part in zip(members, parts, strict=True)}
+        return [found[number] for number in range(len(comparisons))]
+
     def step(self, comparisons: Sequence[TokenizedComparison]) -> tuple[StepResult, Rows, float]:
         """One optimizer step; seconds are CPU time of this process on the CPU, wall time on a GPU."""
         if not self._ready:  # as late as this, so that weights may be loaded before
@@ -44,7 +56,7 @@ class Trainer:
             self._shape = row_shape(self.config.data, topology=self.topology, architecture=self.model.architecture)
             self._ready = True
         start = clock(self.device)
-        rows = lay_out(comparisons, shape=self._shape, rank=0, pad_id=0)
+        rows = lay_out(comparisons, shape=self._shape, rank=self.topology.dp_rank, pad_id=0)
         step = Step(
             self._number, rows.micro_batches, rows.members, len(comparisons), 0, rows.imbalance, rows.num_rounds
         )

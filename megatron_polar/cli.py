@@ -10,7 +10,9 @@ from pathlib import Path
 import megatron_polar
 from megatron_polar import log
 from megatron_polar.cli_launch import add_plan, add_preflight
-from megatron_polar.cli_models import add_convert, add_serve, add_wrapper
+from megatron_polar.cli_models import add_convert, add_serve
+from megatron_polar.cli_scaling import add_fit
+from megatron_polar.cli_score import add_evaluate, add_report, add_score
 from megatron_polar.errors import (
     ENVIRONMENT_ERRORS,
     INTERRUPTED,
@@ -77,9 +79,10 @@ def _parser() -> argparse.ArgumentParser:
         add_plan,
         add_preflight,
         _add_train,
-        _add_evaluate,
-        _add_score,
-        _add_report,
+        add_evaluate,
+        add_score,
+        add_report,
+        add_fit,
         add_convert,
         add_serve,
     ):
@@ -281,109 +284,3 @@ def _refuse_another_place(options: argparse.Namespace, *, run_directory: Path) -
             f"{options.config}: names run.directory={run_directory}, and lies in {home}; add run.directory={home} to "
             f"go on there, or another directory to start a new run"
         )
-
-
-# --- evaluate and score ----------------------------------------------------------------------------------------------
-
-
-def _add_checkpoint_options(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--checkpoint", type=Path, required=True, help="run directory, or one step of it")
-    verb.add_argument("--tensor-model-parallel-size", type=int, default=1)
-    verb.add_argument("--pipeline-model-parallel-size", type=int, default=1)
-    verb.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-
-
-def _load_scorer(options: argparse.Namespace):
-    from megatron_polar.config.schema import ParallelSection
-    from megatron_polar.score.scorer import load_scorer
-
-    parallel = ParallelSection(
-        tensor_model_parallel_size=options.tensor_model_parallel_size,
-        pipeline_model_parallel_size=options.pipeline_model_parallel_size,
-    )
-    return load_scorer(options.checkpoint, parallel=parallel, device_kind=options.device)
-
-
-def _add_evaluate(verbs) -> None:
-    verb = verbs.add_parser("evaluate", help="accuracy on a suite, with intervals and self-checks")
-    _add_checkpoint_options(verb)
-    verb.add_argument(
-        "--suite", required=True, help="preferences, policies, gsm8k, gsm8k-all or rmb (docs/evaluation.md)"
-    )
-    verb.add_argument("--data", type=Path, required=True, help="the suite's file or directory")
-    verb.add_argument(
-        "--output", type=Path, required=True, help="directory for summary.json, rewards.jsonl, report.html"
-    )
-    verb.add_argument("--limit", type=int, help="draw this many items (seeded)")
-    verb.add_argument("--seed", type=int, default=0)
-    add_wrapper(verb, of="records")
-    verb.set_defaults(run=_evaluate)
-
-
-def _evaluate(options: argparse.Namespace) -> int:
-    from megatron_polar.score.evaluate import evaluate, exit_status
-    from megatron_polar.score.suites import load_suite, with_wrapper
-
-    check_output_directory(options.output)
-    items = load_suite(
-        options.suite, options.data, limit=options.limit, seed=options.seed, default_wrapper=options.wrapper
-    )
-    scorer = _load_scorer(options)
-    summary = evaluate(
-        scorer,
-        with_wrapper(items, scorer.default_wrapper(options.wrapper)),
-        output=options.output,
-        suite=options.suite,
-        seed=options.seed,
-        checkpoint=str(scorer.checkpoint),
-    )
-    if log.is_first_rank():
-        from megatron_polar.score.report import evaluation_report
-
-        rewards = options.output / "rewards.jsonl"
-        log.info(f"report: {evaluation_report(summary, rewards=rewards, output=options.output / 'report.html')}")
-    return exit_status(summary)
-
-
-def _add_score(verbs) -> None:
-    verb = verbs.add_parser("score", help="rewards for {prompt, reference, output} lines")
-    _add_checkpoint_options(verb)
-    verb.add_argument("--input", type=Path, required=True, help="JSONL: prompt, reference, output (or outputs: [...])")
-    verb.add_argument("--output", type=Path, required=True, help="the same lines with `reward` (or `rewards`) added")
-    add_wrapper(verb, of="lines")
-    verb.set_defaults(run=_score)
-
-
-def _score(options: argparse.Namespace) -> None:
-    from megatron_polar.score.score_file import read_requests, score_file
-
-    check_output_file(options.output)
-    read_requests(options.input)  # refuse a bad file before the model is loaded
-    scorer = _load_scorer(options)
-    wrapper = scorer.default_wrapper(options.wrapper)
-    count = score_file(scorer, options.input, output=options.output, default_wrapper=wrapper)
-    log.info(f"{options.output}: {count} lines scored")
-
-
-# --- report ----------------------------------------------------------------------------------------------------------
-
-
-def _add_report(verbs) -> None:
-    verb = verbs.add_parser("report", help="redraw a run's report.html")
-    verb.add_argument("run_directory", type=Path, metavar="RUN_DIR")
-    verb.add_argument(
-        "--evaluation", action="append", default=[], metavar="HEADING=DIR", help="add an `evaluate` output"
-    )
-    verb.set_defaults(run=_report)
-
-
-def _report(options: argparse.Namespace) -> None:
-    from megatron_polar.score.report import training_report
-
-    evaluations = {}
-    for entry in options.evaluation:
-        heading, separator, directory = entry.partition("=")
-        if not separator:
-            raise UserError(f"--evaluation {entry!r} is not of the form HEADING=DIR")
-        evaluations[heading] = Path(directory)
-    log.info(f"report: {training_report(options.run_directory, evaluations=evaluations)}")

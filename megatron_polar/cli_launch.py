@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from megatron_polar.cli_scaling import add_ladder_options, write_ladder
 from megatron_polar.errors import DONE, UserError
 
 # --- plan ------------------------------------------------------------------------------------------------------------
@@ -22,8 +23,11 @@ def add_plan(verbs) -> None:
     verb.add_argument("--no-paths", action="store_true", help="open no dataset, tokenizer or checkpoint")
     verb.add_argument("--base-tokens", type=float, help="tokens the base model was pre-trained on, for the law")
     verb.add_argument(
-        "--reward-tokens", type=float, help="tokens of the reward-model data, where there is none to read"
+        "--reward-tokens",
+        type=float,
+        help="tokens of the reward-model data, where there is none to read or for --ladder",
     )
+    add_ladder_options(verb)
     verb.set_defaults(run=_plan)
 
 
@@ -42,6 +46,9 @@ def _plan(options: argparse.Namespace) -> None:
     memory = gpu.memory_gb if options.gpu_memory_gb is None else options.gpu_memory_gb
     cluster = Cluster(options.nodes, gpus_per_node=options.gpus_per_node, gpu_memory_gb=memory, gpu=gpu)
     config = load_config(options.config, options.overrides)
+    if options.ladder is not None:
+        write_ladder(options, config=config, cluster=cluster, lengths=_lengths(options))
+        return
     plan = make_plan(config, cluster=cluster, with_paths=not options.no_paths, lengths=_lengths(options))
     print(render_plan(plan, base_tokens=options.base_tokens, reward_tokens=options.reward_tokens), flush=True)
     if options.search and plan.embedding_rows is not None:

@@ -157,11 +157,12 @@ WRITTEN = {
     "resume": (
         "config.yaml environment.json status.json metrics.jsonl events.jsonl checkpoints checkpoints/latest stacks "
         "tensorboard report.html bad_steps.json stacks/rank_00000.txt config.yaml.tmp environment.json.tmp "
-        "status.json.tmp metrics.jsonl.tmp checkpoints/latest.tmp lock"
+        "status.json.tmp metrics.jsonl.tmp checkpoints/latest.tmp lock pairs.json pairs.json.tmp"
     ),
     "train into it": (
         "config.yaml environment.json status.json metrics.jsonl events.jsonl checkpoints stacks tensorboard "
-        "report.html config.yaml.tmp status.json.tmp checkpoints/latest checkpoints/latest.tmp lock"
+        "report.html config.yaml.tmp status.json.tmp checkpoints/latest checkpoints/latest.tmp lock pairs.json "
+        "pairs.json.tmp"
     ),
     "report": "report.html report.html.partial",
     "score into it": "scored.jsonl scored.jsonl.tmp",

@@ -159,6 +159,36 @@ def test_a_forgotten_client_leaves_no_thread(tokenizer_path):
         assert len(threads()) == before
 
 
+_LEAVES_DURING_AN_IMPORT = """
+import builtins, sys, time
+from megatron_polar.serve.client import RewardClient, RewardError, RewardItem
+
+class Slow:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "sniffio" and leaving:
+            time.sleep(0.5)  # a busy disk, with the import lock held
+
+class ImportsAtTheEnd:
+    def __del__(self):
+        import colorsys
+
+leaving, builtins.last_object = False, ImportsAtTheEnd()
+client = RewardClient("http://127.0.0.1:9", engine="megatron-polar", retries=0)
+try:
+    client.score([RewardItem("p", "r", "a")])
+except RewardError:
+    sys.meta_path.insert(0, Slow)
+    leaving = True
+"""
+
+
+def test_a_program_that_ends_waits_for_the_thread():
+    """Killed inside an import, the thread would keep the import lock, and the program would never end."""
+    result = subprocess.run([sys.executable, "-c", _LEAVES_DURING_AN_IMPORT], check=False, timeout=60)
+    assert result.returncode == 0
+
+
 def test_an_error_survives_the_way_between_processes():
     error = pickle.loads(pickle.dumps(RewardError([3, 7], "no reply")))
     assert (error.indices, error.reason) == ((3, 7), "no reply")

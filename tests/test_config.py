@@ -221,8 +221,33 @@ RULES = [
     ("train.fp8=tensorwise train.fp8_bf16_layers=2", "train.fp8_bf16_layers=2", "between 0 and 1"),
     ("train.fp8=delayed", "train.fp8_bf16_layers=1", "between 0 and 0"),
     ("train.fp8=blockwise", "data.pad_to_multiple=16", "set it to 128"),
+    ("train.fp8_param_gather=true", "with train.fp8=off", "train.fp8=tensorwise or blockwise"),
+    (
+        "train.fp8_param_gather=true train.fp8=delayed train.fp8_bf16_layers=0",
+        "no checkpoint has the history",
+        "train.fp8=tensorwise or blockwise",
+    ),
+    (
+        "train.fp8_param_gather=true train.fp8=tensorwise train.fp8_bf16_layers=0",
+        "train.fp8_bf16_layers of at least 1",
+        "model.last_layer=all_rows",
+    ),
+    ("train.gradient_accumulation_fusion=maybe", "'maybe'", "must be one of auto, true, false"),
     ("model.num_attention_heads=3", "model.hidden_size=128", "model.num_attention_heads=3"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("written", "means"), [("true", True), ("false", False), ("on", True), ("off", False), ("auto", "auto")]
+)
+def test_gradient_fusion_is_written_as_it_always_was_or_auto(load, written, means):
+    found = load(f"train.gradient_accumulation_fusion={written}").train.gradient_accumulation_fusion
+    assert (type(found), found) == (type(means), means)
+
+
+def test_off_may_be_written_without_quotes(load):
+    """YAML 1.1 reads it as false."""
+    assert load("train.fp8=off").train.fp8 == "off"
 
 
 @pytest.mark.parametrize(("overrides", "what", "remedy"), RULES, ids=[rule[0] for rule in RULES])

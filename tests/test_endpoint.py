@@ -252,7 +252,7 @@ GOOD = "name: x, endpoint: http://h:1, model: m, api: chat"
         (f"{GOOD}, max_tokens: 0", "max_tokens=0 is not a whole number from 1 up"),
         ("name: x, path: models/x, api: chat", "unknown key `api`"),
         ("name: x, backend: transformers", "the key `path` is missing"),
-        ("name: x, backend: vllm", "backend='vllm' does not exist here; use `embedded`, `http`, `transformers`"),
+        ("name: x, backend: vllm", "backend='vllm' does not exist here; use `embedded`, `imitation`, `http`"),
     ],
 )
 def test_every_mistake_in_an_entry_is_one_clear_line(tmp_path, entry, message):

@@ -1,5 +1,6 @@
 """evaluate: what it writes, and that its label-swap self-check passes for scorers of text and fails for others."""
 
+import dataclasses
 import json
 
 import pytest
@@ -96,6 +97,8 @@ def test_swapping_labels_twice_gives_the_item_back_and_keeps_equal_levels_equal(
     swapped = swap_labels(partly)
     assert (swapped.candidates, swapped.levels) == (("c", "b", "a"), (0, 0, 2))
     assert swap_labels(swapped) == partly
+    named = dataclasses.replace(partly, labels=("x", "y", "z"), reference_label="x")
+    assert (swap_labels(named).labels, swap_labels(swap_labels(named))) == (("z", "y", "x"), named)
 
 
 def test_rewards_that_are_not_finite_stop_the_evaluation_and_leave_no_summary(tmp_path):

@@ -4,21 +4,35 @@ Everywhere else it is skipped: the other tests hide GPUs from themselves.
 """
 
 import dataclasses
+import os
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the deterministic mode; read when CUDA starts
 
 import numpy as np
 import pytest
 import torch
 from test_layouts import VOCAB_SIZE, make_config, random_comparisons
+from test_loader import make_dataset
 
-from megatron_polar.config.schema import ParallelSection
+from megatron_polar.config.schema import DataSection, FaultsSection, ParallelSection, RunConfig
+from megatron_polar.data.loader import load_steps, row_shape
 from megatron_polar.data.packing import build_micro_batch
+from megatron_polar.data.steps import Step, lay_out
 from megatron_polar.model.attention import ATTENTION_CLASSES
 from megatron_polar.model.build import build_model
+from megatron_polar.model.fp8_weights import is_fp8_weight
 from megatron_polar.model.layer_spec import transformer_engine_problem
 from megatron_polar.model.row_layout import make_row_layout
 from megatron_polar.parallel import topology as ranks
-from megatron_polar.parallel.device import select_device
-from megatron_polar.train.step import to_device
+from megatron_polar.parallel.device import make_deterministic, select_device
+from megatron_polar.parallel.transfer import tensors_of
+from megatron_polar.train.gradients import GradientReduction
+from megatron_polar.train.guard import StepGuard
+from megatron_polar.train.main_weights import main_weights
+from megatron_polar.train.objective import ranking_loss
+from megatron_polar.train.optimizer import build_optimizer
+from megatron_polar.train.state_dict import sharded_state
+from megatron_polar.train.step import to_device, train_step
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or transformer_engine_problem() is not None,
@@ -132,3 +146,135 @@ def test_transformer_engines_layers_give_the_rewards_of_the_local_ones(layout, l
     embedding = "embedding.word_embeddings.weight"
     one, other = gradients[embedding].ravel(), expected[embedding].ravel()
     assert one @ other / np.linalg.norm(one) / np.linalg.norm(other) > 0.99
+
+
+# --- Training --------------------------------------------------------------------------------------------------------
+
+
+def wide_config(**train) -> RunConfig:
+    """Wide enough for FP8 kernels and for a fused accumulation."""
+    config = make_config("unused", parallel={}, **({"precision": "bf16"} | train))
+    wide = {"hidden_size": 512, "ffn_hidden_size": 1024, "kv_channels": 64}
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, **wide),
+        data=dataclasses.replace(config.data, pad_to_multiple=128, max_tokens_per_micro_batch=256),
+        optimizer=dataclasses.replace(config.optimizer, lr=1e-6),  # else all is learnt in two steps
+    )
+
+
+def train_steps(config: RunConfig, *, place, steps: int):
+    """A model, its optimizer and the losses of some steps, each on comparisons of its own."""
+    device, topology = place
+    model = build_model(config, topology=topology, device=device, vocab_size=VOCAB_SIZE)
+    reduction = GradientReduction(model, device=device)
+    optimizer = build_optimizer(config.optimizer, model=model, reduction=reduction)
+    shape = row_shape(config.data, topology=topology, architecture=model.architecture)
+    losses = []
+    for number in range(steps):
+        rows = lay_out(random_comparisons(3), shape=shape, rank=0, pad_id=0)
+        step = Step(number, rows.micro_batches, rows.members, 1, 0, rows.imbalance, rows.num_rounds)
+        result = train_step(
+            model, optimizer=optimizer, step=step, reduction=reduction, guard=StepGuard(FaultsSection()),
+            topology=topology, device=device,
+        )  # fmt: skip
+        losses.append(result.sums["loss"] / result.sums["pairs"])
+    return model, optimizer, losses
+
+
+def test_gradients_added_up_inside_gemms_are_those_added_up_after_them(place):
+    """Several micro-batches, so that there is something to add to."""
+    found = {}
+    for requested in ("auto", False):
+        model, _, _ = train_steps(wide_config(gradient_accumulation_fusion=requested), place=place, steps=1)
+        assert model.gradient_fusion.transformer_engine == (requested == "auto")
+        found[requested] = {name: p.main_grad.clone() for name, p in model.cores[0].named_parameters()}
+    for name, gradient in found[False].items():
+        error = (found["auto"][name] - gradient).norm() / gradient.norm().clamp(min=1e-12)
+        assert error < 1e-2, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
+def test_weights_kept_in_fp8_train_as_copies_in_fp8_do(recipe, place):
+    """Both multiply the same FP8 numbers; checkpoints hold the optimizer's weights in bf16."""
+    _, _, plain = train_steps(wide_config(fp8=recipe), place=place, steps=4)
+    model, optimizer, kept = train_steps(wide_config(fp8=recipe, fp8_param_gather=True), place=place, steps=4)
+    np.testing.assert_allclose(kept, plain, rtol=2e-2)
+    in_fp8 = [p for p in model.cores[0].parameters() if is_fp8_weight(p)]
+    assert len(in_fp8) == 4 * (4 - 2)  # four matrices a layer, and a layer at each end in bf16
+    expected = main_weights(optimizer, in_fp8)
+    state = sharded_state(model, optimizer=optimizer, topology=place[1], is_loading=False)["model"]
+    saved = {
+        name: entry.data for name, entry in state.items() if isinstance(getattr(entry, "data", None), torch.Tensor)
+    }
+    assert not any(is_fp8_weight(value) for value in saved.values())
+    for name, weight in model.cores[0].named_parameters():
+        if is_fp8_weight(weight):
+            assert torch.equal(saved[name], expected[weight])
+            # Within FP8's rounding: the scale is of the whole matrix, or of a block.
+            assert (weight.dequantize() - expected[weight]).abs().max() < 0.1 * expected[weight].abs().max()
+
+
+def test_the_deterministic_mode_repeats_gradients_bit_for_bit(place, monkeypatch):
+    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+    config = dataclasses.replace(wide_config(), run=dataclasses.replace(wide_config().run, deterministic=True))
+    make_deterministic(place[0])
+    try:
+        (_, one, _), (_, other, _) = (rewards_and_gradients(config, place=place, dtype=torch.bfloat16) for _ in "ab")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+# --- Copies to the device --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_copied_asynchronously_arrives(layout, place):
+    device, topology = place
+    config = make_config("unused", parallel={}, layout=layout, precision="bf16")
+    model = build_model(config, topology=topology, device=device, vocab_size=VOCAB_SIZE, for_training=False)
+    batch = build_micro_batch(random_comparisons(3), layout=layout, pad_id=0, pad_to_multiple=16)
+    spread_over = model.reward_rows_multiple if model.reward_rows else None
+    expected = make_row_layout(batch, device=torch.device("cpu"), spread_over=spread_over)
+    for _ in range(20):  # memory of earlier copies is taken again
+        moved = to_device(batch, model=model, device=device, topology=topology)
+        torch.testing.assert_close(moved.tokens.cpu(), torch.from_numpy(batch.tokens), rtol=0, atol=0)
+        for one, other in zip(tensors_of(moved.layout), tensors_of(expected), strict=True):
+            assert one.is_cuda
+            assert torch.equal(one.cpu(), other)
+
+
+def test_forward_and_backward_never_wait_for_the_gpu(place):
+    """From the copy of a micro-batch to its gradients: torch raises where the host would wait."""
+    device, topology = place
+    model = build_model(wide_config(), topology=topology, device=device, vocab_size=VOCAB_SIZE, for_training=False)
+    batch = build_micro_batch(random_comparisons(3), layout="shared_prefix", pad_id=0, pad_to_multiple=128)
+
+    def run() -> None:
+        moved = to_device(batch, model=model, device=device, topology=topology)
+        rewards = model.chunks[0](moved.tokens, None, None, packed_seq_params=moved.layout)
+        ranking_loss(rewards, winners=moved.winners, losers=moved.losers).loss_sum.backward()
+
+    run()  # kernels are chosen and compiled once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_dalis_copies_on_the_gpu_equal_its_steps_and_torchs(num_workers, trajectory_corpus):
+    pytest.importorskip("nvidia.dali")
+    dataset = make_dataset(trajectory_corpus)
+    expected = load_steps(dataset, start=0, stop=6, data=DataSection(train=(), num_workers=0))
+    data = DataSection(train=(), num_workers=num_workers, prefetch_factor=2, loader="dali")
+    found = load_steps(dataset, start=0, stop=6, data=data, gpu=0)
+    for one, other in zip(expected, found, strict=True):
+        for a, b in zip(one.micro_batches, other.micro_batches, strict=True):
+            for name, there in b.on_device.items():
+                np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
+                assert there.is_cuda
+                np.testing.assert_array_equal(getattr(a, name), there.cpu().numpy(), err_msg=name)

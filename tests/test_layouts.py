@@ -26,6 +26,7 @@ from megatron_polar.data.steps import RowShape, build_step
 from megatron_polar.data.template import TokenizedComparison
 from megatron_polar.errors import UserError
 from megatron_polar.model.build import BuiltModel, build_model, make_transformer_config
+from megatron_polar.model.gradient_fusion import GradientFusion
 from megatron_polar.parallel import topology as ranks
 from megatron_polar.parallel.device import select_device
 from megatron_polar.train.gradients import GradientReduction
@@ -280,7 +281,7 @@ def fp8_settings(recipe: str, layers: int) -> tuple:
         build_model(config, topology=topology, device=device, vocab_size=VOCAB_SIZE)
     except UserError as error:
         refusal = str(error)
-    built = BuiltModel([], settings, None, 0, "", "", True)
+    built = BuiltModel([], settings, None, 0, "", "", True, GradientFusion(False, False, ""))
     ends = (settings.first_last_layers_bf16, settings.num_layers_at_start_in_bf16, settings.num_layers_at_end_in_bf16)
     return settings.fp8, str(settings.fp8_recipe), ends, built.reward_rows_multiple, refusal
 

@@ -8,31 +8,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from published_files import published, write_json, write_lines
 
 from megatron_polar.data import public
 from megatron_polar.data.records import Preference, TrajectoryGroup, parse_record
 from megatron_polar.errors import UserError
 
 REPOSITORY = Path(__file__).parent.parent
-SHARED = REPOSITORY.parent / "shared" / "data"
-
-
-def published(name: str) -> Path:
-    path = SHARED / name
-    if not path.exists():
-        pytest.skip(f"the publisher's files are not here ({name} beside the repository in shared/data)")
-    return path
-
-
-def write_json(path: Path, value) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value), encoding="utf-8")
-    return path
-
-
-def write_lines(path: Path, rows) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def parsed(records):

@@ -11,7 +11,8 @@ import pytest
 
 from megatron_polar.errors import UserError
 from megatron_polar.score.evaluate import evaluate
-from megatron_polar.score.page import Line, Section, cards, line_figure, number, share, table, write_report
+from megatron_polar.score.figures import Line, line_figure
+from megatron_polar.score.page import Section, cards, number, share, table, write_report
 from megatron_polar.score.report import evaluation_report, read_metrics, read_rewards, training_report
 from megatron_polar.score.suites import EvaluationItem
 
@@ -139,8 +140,8 @@ def test_every_reference_inside_the_report_has_its_target(page):
 
 
 def test_the_report_has_every_plot_under_its_heading(page):
-    plots = ["Accuracy with 95 % intervals", "Rewards", "Loss", "Accuracy", "Margin", "Gradient norm"]
-    plots += ["Learning rate", "Throughput", "Tokens"]
+    plots = ["Accuracy with 95 % intervals", "Rewards", "Reliability of the probabilities", "Accuracy and length"]
+    plots += ["Loss", "Accuracy", "Margin", "Gradient norm", "Learning rate", "Throughput", "Tokens"]
     assert [heading for heading in page.headings if heading in plots] == plots
     assert page.num_plots == len(plots)
 
@@ -231,9 +232,76 @@ def test_a_directory_without_metrics_is_named(tmp_path):
 def test_an_evaluation_alone_becomes_a_report(tmp_path):
     summary = run_evaluation(tmp_path, num_categories=1)
     page = Page(evaluation_report(summary, rewards=tmp_path / "rewards.jsonl", output=tmp_path / "report.html"))
-    assert page.num_plots == 2 and "mean of 1" not in page.text
+    assert page.num_plots == 4 and "mean of 1" not in page.text
+    assert page.headings[1:] == [
+        *("Accuracy", "Accuracy with 95 % intervals", "Rewards"),
+        *("Calibration", "Reliability of the probabilities", "Length", "Accuracy and length"),
+    ]
     without = Page(evaluation_report(summary, rewards=None, output=tmp_path / "without.html"))
-    assert without.num_plots == 1
+    assert without.num_plots == 3
+
+
+def test_the_sections_hold_the_figures_of_the_summary(tmp_path):
+    summary = run_evaluation(tmp_path, num_categories=1)
+    page = Page(evaluation_report(summary, rewards=None, output=tmp_path / "report.html"))
+    shown = {row[0][0]: [text for text, _ in row[1:]] for row in page.rows}
+    for name, key in (
+        ("rewards and length", "reward_and_length"),
+        ("the known order and length", "quality_and_length"),
+    ):
+        found = summary["length_bias"][key]
+        assert shown[name] == [share(found[entry]) for entry in ("correlation", "low", "high", "num_items")]
+    for one in summary["calibration"]["bins"]:
+        values = [share(one[key]) for key in ("num_pairs", "confidence", "accuracy")]
+        assert shown[f"{one['low']:.2f} to {one['high']:.2f}"] == values
+    fit = summary["calibration"]["fit"]
+    assert shown["log loss"] == [share(fit["log_loss_before"]), share(fit["log_loss_after"])]
+    assert f"<b>{number(summary['calibration']['ece'])}</b>" in page.text
+
+
+def test_a_summary_of_an_older_version_is_shown_without_the_newer_sections(tmp_path):
+    summary = run_evaluation(tmp_path, num_categories=1)
+    newer = ("reference_scheme", "reference_scheme_meaning", "free_wins", "published", "policy_pairs", "calibration")
+    older = {key: value for key, value in summary.items() if key not in (*newer, "length_bias")}
+    page = Page(evaluation_report(older, rewards=None, output=tmp_path / "report.html"))
+    assert page.headings[1:] == ["Accuracy", "Accuracy with 95 % intervals"]
+
+
+def heat_of(tmp_path: Path, num_policies: int) -> tuple[dict, Page]:
+    names = [f"<{number}>" for number in range(num_policies)]
+    items = [
+        EvaluationItem(
+            f"{own}{other}", f"p{i}", "r", (f"good {own}{i}", f"x {other}"), (0, 1), "c", "sft", (own, other), own
+        )
+        for own in names
+        for i, other in enumerate(names)
+        if own != other
+    ]
+    summary = evaluate(Favouring(), items, output=tmp_path, suite="policies", reference_scheme="leave-one-out")
+    return summary, Page(evaluation_report(summary, rewards=None, output=tmp_path / "report.html"))
+
+
+def test_the_heat_map_holds_the_matrix_of_policies(tmp_path):
+    summary, page = heat_of(tmp_path, 5)
+    pairs = summary["policy_pairs"]
+    columns = [text for text, _ in page.rows[[row[0][0] for row in page.rows].index("")]][3:]
+    assert sorted(columns) == pairs["policies"]
+    for row in (row for row in page.rows if row[0][0] in pairs["policies"] and len(row) == 8):
+        own = pairs["policies"].index(row[0][0])
+        for (text, _), other in zip(row[3:], map(pairs["policies"].index, columns), strict=True):
+            accuracy = pairs["accuracy"][own][other]
+            assert text == ("" if accuracy is None else f"{100 * accuracy:.0f}")
+        assert row[1][0] == f"{100 * pairs['by_reference'][row[0][0]]['accuracy']:.0f}"
+        assert row[2][0] == f"{100 * pairs['auc'][row[0][0]]['auc']:.0f}"
+    assert page.num_plots == 4 and "AUC by the policy of the reference" in page.headings
+    title = f'title="&lt;0&gt; / &lt;1&gt;: {pairs["accuracy"][0][1]:.4f} of 1">{100 * pairs["accuracy"][0][1]:.0f}'
+    assert f"{title}<small>1</small>" in page.text and "<0>" not in page.text
+
+
+def test_a_large_heat_map_keeps_its_counts_for_those_who_point_at_a_cell(tmp_path):
+    _, page = heat_of(tmp_path, 26)
+    assert 'class="heat dense"' in page.text and "<small>" not in page.text
+    assert len(re.findall(r'<td style="background[^"]*" title="[^"]* of 1">', page.text)) == 26 * 25
 
 
 def test_rewards_are_those_of_the_best_and_the_worst_answers(tmp_path):

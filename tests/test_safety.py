@@ -23,7 +23,9 @@ from megatron_polar.manifest import Damaged
 from megatron_polar.train.build import refuse_planted_outputs
 from megatron_polar.train.checkpoint_files import find_checkpoint, verify_checkpoint
 from megatron_polar.train.journal import Journal, LineFile
+from megatron_polar.train.last_words import LastWords
 from megatron_polar.train.shard_files import _METADATA_CLASSES, read_metadata
+from megatron_polar.train.verdicts import Process
 
 PACKAGE = Path(__file__).resolve().parents[1] / "megatron_polar"
 
@@ -220,6 +222,22 @@ def test_lines_are_not_appended_to_what_a_link_leads_to(tmp_path, capfd):
     assert capfd.readouterr().err.count("cannot be written now") == 2
 
 
+def test_last_words_are_not_written_through_a_link(tmp_path):
+    run, victim = tmp_path / "run", tmp_path / "victim"
+    (run / "stacks").mkdir(parents=True)
+    victim.write_bytes(b"precious")
+    written = [run / "heartbeat", run / "stacks/rank_00000.txt"]
+    for path in written:
+        os.link(victim, path)
+    words = LastWords(run, process=Process.of_this(0), exit_code=1)
+    words.beat("step", 3)
+    words.stacks("hangs")
+    words.finish()
+    assert victim.read_bytes() == b"precious"
+    assert written[0].read_text() == "step of step 3\n"
+    assert "hangs" in written[1].read_text() and "Thread" in written[1].read_text()
+
+
 @pytest.mark.parametrize("planted", ["checkpoints", "tensorboard", "stacks", "metrics.jsonl", "stacks/rank_00000.txt"])
 def test_outputs_that_are_links_are_refused_before_anything_is_written(planted, tmp_path):
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
@@ -300,6 +318,7 @@ def test_the_package_has_no_way_to_run_what_it_reads():
 
 MAY_USE_TRANSFORMERS = {
     "examples/quickstart/score_with_transformers.py",
+    "examples/study/base_model.py",
     "examples/study/rft_policies.py",
     "megatron_polar/convert/internlm2/configuration_internlm2.py",
     "megatron_polar/convert/internlm2/modeling_internlm2.py",
@@ -307,7 +326,8 @@ MAY_USE_TRANSFORMERS = {
     "megatron_polar/policies/local.py",
     "megatron_polar/score/verify_export.py",
 }
-"""What reads or is part of an export that was just written here, and policies from local directories that a pool names
+"""What reads or is part of an export that was just written here, base models that the study has just trained, and
+policies from local directories that a pool names
 (safetensors only; a directory that asks for code of its own is refused before transformers sees it). Nothing else that
 comes from elsewhere meets transformers."""
 

@@ -17,6 +17,7 @@ from megatron_polar.config.load import dump_config, load_config
 from megatron_polar.config.presets import PRESETS
 from megatron_polar.config.schema import DatasetSource, ParallelSection
 from megatron_polar.errors import USER_ERROR, UserError
+from megatron_polar.scaling.fp8 import num_fp8_layers
 from megatron_polar.scaling.laws import SIZES, batch_size, peak_learning_rate
 from megatron_polar.scaling.memory import (
     Layout,
@@ -178,6 +179,69 @@ def test_one_layer_keeps_what_the_table_says(seven_billion):
     packed = seven_billion("train.recompute=none", "data.layout=packed")
     assert layer_activations(packed, layout=ONE) == layer - 2 * 2 * gd
     assert layer_activations(config, layout=dataclasses.replace(ONE, cp=2)) == layer + 2 * nd
+
+
+# --- FP8, by hand: Transformer Engine's tables stand in scaling/fp8.py -----------------------------------------------
+
+
+FP8 = ("train.recompute=none", "data.pad_to_multiple=128", "train.fp8=tensorwise")
+
+
+def test_an_fp8_layer_keeps_what_its_table_says(seven_billion):
+    h, nd, f = 4096, 32 * 128, 14336
+    config = seven_billion(*FP8)
+    bf16 = layer_activations(config, layout=ONE)
+    assert bf16 == layer_activations(seven_billion("train.recompute=none"), layout=ONE)
+    change = -2 * h + nd - f
+    assert layer_activations(config, layout=ONE, in_fp8=True) == bf16 + change
+    tp2 = dataclasses.replace(ONE, tp=2, sequence_parallel=True)
+    assert layer_activations(config, layout=tp2, in_fp8=True) == (bf16 + change) // 2
+    blocks = seven_billion(*FP8, "train.fp8=blockwise")
+    scales = (2 * h + nd + f) * 4 // 128
+    assert layer_activations(blocks, layout=ONE, in_fp8=True) == bf16 + change + scales
+
+
+def test_fp8_weights_stand_beside_or_in_the_place_of_those_in_bf16(seven_billion):
+    def stage(*overrides, number=0):
+        return estimate_memory(seven_billion(*overrides), world_size=8, embedding_rows=92544).stages[number]
+
+    plain, copies = stage("train.recompute=none"), stage(*FP8)
+    matrices = 30 * PRESETS["polar_7b"].layer_parameters // 2  # TP 2; one layer at each end stays in bf16
+    assert (plain.fp8_weights, copies.fp8_weights) == (0, 2 * matrices)
+    assert copies.weights == plain.weights
+    alone = stage(*FP8, "train.fp8_param_gather=true")
+    assert alone.fp8_weights == copies.fp8_weights
+    assert alone.weights == plain.weights - 2 * matrices
+    for one in (copies, alone):
+        assert (one.gradients, one.optimizer) == (plain.gradients, plain.optimizer)
+    delayed = stage(*FP8, "train.fp8=delayed", "train.fp8_bf16_layers=0")
+    assert delayed.fp8_weights == 2 * matrices * 32 // 30
+
+
+def test_layers_in_bf16_lie_on_the_first_and_the_last_stage(seven_billion):
+    pipeline = [*FP8, "train.fp8_bf16_layers=2", "parallel.pipeline_model_parallel_size=4"]
+    config = seven_billion(*pipeline)
+    assert [num_fp8_layers(config, pp=4, stage=stage) for stage in range(4)] == [6, 8, 8, 6]
+    assert [num_fp8_layers(config, pp=32, stage=stage) for stage in (0, 1, 2, 30, 31)] == [0, 0, 1, 0, 0]
+    stages = estimate_memory(config, world_size=8, embedding_rows=92544).stages
+    layout = dataclasses.replace(ONE, tp=2, sequence_parallel=True)
+    bf16, fp8 = (layer_activations(config, layout=layout, in_fp8=x) for x in (False, True))
+    row, angles, tokens = 2 * 4096 // 2, 4 * 128, 32768
+    assert stages[1].activations == 3 * tokens * (8 * fp8 + angles + row)
+    assert stages[3].activations == tokens * (2 * bf16 + 6 * fp8 + angles + 2 * row)
+
+
+def test_the_plan_tells_fp8_weights_apart(capsys):
+    arguments = ["plan", str(ROOT / "examples/pretrain_7b.yaml"), "--no-paths", "--nodes", "16"]
+    assert main([*arguments, "train.fp8=tensorwise", "data.pad_to_multiple=128"]) == 0
+    said = capsys.readouterr().out
+    assert "bf16 with FP8 tensorwise" in said
+    # 30 layers of a TP rank of two, a byte for each weight and one for its transpose.
+    assert (
+        f"{2 * 30 * PRESETS['polar_7b'].layer_parameters / 2 / 1e9:.2f}  weights in FP8, and their transposes" in said
+    )
+    assert main(arguments) == 0
+    assert "in FP8" not in capsys.readouterr().out
 
 
 def test_full_recomputation_keeps_block_inputs_and_one_block(seven_billion):

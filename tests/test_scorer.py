@@ -352,3 +352,29 @@ def score_cut(checkpoint, item, directory):
     summary = evaluate(scorer, [item], output=directory / "out", suite="s")
     (line,) = (directory / "out" / "rewards.jsonl").read_text().splitlines()
     return summary, json.loads(line)["rewards"]
+
+
+def test_evaluate_names_its_references_and_takes_answers_of_a_policy(trained, trajectory_corpus, tmp_path, capfd):
+    texts = trajectory_corpus.parent / "input.jsonl"
+
+    def command(*arguments) -> int:
+        options = ("--checkpoint", trained.run.directory, "--output", tmp_path / "out", "--device", "cpu")
+        return run_ranks(cli.main, 1, ["evaluate", *map(str, (*arguments, *options))])[0]
+
+    assert command("--suite", "policies", "--data", texts, "--comparisons-per-prompt", 3) == 0
+    assert "policies, reference leave-one-out: accuracy" in capfd.readouterr().err
+    several = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert several["num_items"] > 2 * len(texts.read_text().splitlines())
+    assert (tmp_path / "out" / "policy_pairs.csv").is_file()
+    policy = several["policy_pairs"]["policies"][0]
+    rows = [{"prompt": json.loads(line)["prompt"], "reference": "r", "chosen": "good", "rejected": "bad"}
+            for line in texts.read_text().splitlines()]  # fmt: skip
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answers = ("--reference-scheme", f"policy:{policy}", "--reference-answers", texts)
+    assert command("--suite", "preferences", "--data", tmp_path / "p.jsonl", *answers) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["reference_scheme"], summary["policy_pairs"]) == (f"policy:{policy}", None)
+    assert not (tmp_path / "out" / "policy_pairs.csv").exists()  # it was the earlier evaluation's
+    capfd.readouterr()
+    assert command("--suite", "judgebench", "--data", texts, "--reference-scheme", "gold") == 2
+    assert "error: suite 'judgebench' has no references for the scheme 'gold'" in capfd.readouterr().err

@@ -93,6 +93,25 @@ def test_recomputation_and_layout_of_rows_cost_what_they_compute(seven_billion):
     assert packed.compute / full.compute == pytest.approx(tokens["packed"] / tokens["shared"], rel=0.02)
 
 
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "delayed"])
+def test_fp8_is_about_as_much_faster_as_published(recipe, seven_billion):
+    """torchtitan measured 1.28 on H100 for an 8B model (8,532 over 6,667 tokens/s, 2024-12), with its own kernels."""
+    ends = {"fp8_bf16_layers": 0} if recipe == "delayed" else {}
+    bf16 = change(seven_billion, "train", recompute="none")
+    fp8 = change(bf16, "train", fp8=recipe, **ends)
+    assert time_of(bf16).seconds / time_of(fp8).seconds == pytest.approx(1.28, rel=0.2)
+
+
+def test_weights_in_fp8_are_gathered_in_half_the_time(seven_billion):
+    plain = change(
+        change(seven_billion, "train", fp8="tensorwise"), "optimizer",
+        overlap_grad_reduce=False, overlap_param_gather=False,
+    )  # fmt: skip
+    gathered = change(plain, "train", fp8_param_gather=True)
+    # fp32 gradients, 4 bytes, and weights: 2 bytes, or 1.
+    assert time_of(gathered).data_parallel / time_of(plain).data_parallel == pytest.approx(5 / 6)
+
+
 def test_more_gpus_are_faster_and_less_well_used(seven_billion):
     times = [time_of(seven_billion, nodes=nodes) for nodes in (4, 16, 64, 256)]
     assert [time.seconds for time in times] == sorted((time.seconds for time in times), reverse=True)

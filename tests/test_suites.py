@@ -3,28 +3,13 @@
 import gzip
 import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from published_files import published, write_lines
 
 from megatron_polar.errors import UserError
 from megatron_polar.score.evaluate import evaluate
 from megatron_polar.score.suites import EvaluationItem, load_suite
-
-SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
-
-
-def published(name: str) -> Path:
-    path = SHARED / name
-    if not path.exists():
-        pytest.skip(f"the publisher's files are not here ({name} beside the repository in shared/data)")
-    return path
-
-
-def write_lines(path: Path, rows) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def group(prompt: str, policies: dict[str, int], **more) -> dict:

@@ -21,6 +21,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="JSONL, gzipped where it ends in .gz")
     parser.add_argument("--split", choices=("train", "heldout", "all"), default="train")
     parser.add_argument("--pairs-per-problem", type=int, default=1, help="at most, of up to four there are")
+    parser.add_argument(
+        "--references", type=int, default=1, help="at most so many references a record, where there are"
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -31,6 +34,7 @@ def main() -> int:
         arguments.input,
         split=arguments.split,
         pairs_per_problem=arguments.pairs_per_problem,
+        max_references=arguments.references,
         seed=arguments.seed,
         skipped=skipped,
     )

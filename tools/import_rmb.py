@@ -20,6 +20,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--all-trios", action="store_true", help="every trio of a conversation, not the best judged one"
     )
+    parser.add_argument(
+        "--references", type=int, default=1, help="at most so many references a record, where there are"
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -28,7 +31,11 @@ def main() -> int:
     arguments, skipped = parse_arguments(), Counter()
     trios = None if arguments.all_trios else 1
     records = public.rmb_preferences(
-        arguments.input, trios_per_conversation=trios, seed=arguments.seed, skipped=skipped
+        arguments.input,
+        trios_per_conversation=trios,
+        max_references=arguments.references,
+        seed=arguments.seed,
+        skipped=skipped,
     )
     log.info(public.describe_import(public.write_records(records, output=arguments.output), arguments.output, skipped))
     return 0

@@ -17,7 +17,7 @@ that names the nearest right one. `megatron-polar train CONFIG.yaml --dry-run` c
 
 
 def render() -> str:
-    """The whole page: one table for each section of RunConfig, and one for each class that a section lists."""
+    """The whole page: one table for each section of RunConfig, and one for each class in a section."""
     classes = {node.name: node for node in ast.parse(SCHEMA.read_text()).body if isinstance(node, ast.ClassDef)}
     page = HEAD
     for section, (kind, _, _) in fields(classes["RunConfig"]).items():
@@ -28,6 +28,9 @@ def render() -> str:
                 users.setdefault(inner.removeprefix("list of "), []).append(f"`{section}.{name}`")
         for listed, names in users.items():
             page += f"\nEach `{listed}` in {' and '.join(names)}:\n\n{table(classes[listed])}"
+        for name, (inner, _, _) in fields(classes[kind]).items():
+            if inner in classes:
+                page += f"\n`{section}.{name}`:\n\n{table(classes[inner])}"
     return page
 
 
@@ -45,8 +48,10 @@ def fields(node: ast.ClassDef) -> dict[str, tuple[str, str, str]]:
             text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
             kind = ast.unparse(item.annotation).replace("tuple[", "list of ").replace(", ...]", "")
             kind = kind.removeprefix("Literal[").removesuffix("]").replace("'", "`").replace(" | None", " or null")
+            kind = kind.replace("True", "`true`").replace("False", "`false`")
             value = "required" if item.value is None else ast.unparse(item.value).replace("'", "")
             default = value if item.value is None else words.get(value, f"`{value}`")
+            default = "below" if value.startswith("field(") else default
             found[item.target.id] = kind, default, " ".join(text.split()).replace("|", "\\|")
     return found
 

@@ -118,10 +118,13 @@ def _convert(hint: Any, value: Any, *, key: str, source: str) -> Any:
             raise UserError(f"{source}: {key}={value!r} must be a list")
         return tuple(_convert(arguments[0], item, key=f"{key}[{i}]", source=source) for i, item in enumerate(value))
     if origin is Literal:
-        if value not in arguments:
-            near = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1)
+        if isinstance(value, bool) and value not in arguments:
+            value = "on" if value else "off"  # YAML 1.1 reads both as booleans
+        if not any(value == a and type(value) is type(a) for a in arguments):
+            names = [str(a).lower() if isinstance(a, bool) else a for a in arguments]
+            near = difflib.get_close_matches(str(value), names, n=1)
             hint_text = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"{source}: {key}={value!r} must be one of {', '.join(map(str, arguments))}{hint_text}")
+            raise UserError(f"{source}: {key}={value!r} must be one of {', '.join(names)}{hint_text}")
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -95,6 +95,24 @@ class DatasetSource:
 
 
 @dataclass(frozen=True)
+class CurriculumSection:
+    record: bool = True
+    """Count how often each pair of policies is ranked rightly, for the report; `contrast: by_difficulty` needs it."""
+    interval: int = 100
+    """Steps in a period: draws of a period use what was counted up to the end of the period before the last."""
+    half_life: int = 4
+    """Periods after which all counts are halved, so that they follow the model as it learns."""
+    floor: float = 0.2
+    """`by_difficulty`: share of the draws that are uniform all the same, from 0 to 1."""
+    temperature: float = 1.0
+    """`by_difficulty`: a pair is drawn in proportion to its error rate to the power 1/temperature; at least 0.05, and
+    the larger, the closer to uniform."""
+    prior_comparisons: float = 8.0
+    """Comparisons, half of them wrong, that every pair is taken to have had before the first: few outcomes move its
+    error rate little, and a pair never seen counts as hard as chance."""
+
+
+@dataclass(frozen=True)
 class DataSection:
     train: tuple[DatasetSource, ...]
     """Training datasets."""
@@ -104,6 +122,10 @@ class DataSection:
     """Tokenizer that the datasets must have been made with; default: the one stored in the first training dataset."""
     candidates_per_comparison: int = 2
     """K: candidates scored against one reference (2 = the paper); rankings shorter than K keep all their candidates."""
+    contrast: Literal["uniform", "by_difficulty"] = "uniform"
+    """Which policies of a document meet: any, or more often those whose order the model gets wrong (`curriculum`)."""
+    curriculum: CurriculumSection = field(default_factory=CurriculumSection)
+    """Counts of right and wrong orders for each pair of policies, and how `contrast: by_difficulty` uses them."""
     max_sequence_length: int = 16384
     """Longest full sequence (prompt + reference + prompt + candidate) in tokens; longer prompts lose their head."""
     layout: Literal["shared_prefix", "packed", "padded"] = "shared_prefix"
@@ -139,6 +161,10 @@ class TrainSection:
     embedding and reward head stay as they are. Not run on a GPU yet."""
     fp8_bf16_layers: int = 1
     """With `fp8`: first and last layers that stay in bf16, so many at each end (`delayed` wants 0)."""
+    fp8_param_gather: bool = False
+    """With `fp8: tensorwise` or `blockwise`: keep the weights of FP8 layers in FP8 and gather them so after an update,
+    which saves the bf16 copy and half of the gather; fp32 weights stay with the optimizer, and checkpoints hold bf16.
+    Not run on a GPU yet."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in the backward pass: none, core attention, or whole layers."""
     recompute_num_layers: int = 1
@@ -149,8 +175,9 @@ class TrainSection:
     """Add gradients up in one order, whatever the number of data-parallel ranks: runs are then bitwise equal over DP
     sizes. A mode for tests and for hunting bugs: slow, and it needs fp32, no dropout and
     `optimizer.use_distributed_optimizer: false`."""
-    gradient_accumulation_fusion: bool = False
-    """Accumulate weight gradients inside the GEMM (needs Apex's fused_weight_gradient_mlp_cuda on a GPU)."""
+    gradient_accumulation_fusion: Literal["auto", True, False] = "auto"
+    """Add up weight gradients inside the GEMMs that compute them: `auto` where Apex or Transformer Engine's layers can
+    (the log says which), `true` refuses to run where neither can; never on the CPU."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Checks across sections: what does not fit together is refused before a GPU hour is spent."""
 
 from megatron_polar.config.presets import Architecture, architecture_of
-from megatron_polar.config.schema import ParallelSection, RunConfig
+from megatron_polar.config.schema import DataSection, ParallelSection, RunConfig
 from megatron_polar.errors import UserError
 
 
@@ -85,9 +85,31 @@ def _check_ranges(config: RunConfig) -> None:
     for key, value in above_0.items():
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"{key}={value} must be above 0")
+    _check_curriculum(config.data)
     if config.data.max_sequence_length < 16:
         raise UserError(
             f"data.max_sequence_length={config.data.max_sequence_length} leaves no room for text; use 16 or more"
+        )
+
+
+def _check_curriculum(data: DataSection) -> None:
+    section = data.curriculum
+    for key, least in (("interval", 2), ("half_life", 1)):
+        if getattr(section, key) < least:
+            raise UserError(f"data.curriculum.{key}={getattr(section, key)} must be at least {least}")
+    if not 0 <= section.floor <= 1:
+        raise UserError(f"data.curriculum.floor={section.floor} must lie between 0 and 1: it is a share of the draws")
+    if not 0.05 <= section.temperature < float("inf"):
+        raise UserError(f"data.curriculum.temperature={section.temperature} must be at least 0.05, and finite")
+    if not 0 < section.prior_comparisons < float("inf"):
+        raise UserError(
+            f"data.curriculum.prior_comparisons={section.prior_comparisons} must be above 0: a pair that was never "
+            f"seen would have no error rate"
+        )
+    if data.contrast == "by_difficulty" and not section.record:
+        raise UserError(
+            "data.contrast=by_difficulty draws by what is counted, and data.curriculum.record=false counts nothing; "
+            "set it to true"
         )
 
 
@@ -187,6 +209,7 @@ def _check_training(config: RunConfig) -> None:
 
 def _check_fp8(config: RunConfig) -> None:
     train = config.train
+    _check_fp8_weights(config)
     if train.fp8 == "off":
         return
     if train.precision != "bf16":
@@ -203,6 +226,31 @@ def _check_fp8(config: RunConfig) -> None:
         raise UserError(
             f"data.pad_to_multiple={config.data.pad_to_multiple}: FP8 kernels of train.fp8={train.fp8} need rows of a "
             f"multiple of {multiple} tokens; set it to {multiple}"
+        )
+
+
+def _check_fp8_weights(config: RunConfig) -> None:
+    """What `train.fp8_param_gather` needs of Megatron-Core 0.16.1, of Transformer Engine 2.11 and of us."""
+    train = config.train
+    if not train.fp8_param_gather:
+        return
+    if train.fp8 not in ("tensorwise", "blockwise"):
+        history = ": no checkpoint has the history that its scales come from, so a resume would round weights wrongly"
+        why = history if train.fp8 == "delayed" else ""
+        raise UserError(
+            f"train.fp8_param_gather=true is not possible with train.fp8={train.fp8}{why}; use train.fp8=tensorwise or "
+            f"blockwise, or set it to false"
+        )
+    if not config.optimizer.use_distributed_optimizer:
+        raise UserError(
+            "train.fp8_param_gather=true needs optimizer.use_distributed_optimizer=true: Megatron-Core's other "
+            "optimizers do not know weights in FP8"
+        )
+    if config.model.last_layer == "reward_rows" and train.fp8_bf16_layers < 1:
+        raise UserError(
+            "train.fp8_param_gather=true with model.last_layer=reward_rows needs train.fp8_bf16_layers of at least 1: "
+            "that layer takes its QKV weight apart, which a weight in FP8 does not allow; or use "
+            "model.last_layer=all_rows"
         )
 
 

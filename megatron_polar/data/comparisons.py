@@ -1,16 +1,19 @@
 """(seed, epoch, index) → Comparison: which trajectories are compared at which place of an epoch.
 
-Everything here is a pure function of the seed, the index and the data: no state, no files, the same on every rank and
-for every layout. An index counts comparisons over all epochs: epoch = index // comparisons per epoch.
+Everything here is a pure function of the seed, the index and the data, and with `data.contrast: by_difficulty` of a
+table of how hard pairs of policies are (curriculum.py): no state, no files, the same on every rank, in every layout.
+An index counts comparisons over all epochs: epoch = index // comparisons per epoch.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_polar.config.schema import DatasetSource
+from megatron_polar.config.schema import CurriculumSection, DatasetSource
 from megatron_polar.data.corpus import Corpus, StoredDocument
+from megatron_polar.data.curriculum import DifficultyTable, draw_hard_contrast
 from megatron_polar.data.template import ControlTokens, TokenizedComparison, assemble_comparison
 from megatron_polar.errors import UserError
 
@@ -49,11 +52,22 @@ class ComparisonDataset:
     An epoch has as many comparisons as all corpora have documents; a corpus contributes its share by weight (by size
     where no weights are given), walking through its documents in an order of its own, so that over epochs every
     document is used equally often. Trajectory documents give reference and candidate 1 from one policy and candidates
-    2..K from others (paper eq. 7); preferences give their candidates in ranked order (eq. 8).
+    2..K from others (paper eq. 7); preferences give their candidates in ranked order (eq. 8). Of several references
+    each pass over the documents takes another one, all in turn. With a `curriculum` the policies of a trajectory
+    document are drawn by difficulty, else uniformly; which document an index means, and how preferences are drawn, does
+    not depend on it.
+
+    `policies` are the names in all corpora, sorted: a policy has one number wherever it appears.
     """
 
     def __init__(
-        self, sources: Sequence[DatasetSource], *, seed: int, candidates_per_comparison: int, max_sequence_length: int
+        self,
+        sources: Sequence[DatasetSource],
+        *,
+        seed: int,
+        candidates_per_comparison: int,
+        max_sequence_length: int,
+        curriculum: CurriculumSection | None = None,
     ):
         self.corpora = [Corpus(source.path) for source in sources]
         self.seed = seed
@@ -62,6 +76,10 @@ class ComparisonDataset:
         self.control = _shared_control_tokens(self.corpora, sources)
         self._shares = _shares([len(corpus) for corpus in self.corpora], [source.weight for source in sources])
         self._ends = np.cumsum(self._shares)
+        self.curriculum = curriculum
+        self.policies = tuple(sorted({name for corpus in self.corpora for name in corpus.policies}))
+        numbers = {name: number for number, name in enumerate(self.policies)}
+        self._numbers = [np.array([numbers[name] for name in c.policies], dtype=np.int64) for c in self.corpora]
 
     def __len__(self) -> int:
         """Comparisons per epoch."""
@@ -72,6 +90,9 @@ class ComparisonDataset:
         """SHA-256 (hex) over everything that decides which comparison an index means."""
         parts = [corpus.fingerprint for corpus in self.corpora] + [str(share) for share in self._shares]
         parts += [str(self.seed), str(self.candidates_per_comparison), str(self.max_sequence_length)]
+        if self.curriculum is not None:
+            names = ("interval", "half_life", "floor", "temperature", "prior_comparisons")
+            parts += ["by_difficulty", *(f"{name}={getattr(self.curriculum, name)!r}" for name in names)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     @property
@@ -88,8 +109,13 @@ class ComparisonDataset:
         start = int(self._ends[source] - self._shares[source])
         return source, epoch * int(self._shares[source]) + place - start
 
-    def comparison(self, index: int) -> TokenizedComparison:
-        """Draw comparison `index` (any non-negative integer; epochs follow each other)."""
+    def comparison(self, index: int, table: DifficultyTable | None = None) -> TokenizedComparison:
+        """Draw comparison `index` (any non-negative integer; epochs follow each other); with a curriculum, by the
+        table of the step that it belongs to."""
+        if (table is None) != (self.curriculum is None):
+            raise ValueError(
+                "comparisons are drawn with a table of difficulties if, and only if, there is a curriculum"
+            )
         source, draw = self.locate(index)
         corpus = self.corpora[source]
         cycle, position = divmod(draw, len(corpus))
@@ -102,15 +128,37 @@ class ComparisonDataset:
                 f"another, or two ranked answers); preprocess did not write it"
             )
         generator = np.random.default_rng([self.seed, source, cycle, document])
-        choose = _draw_contrast if stored.kind == "trajectories" else _draw_ranking
-        reference, candidates, levels = choose(stored, count=self.candidates_per_comparison, generator=generator)
-        return assemble_comparison(
+        count, policies = self.candidates_per_comparison, ()
+        if stored.kind == "trajectories":
+            ids = self._numbers[source][stored.policy_ids]
+            if table is None:
+                reference, candidates, levels = _draw_contrast(stored, count=count, generator=generator)
+            else:
+                reference, candidates, levels = draw_hard_contrast(ids, table=table, count=count, generator=generator)
+            policies = tuple(ids[[reference, *candidates]].tolist())
+        else:
+            candidates, levels = _draw_ranking(stored, count=count, generator=generator)
+            first = _mix64(_mix64(_mix64(self.seed) + source) + document)  # not the same one for all documents
+            reference = (first + cycle) % stored.num_references
+        assembled = assemble_comparison(
             stored.halves[reference],
             [stored.halves[i] for i in candidates],
             levels=levels,
             control=self.control,
             max_length=self.max_sequence_length,
         )
+        return dataclasses.replace(assembled, policies=policies)
+
+    def share_with_a_choice(self, *, num_documents: int = 256) -> float:
+        """Of the first trajectory documents of each corpus, the share that offers more policies than a comparison
+        needs, so that a curriculum can choose."""
+        found = []
+        for corpus in self.corpora:
+            for stored in map(corpus.document, range(min(num_documents, len(corpus)))):
+                if stored.kind == "trajectories":
+                    sizes = np.unique(stored.policy_ids, return_counts=True)[1]
+                    found.append((sizes >= 2).sum() > 1 or len(sizes) > self.candidates_per_comparison)
+        return float(np.mean(found)) if found else 0.0
 
 
 def _shares(sizes: Sequence[int], weights: Sequence[float | None]) -> np.ndarray:
@@ -141,7 +189,7 @@ def _shared_control_tokens(corpora: Sequence[Corpus], sources: Sequence[DatasetS
 
 def _has_contrast(document: StoredDocument) -> bool:
     if document.kind == "preference":
-        return len(document.halves) > 2
+        return len(document.halves) - document.num_references > 1
     ids = document.policy_ids.tolist()
     return 1 < len(set(ids)) < len(ids)
 
@@ -167,9 +215,9 @@ def _draw_contrast(
 
 def _draw_ranking(
     document: StoredDocument, *, count: int, generator: np.random.Generator
-) -> tuple[int, list[int], tuple[int, ...]]:
-    """The stored ranking; of a longer one, `count` candidates in their order."""
-    candidates = np.arange(1, len(document.halves))
+) -> tuple[list[int], tuple[int, ...]]:
+    """The stored ranking and its levels; of a longer one, `count` candidates in their order."""
+    candidates = np.arange(document.num_references, len(document.halves))
     if len(candidates) > count:
         candidates = np.sort(generator.choice(candidates, size=count, replace=False))
-    return 0, [int(c) for c in candidates], tuple(range(len(candidates)))
+    return [int(c) for c in candidates], tuple(range(len(candidates)))

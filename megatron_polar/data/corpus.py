@@ -1,6 +1,5 @@
 """A preprocessed dataset, opened and checked; `preprocess` writes one. The format is in docs/data.md."""
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -10,21 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 
 from megatron_polar import log
 from megatron_polar.data.lines import INPUT_SUFFIXES
 from megatron_polar.data.preprocess import preprocess
 from megatron_polar.data.preprocess_report import PreprocessReport
 from megatron_polar.data.storage import (
-    FORMAT_VERSION,
     HEADER_FIELDS,
     INDEX,
     KINDS,
+    REFERENCE,
     TOKENS,
     WORK,
     check_content,
     check_dataset,
+    fingerprint_of,
     read_dataset_manifest,
 )
 from megatron_polar.data.template import WRAPPERS, ControlTokens, Half
@@ -37,15 +36,17 @@ __all__ = ["Corpus", "PreprocessReport", "StoredDocument", "preprocess"]
 
 @dataclass(frozen=True)
 class StoredDocument:
-    """One prompt: `kind` "trajectories" (halves in input order) or "preference" (reference, then best .. worst).
+    """One prompt: `kind` "trajectories" (halves in input order) or "preference" (references, then best .. worst).
 
-    `policy_ids` is int32 [number of halves], positions in the corpus' policies, -1 where unknown.
+    `policy_ids` is int32 [number of halves], positions in the corpus' policies, -1 where unknown. `num_references` is 0
+    for trajectories, each of which may be one.
     """
 
     kind: str
     wrapper: str
     policy_ids: np.ndarray
     halves: tuple[Half, ...]
+    num_references: int = 0
 
 
 @contextmanager
@@ -110,9 +111,7 @@ class Corpus:
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of what training depends on: tokens, index, policies, tokenizer; not the inputs' names."""
-        files = [self.manifest["files"][name]["sha256"] for name in (TOKENS, INDEX)]
-        parts = [FORMAT_VERSION, files, self.manifest["policies"], self.manifest["tokenizer"]["fingerprint"]]
-        return hashlib.sha256(orjson.dumps(parts)).hexdigest()
+        return fingerprint_of(self.manifest)
 
     @property
     def wrapper(self) -> str:
@@ -137,11 +136,16 @@ class Corpus:
         header, *sequences = (sequence.copy() for sequence in dataset[first:last])
         fields, policy_ids = header[:HEADER_FIELDS].tolist(), header[HEADER_FIELDS:]
         kind, wrapper, prompt_length = fields if len(fields) == HEADER_FIELDS else (-1, -1, -1)
+        num_references = int(kind == KINDS.index("preference"))
+        if kind == KINDS.index("references"):
+            num_references = int((policy_ids == REFERENCE).sum())
+            policy_ids = np.where(np.arange(len(policy_ids)) < num_references, -1, policy_ids)
         if (
             not 0 < len(sequences) == len(policy_ids)
             or not 0 <= kind < len(KINDS)
             or not 0 <= wrapper < len(WRAPPERS)
             or prompt_length < 0
+            or (kind == KINDS.index("references") and not 1 < num_references < len(sequences))
             or not -1 <= policy_ids.min() <= policy_ids.max() < len(self.policies)
             or not all(self._ids_fit(sequence) for sequence in sequences)
         ):
@@ -149,7 +153,13 @@ class Corpus:
         halves = tuple(
             Half(ids=ids, prompt_length=min(prompt_length, len(ids)), response_tokens_cut=0) for ids in sequences
         )
-        return StoredDocument(kind=KINDS[kind], wrapper=WRAPPERS[wrapper], policy_ids=policy_ids, halves=halves)
+        return StoredDocument(
+            kind="preference" if num_references else "trajectories",
+            wrapper=WRAPPERS[wrapper],
+            policy_ids=policy_ids,
+            halves=halves,
+            num_references=num_references,
+        )
 
     def _ids_fit(self, ids: np.ndarray) -> bool:
         return len(ids) == 0 or (ids.min() >= 0 and ids.max() < self.manifest["tokenizer"]["vocab_size"])

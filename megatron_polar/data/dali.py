@@ -1,13 +1,15 @@
 """`data.loader: dali`: NVIDIA DALI's worker processes instead of torch's DataLoader, step for step the same.
 
 DALI hands over arrays only, so a step travels as one row of 64-bit integers (`flatten`, `restore`). Its workers prepare
-steps ahead in shared memory.
+steps ahead in shared memory. With a GPU the row is also copied there, ahead of its step and on DALI's own stream; the
+arrays of that copy stand beside those on the host (`MicroBatch.on_device`). The host waits for neither copy.
 """
 
 import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -22,18 +24,32 @@ _ARRAYS = tuple(field.name for field in dataclasses.fields(MicroBatch) if field.
 _NUMBERS = tuple(field.name for field in dataclasses.fields(MicroBatch) if field.type is int)
 
 
-def load_steps_with_dali(dataset: StepDataset, *, start: int, stop: int, data: DataSection) -> Iterator[Step]:
+def load_steps_with_dali(
+    dataset: StepDataset, *, start: int, stop: int, data: DataSection, gpu: int | None = None
+) -> Iterator[Step]:
     """See loader.load_steps. Raises UserError where nvidia-dali is not installed, too."""
-    pipeline = _build_pipeline(_Source(dataset, start=start, stop=stop, owner=os.getpid()), data=data)
+    pipeline = _build_pipeline(_Source(dataset, start=start, stop=stop, owner=os.getpid()), data=data, gpu=gpu)
     try:
         for _ in range(start, stop):
-            (batch,) = pipeline.run()
-            yield restore(np.array(batch.at(0)))
+            batch, *copies = pipeline.run()
+            row = np.array(batch.at(0))
+            yield restore(row, on_device=_take(copies[0][0], gpu=gpu) if copies else None)
     finally:
         del pipeline  # ends its workers
 
 
-def _build_pipeline(source: "_Source", *, data: DataSection):
+def _take(row, *, gpu: int):
+    """DALI's row on the GPU as a tensor of torch's: DALI reuses its own memory for a later step."""
+    import torch
+    from nvidia.dali.plugin.pytorch import feed_ndarray
+
+    own = torch.empty(row.shape(), dtype=torch.int64, device=f"cuda:{gpu}")
+    # Naming the stream makes the copy wait there for DALI's, instead of the host.
+    feed_ndarray(row, own, cuda_stream=torch.cuda.current_stream(gpu))
+    return own
+
+
+def _build_pipeline(source: "_Source", *, data: DataSection, gpu: int | None):
     try:
         from nvidia.dali import fn, types
         from nvidia.dali.pipeline import Pipeline
@@ -46,15 +62,15 @@ def _build_pipeline(source: "_Source", *, data: DataSection):
     pipeline = Pipeline(
         batch_size=1,
         num_threads=1,
-        device_id=None,
-        prefetch_queue_depth=1,
+        device_id=gpu,
+        prefetch_queue_depth=1 if gpu is None else 2,  # the row of the next step is copied while this one computes
         py_num_workers=max(1, data.num_workers),
         py_start_method="spawn",  # a fork would take the ranks' threads and CUDA context along
     )
     ahead = {"prefetch_queue_depth": data.prefetch_factor} if is_parallel else {}
     with pipeline:
         row = fn.external_source(source, batch=False, parallel=is_parallel, dtype=types.INT64, ndim=1, **ahead)
-        pipeline.set_outputs(row)
+        pipeline.set_outputs(row, *(() if gpu is None else (row.gpu(),)))
     pipeline.build()
     return pipeline
 
@@ -95,8 +111,9 @@ def flatten(step: Step) -> np.ndarray:
     return np.concatenate([np.asarray(piece, dtype=np.int64) for piece in pieces])
 
 
-def restore(row: np.ndarray) -> Step:
-    """The step again. Raises the UserError that stands in its place."""
+def restore(row: np.ndarray, *, on_device: Any = None) -> Step:
+    """The step again; `on_device`, a copy of the row, becomes its arrays there. Raises the UserError that stands in its
+    place."""
     kind, rest = row[0], _Reader(row[1:])
     if kind == _ERROR:
         raise UserError(row[1:].astype(np.uint8).tobytes().decode())
@@ -106,10 +123,14 @@ def restore(row: np.ndarray) -> Step:
     for _ in range(num_batches):
         indices.append(rest.take(rest.one()).tolist())
         fields = dict(zip(_NUMBERS, rest.take(len(_NUMBERS)).tolist(), strict=True))
+        there = {}
         for name in _ARRAYS:
             shape = rest.take(rest.one()).tolist()
+            place = 1 + rest.place
             fields[name] = rest.take(int(np.prod(shape))).reshape(shape)
-        batches.append(MicroBatch(**fields))
+            if on_device is not None:
+                there[name] = on_device[place : 1 + rest.place].reshape(shape)
+        batches.append(MicroBatch(**fields, on_device=there or None))
     return Step(number, batches, indices, num_comparisons, cut, imbalance, num_rounds)
 
 
@@ -117,11 +138,11 @@ class _Reader:
     """Takes values off the front of a row."""
 
     def __init__(self, row: np.ndarray):
-        self._row, self._place = row, 0
+        self._row, self.place = row, 0
 
     def take(self, count: int) -> np.ndarray:
-        self._place += count
-        return self._row[self._place - count : self._place]
+        self.place += count
+        return self._row[self.place - count : self.place]
 
     def one(self) -> int:
         return int(self.take(1)[0])

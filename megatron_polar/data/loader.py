@@ -30,15 +30,18 @@ def row_shape(
     )
 
 
-def load_steps(dataset: StepDataset, *, start: int, stop: int, data: DataSection) -> Iterator[Step]:
+def load_steps(
+    dataset: StepDataset, *, start: int, stop: int, data: DataSection, gpu: int | None = None
+) -> Iterator[Step]:
     """Yield steps start..stop-1 in order, prepared ahead by `data.num_workers` processes.
 
-    Raises UserError (a document that is damaged or does not fit), on one line from whatever process it comes.
+    With `gpu`, the number of this rank's, DALI copies their arrays there as well; the steps are the same. Raises
+    UserError (a document that is damaged or does not fit), on one line from whatever process it comes.
     """
     if data.loader == "dali":
         from megatron_polar.data.dali import load_steps_with_dali
 
-        yield from load_steps_with_dali(dataset, start=start, stop=stop, data=data)
+        yield from load_steps_with_dali(dataset, start=start, stop=stop, data=data, gpu=gpu)
         return
     loader = DataLoader(
         _Guarded(dataset),

@@ -11,11 +11,12 @@ import bisect
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from megatron_polar.config.presets import Architecture
+from megatron_polar.data.pair_counts import NO_PAIR, pair_keys
 from megatron_polar.data.template import TokenizedComparison
 
 _FEW = 8
@@ -30,8 +31,8 @@ class MicroBatch:
     tokens, position_ids: int64 [b, s]. Segments (empty when padded): `segment_starts` and `segment_lengths` tile the
     row, `prefix_starts` and `prefix_lengths` name the rows of the shared prefix that precede a segment's own keys
     (length 0: none). `reward_positions` [c] index the flattened [s, b] tokens. `winners` and `losers` [p] index the c
-    rewards: each pair says which candidate shall score higher. `candidate_counts` gives the number of rewards of each
-    comparison.
+    rewards: each pair says which candidate shall score higher, and `policy_pairs` [p] which policies they are of
+    (pair_counts.pair_keys, or NO_PAIR). `candidate_counts` gives the number of rewards of each comparison.
     """
 
     tokens: np.ndarray
@@ -43,11 +44,14 @@ class MicroBatch:
     reward_positions: np.ndarray
     winners: np.ndarray
     losers: np.ndarray
+    policy_pairs: np.ndarray
     candidate_counts: np.ndarray
     num_logical_tokens: int
     """Tokens that the comparisons would have without sharing and without padding; as many keys do the rewards see."""
     num_attended: int
     """Query-key pairs inside the attention mask, padding excluded: what attention really computes."""
+    on_device: dict[str, Any] | None = None
+    """Arrays that the loader has copied to the device already, by name, as torch tensors."""
 
     @property
     def num_comparisons(self) -> int:
@@ -213,27 +217,31 @@ def build_micro_batch(
     """Lay the comparisons into one micro-batch. An empty list gives a batch of padding with no rewards."""
     builder = _padded_rows if layout == "padded" else _packed_row
     arrays = builder(comparisons, share=layout == "shared_prefix", pad_id=pad_id, multiple=pad_to_multiple)
-    winners, losers = _ordered_pairs(comparisons)
+    winners, losers, policy_pairs = _ordered_pairs(comparisons)
     return MicroBatch(
         **arrays,
         winners=winners,
         losers=losers,
+        policy_pairs=policy_pairs,
         candidate_counts=np.array([len(c.candidates) for c in comparisons], dtype=np.int64),
         num_logical_tokens=sum(physical_tokens(c, layout="packed") for c in comparisons),
         num_attended=sum(attended_pairs(c, layout=layout) for c in comparisons),
     )
 
 
-def _ordered_pairs(comparisons: Sequence[TokenizedComparison]) -> tuple[np.ndarray, np.ndarray]:
-    winners, losers, base = [], [], 0
+def _ordered_pairs(comparisons: Sequence[TokenizedComparison]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Winners, losers and the keys of their policies, [p] each."""
+    winners, losers, keys, base = [], [], [], 0
     for comparison in comparisons:
         levels = np.asarray(comparison.levels)
         better, worse = np.nonzero(levels[:, None] < levels[None, :])
         winners.append(better + base)
         losers.append(worse + base)
+        reference, *others = comparison.policies or (NO_PAIR,)
+        keys.append(pair_keys(reference, np.array(others)[worse]) if others else np.full(len(worse), NO_PAIR))
         base += len(levels)
     none = np.zeros(0, dtype=np.int64)
-    return np.concatenate([none, *winners]), np.concatenate([none, *losers])
+    return tuple(np.concatenate([none, *part]) for part in (winners, losers, keys))
 
 
 def _packed_row(comparisons, *, share: bool, pad_id: int, multiple: int) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ from typing import Any
 import orjson
 
 from megatron_polar.data.lines import RecordError, read_jsonl
+from megatron_polar.data.references import BadReferences, read_references
 from megatron_polar.data.template import WRAPPERS, prompt_text
 from megatron_polar.errors import printable
 
@@ -17,6 +18,7 @@ from megatron_polar.errors import printable
 MAX_DEPTH = 100
 _SHOWN = 60  # characters of a value in a message
 _FORMS = 'one of {"prompt","trajectories"}, {"prompt","reference","chosen","rejected"}, {"prompt","reference","ranked"}'
+"""Several references, `"references": [...]` in the place of `reference`, are in docs/data.md."""
 
 
 class _Reason(Exception):
@@ -43,13 +45,23 @@ class TrajectoryGroup:
 
 @dataclass(frozen=True)
 class Preference:
-    """Candidates in order of preference, best first (at least two), beside a reference for the same prompt."""
+    """Candidates in order of preference, best first (at least two), beside a reference for the same prompt.
+
+    A line may give several references: `more_references` are those behind the first.
+    """
 
     prompt: str
     reference: str
     candidates: tuple[str, ...]
     wrapper: str | None
     meta: dict
+    more_references: tuple[str, ...] = ()
+    duplicate_references: int = 0
+    """Repetitions of a reference in the line, which are dropped."""
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        return (self.reference, *self.more_references)
 
 
 @dataclass(frozen=True)
@@ -78,9 +90,10 @@ def parse_record(
 def drop_duplicates(record: TrajectoryGroup | Preference, *, source: str, line_number: int) -> Distinct:
     """Drop answers that would be compared with themselves; the first of equals stays.
 
-    In a preference these are repeated candidates. In a group they are trajectories given twice (same policy, same
-    text), and a text that an earlier policy wrote as well: nothing tells the two apart, so it is label noise. Raises
-    RecordError when the rest can no longer be compared.
+    In a preference these are repeated candidates; repeated references, which are dropped already, are counted with
+    them. In a group they are trajectories given twice (same policy, same text), and a text that an earlier policy wrote
+    as well: nothing tells the two apart, so it is label noise. Raises RecordError when the rest can no longer be
+    compared.
     """
     try:
         if isinstance(record, Preference):
@@ -89,7 +102,7 @@ def drop_duplicates(record: TrajectoryGroup | Preference, *, source: str, line_n
                 raise _Reason("all candidates have the same text, so there is no preference; drop the line")
             dropped = len(record.candidates) - len(candidates)
             record = replace(record, candidates=candidates) if dropped else record
-            return Distinct(record, duplicates=dropped, identical=0)
+            return Distinct(record, duplicates=dropped + record.duplicate_references, identical=0)
         unique = tuple(dict.fromkeys(record.trajectories))
         first_of_text: dict[str, Trajectory] = {}
         for trajectory in unique:
@@ -145,12 +158,13 @@ _ALL_KEYS = json.JSONDecoder(object_pairs_hook=_refuse_repeated_keys, parse_int=
 
 
 def _parse(value: dict, *, default_wrapper: str | None) -> TrajectoryGroup | Preference:
+    reference = "references" if "references" in value else "reference"
     if "trajectories" in value:
         required: tuple[str, ...] = ("prompt", "trajectories")
     elif "ranked" in value:
-        required = ("prompt", "reference", "ranked")
-    elif "chosen" in value or "rejected" in value or "reference" in value:
-        required = ("prompt", "reference", "chosen", "rejected")
+        required = ("prompt", reference, "ranked")
+    elif "chosen" in value or "rejected" in value or reference in value:
+        required = ("prompt", reference, "chosen", "rejected")
     else:
         raise _Reason(f"keys {_keys(value)} make no record; expected {_FORMS}")
     missing = [key for key in required if key not in value]
@@ -174,8 +188,19 @@ def _parse(value: dict, *, default_wrapper: str | None) -> TrajectoryGroup | Pre
         candidates = tuple(_text(item, key=f"ranked[{index}]") for index, item in enumerate(ranked))
     else:
         candidates = tuple(_text(value[key], key=key) for key in ("chosen", "rejected"))
-    reference = _text(value["reference"], key="reference")
-    return Preference(prompt=prompt, reference=reference, candidates=candidates, wrapper=wrapper, meta=meta)
+    try:
+        found = read_references(value, read_text=lambda item, key: _text(item, key=key))
+    except BadReferences as bad:
+        raise _Reason(str(bad)) from None
+    return Preference(
+        prompt=prompt,
+        reference=found.texts[0],
+        candidates=candidates,
+        wrapper=wrapper,
+        meta=meta,
+        more_references=found.texts[1:],
+        duplicate_references=found.duplicates,
+    )
 
 
 def _trajectories(items: Any) -> tuple[Trajectory, ...]:
@@ -250,7 +275,7 @@ def read_texts(paths: Sequence[Path]) -> Iterator[str]:
                 record = parse_record(line, source=str(path), line_number=number)
                 yield record.prompt
                 if isinstance(record, Preference):
-                    yield record.reference
+                    yield from record.references
                     yield from record.candidates
                 else:
                     yield from (trajectory.text for trajectory in record.trajectories)

@@ -34,6 +34,7 @@ from megatron_polar.data.storage import (
     KINDS,
     MAXIMA,
     QUARANTINE,
+    REFERENCE,
     TOKENS,
     WRAPPER_FIELD,
     write_index,
@@ -148,7 +149,9 @@ def _read_shard(shard: Path, done: dict) -> tuple[np.ndarray, np.ndarray, np.nda
     if wrappers.min(initial=0) < 0 or wrappers.max(initial=0) >= len(WRAPPERS):
         raise Damaged(f"{shard.name} has a wrapper that is none of {', '.join(WRAPPERS)}")
     policies = tokens[_policy_places(lengths, documents)]
-    if policies.min(initial=-1) < -1 or policies.max(initial=-1) >= len(done["policies"]):
+    kinds = np.repeat(tokens[_header_places(lengths, documents)], lengths[headers] - HEADER_FIELDS)
+    lowest = np.where(kinds == KINDS.index("references"), REFERENCE, -1)
+    if (policies < lowest).any() or policies.max(initial=-1) >= len(done["policies"]):
         raise Damaged(f"{shard.name} has policies that its done file does not name")
     return tokens, lengths, documents
 
@@ -260,10 +263,9 @@ def _encode_document(
 ) -> list[np.ndarray]:
     """Header and halves of one record; policy ids are the unit's own, the parent replaces them."""
     if isinstance(record, Preference):
-        texts, names = [record.reference, *record.candidates], None
+        texts = [*record.references, *record.candidates]
     else:
         texts = [trajectory.text for trajectory in record.trajectories]
-        names = [trajectory.policy for trajectory in record.trajectories]
     prompt_length = len(tokenizer.encode(record.prompt))
     halves = [
         encode_half(
@@ -284,9 +286,14 @@ def _encode_document(
         counts["longest_response"] = max(counts["longest_response"], len(half.ids) - half.prompt_length)
     counts["halves"] += len(halves)
     counts["longest_prompt"] = max(counts["longest_prompt"], prompt_length)
-    ids = [-1] * len(halves) if names is None else [policies.setdefault(name, len(policies)) for name in names]
-    kind = KINDS.index("preference" if names is None else "trajectories")
-    header = [kind, WRAPPERS.index(record.wrapper), prompt_length, *ids]
+    if isinstance(record, Preference):
+        several = len(record.references) if record.more_references else 0
+        kind, ids = "references" if several else "preference", [-1] * len(halves)
+        ids[:several] = [REFERENCE] * several
+    else:
+        kind = "trajectories"
+        ids = [policies.setdefault(trajectory.policy, len(policies)) for trajectory in record.trajectories]
+    header = [KINDS.index(kind), WRAPPERS.index(record.wrapper), prompt_length, *ids]
     return [np.array(header, np.int32), *(half.ids for half in halves)]
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from megatron_polar.config.presets import Architecture
 from megatron_polar.data.comparisons import ComparisonDataset
+from megatron_polar.data.curriculum import DifficultyTable, DifficultyTables
 from megatron_polar.data.packing import Layout, MicroBatch, build_micro_batch, comparison_flops, plan_step
 from megatron_polar.data.template import TokenizedComparison
 
@@ -46,20 +47,39 @@ class Step:
 
 class StepDataset:
     """Map-style dataset of steps for data-parallel rank `rank`: `dataset[n]` is step n, which uses the comparisons
-    [n * global_batch_size, (n + 1) * global_batch_size)."""
+    [n * global_batch_size, (n + 1) * global_batch_size). Where they are drawn by difficulty, `tables` says how hard
+    which pairs of policies are."""
 
-    def __init__(self, comparisons: ComparisonDataset, *, global_batch_size: int, rank: int, shape: RowShape):
+    def __init__(
+        self,
+        comparisons: ComparisonDataset,
+        *,
+        global_batch_size: int,
+        rank: int,
+        shape: RowShape,
+        tables: DifficultyTables | None = None,
+    ):
         self.comparisons, self.global_batch_size, self.rank, self.shape = comparisons, global_batch_size, rank, shape
+        self.tables = tables
 
     def __getitem__(self, number: int) -> Step:
         start = number * self.global_batch_size
         indices = range(start, start + self.global_batch_size)
-        return build_step(self.comparisons, indices, number=number, rank=self.rank, shape=self.shape)
+        table = None if self.tables is None else self.tables.of_step(number)
+        return build_step(self.comparisons, indices, number=number, rank=self.rank, shape=self.shape, table=table)
 
 
-def build_step(comparisons: ComparisonDataset, indices: range, *, number: int, rank: int, shape: RowShape) -> Step:
+def build_step(
+    comparisons: ComparisonDataset,
+    indices: range,
+    *,
+    number: int,
+    rank: int,
+    shape: RowShape,
+    table: DifficultyTable | None = None,
+) -> Step:
     """Draw the comparisons `indices`, plan them over all ranks and build this rank's micro-batches."""
-    drawn = [comparisons.comparison(index) for index in indices]
+    drawn = [comparisons.comparison(index, table) for index in indices]
     rows = lay_out(drawn, shape=shape, rank=rank, pad_id=comparisons.control.pad_id)
     return Step(
         number=number,

@@ -1,10 +1,12 @@
 """The files of a dataset: their names, Megatron's index, and checks of all of them against the manifest."""
 
+import hashlib
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import orjson
 import xxhash
 
 from megatron_polar import log
@@ -26,7 +28,10 @@ FORMAT = "megatron_polar.corpus"
 FORMAT_VERSION = 2
 TOKENS, INDEX, QUARANTINE, TOKENIZER = "corpus.bin", "corpus.idx", "quarantine.jsonl", "tokenizer"
 WORK = ".work"  # what an unfinished run has done so far
-KINDS = ("trajectories", "preference")
+KINDS = ("trajectories", "preference", "references")
+"""What a document holds; "references" is a preference with several references, and is written for no other."""
+REFERENCE = -2
+"""In the place of a policy id: this half of a document of the kind "references" is one of its references."""
 MAXIMA = ("longest_prompt", "longest_response", "longest_half")
 COUNTS = (
     "lines",
@@ -94,6 +99,13 @@ def read_dataset_manifest(directory: Path) -> dict:
     if not isinstance(blocks, list) or len(blocks) != num_blocks:
         raise Damaged(f"{MANIFEST} does not hash {TOKENS} in {num_blocks} blocks: preprocess did not write it")
     return manifest
+
+
+def fingerprint_of(manifest: dict) -> str:
+    """SHA-256 (hex) of what training depends on: tokens, index, policies, tokenizer; not the inputs' names."""
+    files = [manifest["files"][name]["sha256"] for name in (TOKENS, INDEX)]
+    parts = [FORMAT_VERSION, files, manifest["policies"], manifest["tokenizer"]["fingerprint"]]
+    return hashlib.sha256(orjson.dumps(parts)).hexdigest()
 
 
 def check_dataset(directory: Path, manifest: dict) -> None:

@@ -63,13 +63,15 @@ class TokenizedComparison:
 
     `prefix` is int32 [p], `candidates[i]` int32 [c_i] with c_i >= 1. `levels[i]` ranks candidate i, 0 = best; equal
     levels are not ordered against each other. `prompt_tokens_cut` tokens were taken from the prompt's head in every
-    half.
+    half. `policies` are those of the reference and of every candidate, in the numbering of the ComparisonDataset; ()
+    where candidates are ranked for what they say.
     """
 
     prefix: np.ndarray
     candidates: tuple[np.ndarray, ...]
     levels: tuple[int, ...]
     prompt_tokens_cut: int
+    policies: tuple[int, ...] = ()
 
 
 def fitting_response_length(max_response_length: int, max_sequence_length: int) -> int:

@@ -1,7 +1,6 @@
 """RunConfig + Topology → TransformerConfig → wrapped model chunks. The only constructor of TransformerConfig."""
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,11 @@ from megatron_polar.config.presets import Architecture, architecture_of, padded_
 from megatron_polar.config.schema import RunConfig, TrainSection
 from megatron_polar.errors import UserError
 from megatron_polar.model.attention import attention_class
+from megatron_polar.model.gradient_fusion import (
+    GradientFusion,
+    fuse_transformer_engine_layers,
+    resolve_gradient_fusion,
+)
 from megatron_polar.model.initialization import initialize_weights
 from megatron_polar.model.layer_spec import block_spec, resolve_transformer_impl
 from megatron_polar.model.reward_model import RewardModel, head_dtype
@@ -40,6 +44,7 @@ class BuiltModel:
     attention: str
     reward_rows: bool
     """Whether the last layer computes the reward rows only (reward_rows.py)."""
+    gradient_fusion: GradientFusion
 
     @property
     def reward_rows_multiple(self) -> int:
@@ -76,8 +81,21 @@ def build_model(
         config.model.attention, dtype=dtype, have_transformer_engine=impl == "transformer_engine"
     )
     _check_kernels(config.train, transformer_impl=impl)
+    fusion = resolve_gradient_fusion(
+        config.train.gradient_accumulation_fusion,
+        for_training=for_training,
+        device_kind=device.kind,
+        transformer_impl=impl,
+    )
     transformer_config = make_transformer_config(
-        config, architecture=architecture, topology=topology, device=device, dtype=dtype, transformer_impl=impl
+        config,
+        architecture=architecture,
+        topology=topology,
+        device=device,
+        dtype=dtype,
+        transformer_impl=impl,
+        fuse_gradients=fusion.megatron,
+        keep_weights_in_fp8=config.train.fp8_param_gather and for_training,
     )
     metadata = {"dp_cp_group": topology.groups.dp_cp}
     chunks, reward_rows = [], config.model.last_layer == "reward_rows"
@@ -103,6 +121,8 @@ def build_model(
             rope_scaling_factor=architecture.rope_scaling_factor or 1.0,
             vp_stage=vp_stage,
         )
+        if fusion.transformer_engine:
+            fuse_transformer_engine_layers(model)
         model.to(device.torch_device)
         initialize_weights(
             model,
@@ -112,7 +132,7 @@ def build_model(
             metadata=metadata,
         )
         chunks.append(_wrap(model, config=config, transformer_config=transformer_config, for_training=for_training))
-    return BuiltModel(chunks, transformer_config, architecture, rows, impl, attention.__name__, reward_rows)
+    return BuiltModel(chunks, transformer_config, architecture, rows, impl, attention.__name__, reward_rows, fusion)
 
 
 def _check_kernels(train: TrainSection, *, transformer_impl: str) -> None:
@@ -120,11 +140,6 @@ def _check_kernels(train: TrainSection, *, transformer_impl: str) -> None:
         raise UserError(
             f"train.fp8={train.fp8} needs Transformer Engine's layers, and this run has megatron-core's local ones, "
             f"which would ignore it; install requirements-gpu.txt on a Hopper machine, or set train.fp8=off"
-        )
-    if train.gradient_accumulation_fusion and find_spec("fused_weight_gradient_mlp_cuda") is None:
-        raise UserError(
-            "train.gradient_accumulation_fusion=true needs Apex's fused_weight_gradient_mlp_cuda, which is not "
-            "installed here; build Apex with its CUDA extensions, or set it to false"
         )
 
 
@@ -164,8 +179,11 @@ def make_transformer_config(
     device: Device,
     dtype: torch.dtype,
     transformer_impl: str,
+    fuse_gradients: bool = False,
+    keep_weights_in_fp8: bool = False,
 ) -> TransformerConfig:
-    """Translate the run's configuration into megatron-core's."""
+    """Translate the run's configuration into megatron-core's. `fuse_gradients` is for megatron-core's own layers
+    (gradient_fusion.py)."""
     interleaved = topology.vpp_size is not None
     recompute = {"none": None, "selective": "selective", "full": "full"}[config.train.recompute]
     return TransformerConfig(
@@ -208,13 +226,14 @@ def make_transformer_config(
         embedding_init_method=_leave_as_it_is,
         use_cpu_initialization=device.kind == "cpu",
         init_method_std=architecture.init_method_std,
-        gradient_accumulation_fusion=config.train.gradient_accumulation_fusion,
+        gradient_accumulation_fusion=fuse_gradients,
         apply_rope_fusion=transformer_impl == "transformer_engine",
         bias_activation_fusion=device.kind == "cuda",
         recompute_granularity=recompute,
         recompute_method="uniform" if recompute == "full" else None,
         recompute_num_layers=config.train.recompute_num_layers if recompute == "full" else None,
         deterministic_mode=config.run.deterministic and device.kind == "cuda",
+        fp8_param=keep_weights_in_fp8,
         **_fp8_settings(config.train),
     )
 
@@ -252,5 +271,6 @@ def _wrap(
         overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
         overlap_param_gather=config.optimizer.overlap_param_gather,
         use_distributed_optimizer=config.optimizer.use_distributed_optimizer,
+        fp8_param_gather=transformer_config.fp8_param,
     )
     return DistributedDataParallel(transformer_config, ddp_config, wrapped)

@@ -8,6 +8,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megatron_polar.config.presets import Architecture
+from megatron_polar.model.fp8_weights import assign, is_fp8_weight
 from megatron_polar.model.reward_model import RewardModel
 
 MakeTensor = Callable[[str, int | None, tuple[int, ...], torch.device], torch.Tensor]
@@ -49,6 +50,10 @@ def fill_weights(model: RewardModel, *, make: MakeTensor, metadata: dict) -> Non
     The checkpoint's own description of shards says which part that is. One full tensor exists at a time.
     """
     for entry in model.sharded_state_dict(metadata=metadata).values():
+        weight = getattr(entry, "data", None)
+        in_fp8 = isinstance(weight, torch.Tensor) and is_fp8_weight(weight)
+        if in_fp8:  # the parts below would be copies
+            entry.data = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
         shards = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
         for shard in shards:
             if isinstance(shard, ShardedTensor):
@@ -58,3 +63,5 @@ def fill_weights(model: RewardModel, *, make: MakeTensor, metadata: dict) -> Non
                 full = make(shard.key, layer, tuple(shape), shard.data.device)
                 window = tuple(slice(start, start + size) for start, size in zip(offset, shard.data.shape, strict=True))
                 shard.data.copy_(full[window])
+        if in_fp8:
+            assign(weight, entry.data)

@@ -71,6 +71,8 @@ def make_deterministic(device: Device) -> None:
     if device.kind == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+        # NCCL chooses by measured speed between orders of summation; Megatron-LM's deterministic mode fixes one, too.
+        os.environ.setdefault("NCCL_ALGO", "Ring")
         torch.use_deterministic_algorithms(True)
 
 

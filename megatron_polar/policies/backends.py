@@ -16,7 +16,7 @@ from megatron_polar.policies.ngram import (
     split_words,
 )
 
-BACKENDS = ("embedded", "http", "transformers")
+BACKENDS = ("embedded", "imitation", "http", "transformers")
 
 
 class Policy(Protocol):

@@ -17,6 +17,7 @@ from megatron_polar.policies.assemble import assemble
 from megatron_polar.policies.backends import EmbeddedPolicy, EmbeddedSpec, derived_seed
 from megatron_polar.policies.clean import warm_up
 from megatron_polar.policies.endpoint import Endpoint
+from megatron_polar.policies.imitation import ImitationPolicy, ImitationSpec
 from megatron_polar.policies.live import LiveProgress
 from megatron_polar.policies.local import EmbeddedSource, TransformersSource
 from megatron_polar.policies.pool import Pool
@@ -94,10 +95,10 @@ def build_sources(pool: Pool, *, wrapper: str) -> list[tuple[Source, set[int]]]:
     """Who answers for which policies (by their places): one source an endpoint, one a local model."""
     sources: list[tuple[Source, set[int]]] = []
     by_endpoint: dict[str, dict[int, HttpSpec]] = {}
-    embedded: dict[int, EmbeddedPolicy] = {}
+    embedded: dict[int, EmbeddedPolicy | ImitationPolicy] = {}
     fitted = iter(pool.fit())
     for place, spec in enumerate(pool.specs):
-        if isinstance(spec, EmbeddedSpec):
+        if isinstance(spec, EmbeddedSpec | ImitationSpec):
             embedded[place] = next(fitted)
         elif isinstance(spec, HttpSpec):
             by_endpoint.setdefault(spec.endpoint, {})[place] = spec

@@ -135,15 +135,18 @@ class NgramModel:
     followers: dict[tuple[str, ...], dict[str, int]]
     _distributions: dict[tuple[str, ...], Distribution] = field(default_factory=dict, repr=False)
 
-    def next_word(self, context: tuple[str, ...], uniform: Callable[[], float]) -> str:
-        """Draw the word after `context` (its last order-1 words count); `uniform` returns numbers in [0, 1)."""
+    def next_word(self, context: tuple[str, ...], uniform: Callable[[], float], *, settled: int = 0) -> str:
+        """Draw the word after `context` (its last order-1 words count); `uniform` returns numbers in [0, 1).
+
+        A known context of at most `settled` words is never stepped back from.
+        """
         context = context[len(context) - min(len(context), self.order - 1) :]
         while True:
             distribution = self._distributions.get(context)
             if distribution is None and context in self.followers:
                 distribution = truncated_distribution(self.followers[context], self.truncation)
                 self._distributions[context] = distribution
-            if distribution is not None and (not context or uniform() >= distribution.back_off):
+            if distribution is not None and (len(context) <= settled or uniform() >= distribution.back_off):
                 rank = bisect_right(distribution.cumulative, uniform(), hi=len(distribution.words) - 1)
                 return distribution.words[rank]
             context = context[1:]

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_polar.errors import UserError
 from megatron_polar.policies.backends import BACKENDS, EmbeddedPolicy, EmbeddedSpec, choose, derived_seed, fit_embedded
 from megatron_polar.policies.clean import Cleaning
+from megatron_polar.policies.imitation import ImitationPolicy, ImitationSpec, fit_imitation, read_imitation
 from megatron_polar.policies.keys import (
     SECTION,
     TEXT,
@@ -49,7 +50,7 @@ class Pool:
     path: Path
     seed: int
     prompts: PromptRule
-    specs: tuple[EmbeddedSpec | HttpSpec | TransformersSpec, ...]
+    specs: tuple[EmbeddedSpec | ImitationSpec | HttpSpec | TransformersSpec, ...]
     documents: tuple[tuple[str, ...], ...]
     corpus: tuple[Path, ...] | None
     cleaning: Cleaning = field(default_factory=Cleaning)
@@ -57,15 +58,19 @@ class Pool:
     @property
     def is_embedded(self) -> bool:
         """Whether every policy is."""
-        return all(isinstance(spec, EmbeddedSpec) for spec in self.specs)
+        return all(isinstance(spec, EmbeddedSpec | ImitationSpec) for spec in self.specs)
 
     def read_corpus(self) -> tuple[tuple[str, ...], ...]:
         """The documents, whether they were read before or not. Raises UserError."""
         return self.documents or tuple(map(tuple, read_documents(self.corpus)))
 
-    def fit(self) -> list[EmbeddedPolicy]:
+    def fit(self) -> list[EmbeddedPolicy | ImitationPolicy]:
         """Fit every embedded policy, in the order of the pool: about 25 ms each on Python's own reference text."""
-        return [fit_embedded(spec, self.documents) for spec in self.specs if isinstance(spec, EmbeddedSpec)]
+        return [
+            fit_imitation(spec) if isinstance(spec, ImitationSpec) else fit_embedded(spec, self.documents)
+            for spec in self.specs
+            if isinstance(spec, EmbeddedSpec | ImitationSpec)
+        ]
 
 
 _TEMPERATURE = number(1.0, 0, 10, open_low=True)
@@ -171,17 +176,19 @@ def _corpus_files(corpus: str | list[str], directory: Path) -> tuple[Path, ...] 
 
 def _explicit_spec(
     entry: Any, sampling: dict[str, Any], *, seed: int, path: Path, where: str
-) -> EmbeddedSpec | HttpSpec | TransformersSpec:
-    """One entry of `policies:`; where it names no backend, an endpoint or a path of a model says which."""
+) -> EmbeddedSpec | ImitationSpec | HttpSpec | TransformersSpec:
+    """One entry of `policies:`; where it names no backend, an endpoint, a model's path or answers say which."""
     if isinstance(entry, dict):
-        guessed = "http" if "endpoint" in entry else "transformers" if "path" in entry else "embedded"
-        backend = entry.get("backend", guessed)
+        telling = {"endpoint": "http", "path": "transformers", "answers": "imitation"}
+        backend = entry.get("backend", next((name for key, name in telling.items() if key in entry), "embedded"))
         if backend not in BACKENDS:
             raise UserError(f"{where}: backend={shown(backend)} does not exist here; use {listed(BACKENDS)}")
         if backend == "http":
             return read_http(entry, sampling, where=where)
         if backend == "transformers":
             return read_transformers(entry, sampling, directory=path.parent, where=where)
+        if backend == "imitation":
+            return read_imitation(entry, sampling, seed=seed, directory=path.parent, where=where)
     keys = {name: key._replace(default=sampling.get(name, key.default)) for name, key in _POLICY_KEYS.items()}
     policy = check_section(entry, keys, where=where)
     _check_lengths(policy, where=where)

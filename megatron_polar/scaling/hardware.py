@@ -10,6 +10,8 @@ class Gpu:
     name: str
     peak_tflops: float
     """Dense bf16."""
+    fp8_peak_tflops: float
+    """Dense FP8."""
     memory_gb: float
     memory_gb_s: float
     nvlink_gb_s: float
@@ -19,6 +21,6 @@ class Gpu:
 
 
 GPUS = {
-    "h100": Gpu("h100", 989.0, memory_gb=80.0, memory_gb_s=3350.0, nvlink_gb_s=450.0, network_gb_s=50.0),
-    "h200": Gpu("h200", 989.0, memory_gb=141.0, memory_gb_s=4800.0, nvlink_gb_s=450.0, network_gb_s=50.0),
+    "h100": Gpu("h100", 989.0, 1979.0, memory_gb=80.0, memory_gb_s=3350.0, nvlink_gb_s=450.0, network_gb_s=50.0),
+    "h200": Gpu("h200", 989.0, 1979.0, memory_gb=141.0, memory_gb_s=4800.0, nvlink_gb_s=450.0, network_gb_s=50.0),
 }

@@ -1,9 +1,10 @@
-"""The paper's laws for peak learning rate and batch size of pre-training (arXiv 2507.05197, appendix D.3).
+"""The paper's laws (arXiv 2507.05197): loss of model size and of compute (section 4.4), and peak learning rate and
+batch size of pre-training (appendix D.3).
 
-The paper says "all in millions"; with that unit they give a learning rate ten times too low and batches of 78,607. With
-parameters in units of 2^20 and tokens in units of 2^30 they give the paper's own settings, 1940 and 4343 comparisons
-and 1.4e-5 and 1.67e-5, so these are the units here. They were fitted on models up to 0.92B parameters and applied by
-the paper at 1.8B and 7B; beyond that they are an extrapolation.
+Of the latter the paper says "all in millions"; with that unit they give a learning rate ten times too low and batches
+of 78,607. With parameters in units of 2^20 and tokens in units of 2^30 they give the paper's own settings, 1940 and
+4343 comparisons and 1.4e-5 and 1.67e-5, so these are the units here. They were fitted on models up to 0.92B parameters
+and applied by the paper at 1.8B and 7B; beyond that they are an extrapolation.
 """
 
 from dataclasses import dataclass, fields
@@ -11,6 +12,8 @@ from dataclasses import dataclass, fields
 from megatron_polar.errors import UserError
 
 _PARAMETER_UNIT, _TOKEN_UNIT = 2**20, 2**30
+FITTED_PARAMETERS, FITTED_REWARD_TOKENS = (115.52e6, 924.09e6), (23.9e9, 103.72e9)
+"""Of the runs that the laws of learning rate and batch were fitted to (figures 5 and 6)."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,39 @@ SIZES: dict[str, Sizes] = {
     # give, 2.0T to 2.6T for InternLM2 (arXiv 2403.17297; the upper end is taken), 18T for Qwen2.5 (arXiv 2412.15115).
     "polar_20b": Sizes(20e9, base_tokens=2.6e12, reward_tokens=3.6e12),
     "polar_72b": Sizes(72e9, base_tokens=18e12, reward_tokens=3.6e12),
+}
+
+
+@dataclass(frozen=True)
+class PublishedLaw:
+    """L = coefficient * x^-exponent, as it was published."""
+
+    coefficient: float
+    exponent: float
+    r_squared: float
+    source: str
+    remark: str
+
+    def loss(self, x: float) -> float:
+        return self.coefficient * x**-self.exponent
+
+
+PUBLISHED: dict[str, PublishedLaw] = {
+    "loss_of_parameters": PublishedLaw(
+        0.9,
+        0.0425,
+        0.9886,
+        source="arXiv 2507.05197, section 4.4",
+        remark="five models of 50M to 1B parameters, up to 54B tokens; whether N has the embedding is not said",
+    ),
+    "loss_of_compute": PublishedLaw(
+        2.4,
+        0.0342,
+        0.9912,
+        source="arXiv 2507.05197, section 4.4",
+        remark="the figure's axis says Flop/s-days, and only FLOPs fit its values; how they were counted is not said. "
+        "Its level does not fit the law of N (1B parameters and 54B tokens give 0.48 here and 0.37 there)",
+    ),
 }
 
 

@@ -30,6 +30,8 @@ Bytes that one layer keeps for its backward pass, for each token of a row on thi
 | dropout masks, if `hidden_dropout` > 0 | 2h/p | torch dropout, twice |
 | inputs of the norms on queries and keys, if `qk_layernorm` | e(n+g)d/t | TE RMSNorm |
 
+With `train.fp8` weights and these bytes change in the layers that run in FP8: fp8.py has the tables.
+
 QKV before RoPE is not kept: RoPE's backward needs angles only, and keys and values are copied by the gather.
 `recompute: selective` keeps, instead of gathered keys, values and statistics, the keys (egd/t) and the unsplit output
 of linear_qkv (e(n+2g)d/t), which the values are a view of: with fused attention it seldom saves anything. With
@@ -53,6 +55,7 @@ from dataclasses import dataclass
 from megatron_polar.config.presets import Architecture, architecture_of
 from megatron_polar.config.schema import DataSection, ParallelSection, RunConfig
 from megatron_polar.errors import UserError
+from megatron_polar.scaling.fp8 import WEIGHT_BYTES, change_of_activations, num_fp8_layers
 
 RUNTIME_BYTES = 3 * 2**30
 """CUDA context, NCCL's buffers, cuBLAS and cuDNN workspaces, token and index tensors of a step. Assumed, not
@@ -87,6 +90,8 @@ class StageMemory:
     num_parameters: int
     in_flight: int
     weights: int
+    fp8_weights: int
+    """Weights in FP8 and their transposes (0 without `train.fp8`)."""
     gradients: int
     optimizer: int
     activations: int
@@ -96,7 +101,7 @@ class StageMemory:
 
     @property
     def total(self) -> int:
-        states = self.weights + self.gradients + self.optimizer
+        states = self.weights + self.fp8_weights + self.gradients + self.optimizer
         return states + self.activations + self.recomputed + self.buffers + self.runtime
 
 
@@ -187,14 +192,18 @@ def _stage_memory(
     head = hidden if stage == layout.pp - 1 else 0
     shards = layout.dp * layout.cp if config.optimizer.use_distributed_optimizer else 1
     main_weights = 4 * (count - head) if width == 2 else 0
+    fp8_layers = num_fp8_layers(config, pp=layout.pp, stage=stage)
+    in_fp8 = fp8_layers * (architecture.layer_parameters // layout.tp)
+    only_in_fp8 = in_fp8 if config.train.fp8_param_gather else 0
 
     tokens = row_tokens // layout.cp
     block = config.train.recompute_num_layers if config.train.recompute == "full" else 0
-    layer = layer_activations(config, layout=layout)
     in_flight = passes_in_flight(config, layout=layout, stage=stage)
-    activations = in_flight * tokens * _chunk_activations(config, layout=layout, stage=stage, layer=layer)
-    recomputed = tokens * block * layer
-    buffers = tokens * _buffers(architecture, layout=layout, width=width)
+    activations = in_flight * tokens * _chunk_activations(config, layout=layout, stage=stage)
+    # A block of layers in bf16 keeps more than one in FP8, and blocks come one after the other.
+    all_in_fp8 = fp8_layers == layers_per_chunk(architecture, layout=layout) * (layout.vpp or 1)
+    recomputed = tokens * block * layer_activations(config, layout=layout, in_fp8=all_in_fp8)
+    buffers = tokens * _buffers(architecture, layout=layout, width=width, in_fp8=fp8_layers > 0)
     largest_weight = 2 * architecture.ffn_hidden_size * hidden // layout.tp
     if stage == 0:
         largest_weight = max(largest_weight, embedding_rows // layout.tp * hidden)
@@ -203,7 +212,8 @@ def _stage_memory(
         stage=stage,
         num_parameters=count,
         in_flight=in_flight,
-        weights=width * (count - head) + 4 * head,
+        weights=width * (count - head - only_in_fp8) + 4 * head,
+        fp8_weights=WEIGHT_BYTES * in_fp8,
         gradients=4 * count,
         optimizer=-(-(main_weights + 8 * count) // shards),
         activations=activations,
@@ -213,8 +223,9 @@ def _stage_memory(
     )
 
 
-def layer_activations(config: RunConfig, *, layout: Layout) -> int:
-    """Bytes that one layer keeps for its backward pass, a token of this rank (the second table above)."""
+def layer_activations(config: RunConfig, *, layout: Layout, in_fp8: bool = False) -> int:
+    """Bytes that one layer keeps for its backward pass, a token of this rank (the second table above, and that of
+    fp8.py)."""
     a, t, p = architecture_of(config.model), layout.tp, layout.tp if layout.sequence_parallel else 1
     width = 2 if config.train.precision == "bf16" else 4
     queries = width * a.num_attention_heads * a.kv_channels // t
@@ -229,25 +240,30 @@ def layer_activations(config: RunConfig, *, layout: Layout) -> int:
     mlp = 3 * width * a.ffn_hidden_size // t
     masks = 2 * a.hidden_size // p if config.model.hidden_dropout > 0 else 0
     qk_norms = queries + keys if a.qk_layernorm else 0
-    return residual_and_norms + attention + mlp + masks + qk_norms
+    change = round(change_of_activations(config, tp=t, shards_of_residual=p)) if in_fp8 else 0
+    return residual_and_norms + attention + mlp + masks + qk_norms + change
 
 
-def _chunk_activations(config: RunConfig, *, layout: Layout, stage: int, layer: int) -> int:
-    """Bytes that one micro-batch leaves on one model chunk of a stage, a token of this rank."""
+def _chunk_activations(config: RunConfig, *, layout: Layout, stage: int) -> int:
+    """Bytes that one micro-batch leaves on one model chunk of a stage, a token of this rank. Of an interleaved pipeline
+    the chunk with the most layers in bf16."""
     architecture, p = architecture_of(config.model), layout.tp if layout.sequence_parallel else 1
     row = (2 if config.train.precision == "bf16" else 4) * architecture.hidden_size // p
     layers = layers_per_chunk(architecture, layout=layout)
     is_full, block = config.train.recompute == "full", config.train.recompute_num_layers
-    kept = -(-layers // block) * row if is_full else layers * layer
+    in_stage = architecture.num_layers // layout.pp
+    in_bf16 = min(layers, in_stage - num_fp8_layers(config, pp=layout.pp, stage=stage))
+    layer, fp8_layer = (layer_activations(config, layout=layout, in_fp8=in_fp8) for in_fp8 in (False, True))
+    kept = -(-layers // block) * row if is_full else in_bf16 * layer + (layers - in_bf16) * fp8_layer
     final_norm = row if stage == layout.pp - 1 else 0
     output = row if layout.pp > 1 else 0
     return kept + 4 * architecture.kv_channels + final_norm + output
 
 
-def _buffers(architecture: Architecture, *, layout: Layout, width: int) -> int:
+def _buffers(architecture: Architecture, *, layout: Layout, width: int, in_fp8: bool) -> int:
     p = layout.tp if layout.sequence_parallel else 1
-    hidden = architecture.hidden_size
-    return width * (2 * architecture.ffn_hidden_size // layout.tp + 2 * hidden + hidden // p)
+    hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size // layout.tp
+    return width * (2 * ffn + 2 * hidden + hidden // p) + (4 * ffn if in_fp8 else 0)
 
 
 def layers_per_chunk(architecture: Architecture, *, layout: Layout) -> int:

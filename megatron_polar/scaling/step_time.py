@@ -6,6 +6,8 @@ a fifth (tests/test_step_time.py).
 
 - GEMMs: FLOPs of the rows (config/presets.py) over GEMM_SHARE of the peak; forward once, backward twice, and forward
   once more with full recomputation. Attention: its exact causal area, over ATTENTION_SHARE of the peak.
+- With `train.fp8` the GEMMs of its layers take FP8's peak, and casts add bytes (fp8.py); communication within layers is
+  counted as in bf16.
 - Norms, SwiGLU, residuals, RoPE: the bytes that they read and write, over MEMORY_SHARE of the memory's bandwidth.
 - TP: forward an all-gather and a reduce-scatter for attention and for the MLP each, backward an all-gather more, of
   which a third is not overlapped; over NVLink inside a node, else over the network. CP: all-to-alls of queries, keys,
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 
 from megatron_polar.config.presets import Architecture, architecture_of
 from megatron_polar.config.schema import RunConfig
+from megatron_polar.scaling.fp8 import FP8_GEMM_SHARE, bytes_of_casts, num_fp8_layers
 from megatron_polar.scaling.hardware import Gpu
 from megatron_polar.scaling.memory import Layout, stage_parameters
 
@@ -131,7 +134,9 @@ def _forward_seconds(
     gemms = _flops(architecture, Work(work.tokens, 0, work.rewards, 0))
     attention = _flops(architecture, work) - gemms
     peak = gpu.peak_tflops * 1e12 * (1 if config.train.precision == "bf16" else 0.5)
-    seconds = comparisons / ranks * (gemms / GEMM_SHARE + attention / ATTENTION_SHARE) / peak
+    fp8_share = _fp8_layers(config, layout) / architecture.num_layers
+    rate = 1 / (fp8_share / (FP8_GEMM_SHARE * gpu.fp8_peak_tflops * 1e12) + (1 - fp8_share) / (GEMM_SHARE * peak))
+    seconds = comparisons / ranks * (gemms / rate + attention / (ATTENTION_SHARE * peak))
     return seconds + comparisons * work.tokens * _bytes_moved(config, architecture, layout) / (
         gpu.memory_gb_s * 1e9 * MEMORY_SHARE
     )
@@ -145,7 +150,13 @@ def _bytes_moved(config: RunConfig, architecture: Architecture, layout: Layout) 
     hidden = 10 * a.hidden_size / (layout.tp if layout.sequence_parallel else 1)
     heads = 2 * (a.num_attention_heads + a.num_query_groups) * a.kv_channels / layout.tp
     per_layer = element * (hidden + 3 * a.ffn_hidden_size / layout.tp + heads)
-    return a.num_layers / layout.pp / layout.cp * per_layer
+    fp8_layers = _fp8_layers(config, layout)
+    casts = fp8_layers * bytes_of_casts(a, recipe=config.train.fp8, tp=layout.tp) if fp8_layers else 0.0
+    return (a.num_layers * per_layer + casts) / layout.pp / layout.cp
+
+
+def _fp8_layers(config: RunConfig, layout: Layout) -> int:
+    return sum(num_fp8_layers(config, pp=layout.pp, stage=stage) for stage in range(layout.pp))
 
 
 class _Links:
@@ -190,11 +201,12 @@ def _sends(config: RunConfig, architecture: Architecture, *, layout: Layout, lin
 
 
 def _data_parallel(config: RunConfig, layout: Layout, links: _Links, *, parameters: int, micro_batch: float) -> float:
+    """`fp8_param_gather` halves what is gathered of FP8 layers; all layers are counted as such here."""
     ranks = layout.dp * layout.cp
     if ranks == 1:
         return 0.0
     share = (ranks - 1) / ranks / links.dp
-    weight = 2 if config.train.precision == "bf16" else 4
+    weight = 1 if config.train.fp8_param_gather else 2 if config.train.precision == "bf16" else 4
     reduce, gather = 4 * parameters * share, weight * parameters * share
     if config.optimizer.overlap_grad_reduce:
         reduce = max(0.0, reduce - micro_batch * 2 / 3)

@@ -39,7 +39,8 @@ def _model_lines(plan: Plan) -> list[str]:
         whole = short(architecture_of(config.model).num_parameters(rows))
         is_known = config.model.vocab_size or (plan.paths and plan.paths.vocab_size)
         assumed = "" if is_known else " (assumed: InternLM2's vocabulary)"
-        lines.append(_row("model", f"{whole} parameters, {config.train.precision}; embedding of {rows} rows{assumed}"))
+        precision = config.train.precision + ("" if config.train.fp8 == "off" else f" with FP8 {config.train.fp8}")
+        lines.append(_row("model", f"{whole} parameters, {precision}; embedding of {rows} rows{assumed}"))
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     vpp, batch = parallel.virtual_pipeline_model_parallel_size, config.train.global_batch_size
     sizes = f"TP {tp}{' with SP' if parallel.sequence_parallel else ''} x PP {pp}{f' in {vpp} chunks' if vpp else ''}"
@@ -122,6 +123,7 @@ def _terms(plan: Plan, *, memory: MemoryEstimate) -> list[tuple[str, int]]:
     chunks = " x chunk" if layout.vpp else ""
     return [
         (f"weights, {config.train.precision}", largest.weights),
+        ("weights in FP8, and their transposes", largest.fp8_weights),
         ("gradients, fp32", largest.gradients),
         (f"{state}, over {plural(shards, 'rank')}", largest.optimizer),
         (f"activations kept, {passes}{chunks} in flight", largest.activations),

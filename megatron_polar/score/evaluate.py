@@ -11,9 +11,14 @@ from typing import Any
 import numpy as np
 
 from megatron_polar import log
+from megatron_polar.data.references import mean_over_references
 from megatron_polar.errors import UserError
 from megatron_polar.manifest import HashedFile
-from megatron_polar.score.requests import Scorer, ScoreRequest, check_finite, outputs_cut
+from megatron_polar.score.analysis import analyse, headline
+from megatron_polar.score.more_references import items_with_references
+from megatron_polar.score.policy_pairs import policy_pairs_csv
+from megatron_polar.score.reference_counts import EachReward, check_counts, compare_reference_counts
+from megatron_polar.score.requests import Scorer, ScoreRequest, check_finite, for_references, outputs_cut
 from megatron_polar.score.statistics import Accuracy, compute_statistics, ordered_pairs
 from megatron_polar.score.suites import EvaluationItem
 
@@ -30,46 +35,65 @@ def evaluate(
     seed: int = 0,
     items_per_request: int = 256,
     checkpoint: str | None = None,
+    reference_scheme: str = "as given",
+    references: Sequence[int] = (1,),
 ) -> dict[str, Any]:
     """Score all items, once as they are and once for the label-swap self-check; write and return the summary.
 
-    Writes `output/rewards.jsonl` (one line per item) and then `output/summary.json`, each complete or not at all. The
+    Writes `output/rewards.jsonl` (one line per item), for policies `output/policy_pairs.csv`, and then
+    `output/summary.json`, each complete or not at all. `reference_scheme` names where the references are from. The
     self-check reverses the candidates and swaps their labels, so the accuracy must become 1 - accuracy; a scorer that
     looks at positions instead of texts does not pass. `summary["swap_check"]` is "passed" or starts with "FAILED";
-    `exit_status(summary)` is what a command returns. Raises UserError for rewards that are not finite.
+    `exit_status(summary)` is what a command returns. `references`: how many of the items' references to use; of several
+    numbers the largest gives the figures, all of them are compared under `summary["references"]`. Raises UserError for
+    rewards that are not finite, and for items with fewer references.
     """
     if not items:
         raise UserError(f"suite {suite!r}: no items to evaluate; check --data and --limit")
+    counts = check_counts(references)
+    items = items_with_references(items, counts[-1], suite=suite)
     start = time.monotonic()
-    rewards = _score_items(scorer, items, description=f"{suite}: scoring", items_per_request=items_per_request)
+    each = _score_items(scorer, items, description=f"{suite}: scoring", items_per_request=items_per_request)
     seconds = time.monotonic() - start
     cut = outputs_cut(scorer)
     swapped_items = [swap_labels(item) for item in items]
-    swapped_rewards = _score_items(
+    swapped_each = _score_items(
         scorer, swapped_items, description=f"{suite}: label-swap check", items_per_request=items_per_request
     )
-    _write_atomically(output / "rewards.jsonl", _reward_lines(items, rewards))
+    rewards, swapped_rewards = ([mean_over_references(rows) for rows in found] for found in (each, swapped_each))
+    _write_atomically(output / "rewards.jsonl", _reward_lines(items, rewards, each))
     statistics = compute_statistics(items, rewards, seed=seed)
     swapped = compute_statistics(swapped_items, swapped_rewards, seed=seed).micro
+    analysis = analyse(items, rewards, suite=suite, scheme=reference_scheme, seed=seed)
+    if analysis.policy_pairs is not None:
+        _write_atomically(output / "policy_pairs.csv", policy_pairs_csv(analysis.policy_pairs))
+    elif log.is_first_rank():  # of an earlier evaluation into this directory
+        (output / "policy_pairs.csv").unlink(missing_ok=True)
     figures = dataclasses.asdict(statistics)
     summary = {
         "suite": suite,
         "checkpoint": checkpoint,
         "num_items": len(items),
+        "num_references": counts[-1],
         **{name: figures["micro"][name] for name in ("num_pairs", "num_ties", "accuracy", "low", "high")},
         **{name: value for name, value in figures.items() if name not in ("micro", "categories")},
         "swapped_accuracy": swapped.accuracy,
         "swap_check": _swap_check(items, rewards, accuracy=statistics.micro, swapped=swapped),
         "swap_largest_reward_difference": _largest_difference(rewards, swapped_rewards),
-        "items_with_reference_among_candidates": sum(item.reference in item.candidates for item in items),
+        "items_with_reference_among_candidates": sum(
+            not set(item.references).isdisjoint(item.candidates) for item in items
+        ),
         "items_with_equal_candidates": sum(len(set(item.candidates)) < len(item.candidates) for item in items),
         "outputs_cut": cut,
         "seconds": seconds,
         "items_per_second": len(items) / seconds if seconds > 0 else None,
+        **analysis.figures,
         "categories": figures["categories"],
     }
+    if counts[-1] > 1:
+        summary["references"] = compare_reference_counts(items, each, counts=counts, seed=seed)
     _write_atomically(output / "summary.json", [json.dumps(summary, indent=2, ensure_ascii=False)])
-    log.info(_one_line(summary))
+    log.info(_one_line(summary, also=headline(analysis)))
     if cut:
         log.warn(f"{suite}: {cut} candidates were cut as in training; those that are the same then count as ties")
     if exit_status(summary):
@@ -86,30 +110,35 @@ def swap_labels(item: EvaluationItem) -> EvaluationItem:
     """Reverse the candidates and call the worst the best: what is right on the result is wrong on `item`."""
     highest, lowest = max(item.levels), min(item.levels)
     levels = tuple(highest + lowest - level for level in reversed(item.levels))
-    return dataclasses.replace(item, candidates=item.candidates[::-1], levels=levels)
+    return dataclasses.replace(item, candidates=item.candidates[::-1], levels=levels, labels=item.labels[::-1])
 
 
 def _score_items(
     scorer: Scorer, items: Sequence[EvaluationItem], *, description: str, items_per_request: int
-) -> list[list[float]]:
-    rewards: list[list[float]] = []
+) -> list[list[list[float]]]:
+    """Rewards [item][reference][candidate]."""
+    rewards: list[list[list[float]]] = []
     with log.Progress(description, total=len(items), unit="items") as bar:
         for first in range(0, len(items), items_per_request):
             chunk = items[first : first + items_per_request]
-            scored = scorer.score([_request(item) for item in chunk])
-            if [len(row) for row in scored] != [len(item.candidates) for item in chunk]:
+            requests = [request for item in chunk for request in _requests(item)]
+            scored = scorer.score(requests)
+            if [len(row) for row in scored] != [len(request.outputs) for request in requests]:
                 raise ValueError(
-                    f"the scorer returned {len(scored)} lists of rewards for {len(chunk)} requests, or wrong ones"
+                    f"the scorer returned {len(scored)} lists of rewards for {len(requests)} requests, or wrong ones"
                 )
-            for item, row in zip(chunk, scored, strict=True):
-                check_finite(row, where=item.identifier)
-                rewards.append([float(reward) for reward in row])
+            rows = iter(scored)
+            for item in chunk:
+                found = [[float(reward) for reward in next(rows)] for _ in item.references]
+                for row in found:
+                    check_finite(row, where=item.identifier)
+                rewards.append(found)
             bar.advance(len(chunk))
     return rewards
 
 
-def _request(item: EvaluationItem) -> ScoreRequest:
-    return ScoreRequest(prompt=item.prompt, reference=item.reference, outputs=item.candidates, wrapper=item.wrapper)
+def _requests(item: EvaluationItem) -> tuple[ScoreRequest, ...]:
+    return for_references(item.prompt, item.references, item.candidates, wrapper=item.wrapper)
 
 
 def _swap_check(
@@ -134,9 +163,15 @@ def _largest_difference(rewards: Sequence[Sequence[float]], swapped_rewards: Seq
     return max(float(np.max(np.abs(np.subtract(a, b[::-1])))) for a, b in zip(rewards, swapped_rewards, strict=True))
 
 
-def _reward_lines(items: Sequence[EvaluationItem], rewards: Sequence[Sequence[float]]) -> Iterable[str]:
-    for item, row in zip(items, rewards, strict=True):
+def _reward_lines(
+    items: Sequence[EvaluationItem], rewards: Sequence[Sequence[float]], each: Sequence[EachReward]
+) -> Iterable[str]:
+    for item, row, rows in zip(items, rewards, each, strict=True):
         line = {"identifier": item.identifier, "category": item.category, "levels": item.levels, "rewards": row}
+        if len(rows) > 1:
+            line["per_reference"] = rows
+        if item.labels:
+            line |= {"labels": item.labels, "reference_label": item.reference_label}
         yield json.dumps(line, ensure_ascii=False)
 
 
@@ -154,12 +189,22 @@ def _write_atomically(path: Path, lines: Iterable[str]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _one_line(summary: dict[str, Any]) -> str:
+def _one_line(summary: dict[str, Any], *, also: str) -> str:
     check = summary["swap_check"].split(":")[0]
+    what = f"{summary['suite']}, reference {summary['reference_scheme']}"
+    between = f"95 % {summary['low']:.4f} to {summary['high']:.4f}, {summary['num_pairs']} pairs"
     return (
-        f"{summary['suite']}: accuracy {summary['accuracy']:.4f} (95 % {summary['low']:.4f} to {summary['high']:.4f}, "
-        f"{summary['num_pairs']} pairs), macro {summary['macro_accuracy']:.4f} of {len(summary['categories'])}, "
+        f"{what}: accuracy {summary['accuracy']:.4f} ({between}){also}, "
+        f"macro {summary['macro_accuracy']:.4f} of {len(summary['categories'])}, "
         f"ties {summary['tie_rate']:.4f}, swapped {summary['swapped_accuracy']:.4f} ({check}); for comparison: the "
         f"longer answer {summary['length_only_accuracy']:.4f}, word overlap with the reference "
-        f"{summary['word_overlap_accuracy']:.4f}"
+        f"{summary['word_overlap_accuracy']:.4f}{_references_in_words(summary)}"
     )
+
+
+def _references_in_words(summary: dict[str, Any]) -> str:
+    found = summary.get("references")
+    if found is None:
+        return ""
+    counts = ", ".join(f"{entry['references']}: {entry['accuracy']:.4f}" for entry in found["by_count"])
+    return f"; accuracy by number of references {counts}, mean of each alone {found['single']['accuracy']:.4f}"

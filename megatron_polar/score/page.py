@@ -1,25 +1,15 @@
 """One self-contained HTML page of tables and figures: inline CSS and SVG, no network, readable in light and in dark."""
 
 import html
-import io
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import Literal
 
 from megatron_polar.manifest import write_durably
+from megatron_polar.score.figures import FIRST_COLOUR, SECOND_COLOUR
 
-# Okabe and Ito's palette: told apart with any common colour blindness. Matplotlib draws in these colours; in the page
-# each becomes a CSS variable, so that dark mode can exchange it.
-_COLOURS = {"--ink": "#1b1f23", "--rule": "#d0d4d9", "--series-1": "#0072b2", "--series-2": "#d55e00"}
-_INK, _RULE, FIRST_COLOUR, SECOND_COLOUR = _COLOURS.values()
-_MAX_POINTS = 600
-_FIGURE_INCHES = (5.2, 2.9)
-
-YAxis = Literal["linear", "log", "from zero"]
+_HEAT_COUNTS = 24  # columns up to which a heat map writes its counts out
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f23; --paper: #ffffff; --card: #f5f6f8; --rule: #d0d4d9; --soft: #57606a;
@@ -42,7 +32,7 @@ p { max-width: 46rem; }
   margin-top: 1.2rem; align-items: start; }
 figure { margin: 0; }
 figcaption { font-size: .85rem; }
-figure svg { width: 100%; height: auto; display: block; }
+figure svg { width: 100%; max-width: 36rem; height: auto; display: block; }
 svg text { font-family: inherit !important; fill: var(--ink); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
@@ -51,6 +41,15 @@ th, td { padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--rule); tex
 thead th { border-bottom-width: 2px; }
 tbody th { font-weight: 400; }
 th.number, td.number { text-align: right; }
+table.heat { font-size: .8rem; }
+table.heat th, table.heat td { padding: .15rem .3rem; border: 1px solid var(--rule); text-align: center; }
+table.heat th { font-weight: 400; text-align: right; border: none; }
+table.heat thead th { writing-mode: vertical-rl; transform: rotate(180deg); text-align: left; vertical-align: top; }
+table.heat small { display: block; color: var(--soft); font-size: .65rem; line-height: 1; }
+table.heat td.total, table.heat thead td { border-color: transparent; }
+table.heat caption div { position: sticky; left: 0; min-width: 22rem; max-width: 46rem; }
+table.heat.dense { font-size: .68rem; }
+table.heat.dense td { padding: .1rem .12rem; min-width: 1.3rem; }
 summary { cursor: pointer; font-weight: 600; }
 pre { background: var(--card); padding: 1rem; border-radius: .5rem; overflow-x: auto; font-size: .85rem; }
 """
@@ -62,18 +61,6 @@ class Section:
 
     heading: str
     body: str
-
-
-@dataclass(frozen=True)
-class Line:
-    """One curve: x and y of equal length; a faint one is drawn thin, behind the others."""
-
-    label: str
-    x: Sequence[float]
-    y: Sequence[float]
-    colour: str = FIRST_COLOUR
-    is_faint: bool = False
-    has_markers: bool = False
 
 
 def write_report(output: Path, *, title: str, subtitle: str, sections: Sequence[Section]) -> Path:
@@ -131,6 +118,58 @@ def table(
     )
 
 
+@dataclass(frozen=True)
+class HeatMap:
+    """Shares by row and column, [rows, columns], None where there is none, each from so many observations.
+
+    `totals` are further columns, by heading, before the others and not coloured.
+    """
+
+    rows: Sequence[str]
+    columns: Sequence[str]
+    shares: Sequence[Sequence[float | None]]
+    counts: Sequence[Sequence[int]]
+    totals: Mapping[str, Sequence[float | None]]
+
+
+def heat_map(cells: HeatMap, *, caption: str) -> str:
+    """Make a table of percentages, the bluer the further above one half, the more orange the further below.
+
+    A table stays readable at any number of columns, with a screen reader and without colour, which a picture does not.
+    Each cell says its names and its count when pointed at; small tables write the counts out.
+    """
+    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in (*cells.totals, *cells.columns))
+    is_small = len(cells.columns) <= _HEAT_COUNTS
+    lines = []
+    for index, name in enumerate(cells.rows):
+        row = "".join(f'<td class="total">{_percent(values[index])}</td>' for values in cells.totals.values())
+        row += "".join(
+            _heat_cell(share, count, name=f"{name} / {column}", has_count=is_small)
+            for column, share, count in zip(cells.columns, cells.shares[index], cells.counts[index], strict=True)
+        )
+        lines.append(f'<tr><th scope="row">{html.escape(name)}</th>{row}</tr>')
+    return (
+        f'<div class="scroll"><table class="heat{"" if is_small else " dense"}">'
+        f"<caption><div>{html.escape(caption)}</div></caption>\n"
+        f"<thead><tr><td></td>{head}</tr></thead>\n<tbody>" + "\n".join(lines) + "</tbody></table></div>\n"
+    )
+
+
+def _heat_cell(share: float | None, count: int, *, name: str, has_count: bool) -> str:
+    if share is None:
+        return "<td></td>"
+    red, green, blue = bytes.fromhex((FIRST_COLOUR if share >= 0.5 else SECOND_COLOUR)[1:])
+    strength = min(1.0, abs(2 * share - 1)) * 0.65  # the ink stays readable on it, in light and in dark
+    title = html.escape(f"{name}: {share:.4f} of {count:,}", quote=True)
+    small = f"<small>{count:,}</small>" if has_count else ""
+    style = f"background: rgb({red} {green} {blue} / {strength:.2f})"
+    return f'<td style="{style}" title="{title}">{_percent(share)}{small}</td>'
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.0f}"
+
+
 def cards(figures: Mapping[str, float | int | str | None]) -> str:
     """Make a row of headline figures from name → value."""
     boxes = [
@@ -139,122 +178,3 @@ def cards(figures: Mapping[str, float | int | str | None]) -> str:
         for name, value in figures.items()
     ]
     return f'<div class="cards">{"".join(boxes)}</div>\n'
-
-
-def line_figure(lines: Sequence[Line], *, title: str, x_label: str, caption: str, y_axis: YAxis = "linear") -> str:
-    """Draw curves over a common x as a figure with a heading; above 600 points neighbours are averaged."""
-    with _Figure(title, caption=caption) as drawing:
-        for line in lines:
-            x, y = _thinned(line.x, line.y)
-            drawing.axes.plot(
-                x,
-                y,
-                color=line.colour,
-                linewidth=1.0 if line.is_faint else 1.8,
-                alpha=0.35 if line.is_faint else 1.0,
-                marker="o" if line.has_markers or len(x) == 1 else None,
-                markersize=4,
-                label=line.label,
-            )
-        drawing.axes.set_yscale("log" if y_axis == "log" else "linear")
-        if y_axis == "from zero":
-            drawing.axes.set_ylim(bottom=0)
-        drawing.axes.set_xlabel(x_label)
-        if len(lines) > 1:
-            drawing.axes.legend(frameon=False, labelcolor=_INK)
-    return drawing.html
-
-
-def _thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
-    if len(x) <= _MAX_POINTS:
-        return list(x), list(y)
-    edges = [round(index * len(x) / _MAX_POINTS) for index in range(_MAX_POINTS + 1)]
-    means = [(sum(x[a:b]) / (b - a), sum(y[a:b]) / (b - a)) for a, b in pairwise(edges)]
-    return [mean[0] for mean in means], [mean[1] for mean in means]
-
-
-def interval_figure(rows: Sequence[tuple[str, float, float, float]], *, title: str, caption: str) -> str:
-    """Draw (label, value, low, high) rows of accuracies as dots with intervals, and chance as a dashed line."""
-    height = max(1.6, 0.6 + 0.22 * len(rows))
-    with _Figure(title, caption=caption, inches=(_FIGURE_INCHES[0], height)) as drawing:
-        positions = range(len(rows), 0, -1)
-        values = [row[1] for row in rows]
-        errors = [[max(0.0, row[1] - row[2]) for row in rows], [max(0.0, row[3] - row[1]) for row in rows]]
-        drawing.axes.axvline(0.5, color=SECOND_COLOUR, linestyle="--", linewidth=1.2, label="chance")
-        drawing.axes.errorbar(
-            values, list(positions), xerr=errors, fmt="o", color=FIRST_COLOUR, capsize=3, markersize=5, label="accuracy"
-        )
-        drawing.axes.set_yticks(list(positions), [row[0] for row in rows])
-        drawing.axes.set_xlim(0.0 if min(row[2] for row in rows) < 0.3 else 0.3, 1.01)
-        drawing.axes.set_ylim(0.4, len(rows) + 0.6)
-        drawing.axes.grid(False, axis="y")
-    return drawing.html
-
-
-def histogram_figure(groups: Mapping[str, Sequence[float]], *, title: str, x_label: str, caption: str) -> str:
-    """Draw up to two groups of numbers as overlaid histograms over common bins."""
-    values = [value for group in groups.values() for value in group]
-    with _Figure(title, caption=caption) as drawing:
-        limits = (min(values), max(values)) if min(values) < max(values) else (values[0] - 0.5, values[0] + 0.5)
-        # Filled against outlined: told apart without colour too.
-        for (label, group), colour, kind in zip(
-            groups.items(), (FIRST_COLOUR, SECOND_COLOUR), ("stepfilled", "step"), strict=False
-        ):
-            alpha = 0.45 if kind == "stepfilled" else 1.0
-            drawing.axes.hist(
-                group, bins=40, range=limits, color=colour, histtype=kind, alpha=alpha, linewidth=1.8, label=label
-            )
-        drawing.axes.set_xlabel(x_label)
-        drawing.axes.set_ylabel("answers")
-        drawing.axes.legend(frameon=False, labelcolor=_INK)
-    return drawing.html
-
-
-class _Figure:
-    """One matplotlib figure while it is drawn (`axes`), and its `html` after the `with` block."""
-
-    def __init__(self, title: str, *, caption: str, inches: tuple[float, float] = _FIGURE_INCHES):
-        self._title, self._caption, self._inches = title, caption, inches
-        self.html = ""
-
-    def __enter__(self) -> "_Figure":
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure  # no pyplot: no global state, and the Agg canvas needs no display
-
-        settings = {
-            "svg.fonttype": "none",
-            "svg.hashsalt": "megatron_polar",
-            "font.size": 9,
-            "axes.unicode_minus": True,
-        }
-        self._settings = rc_context({**settings, "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _RULE})
-        self._settings.__enter__()
-        self._figure = Figure(figsize=self._inches, layout="constrained")
-        self.axes = self._figure.add_subplot()
-        self.axes.spines[["top", "right"]].set_visible(False)
-        self.axes.tick_params(which="both", colors=_INK, length=3)
-        self.axes.grid(True, color=_RULE, linewidth=0.6)
-        self.axes.set_axisbelow(True)
-        return self
-
-    def __exit__(self, *exception) -> None:
-        if exception[0] is None:
-            buffer = io.StringIO()
-            self._figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-            self.html = (
-                f"<figure><h3>{html.escape(self._title)}</h3>{_inline_svg(buffer.getvalue(), label=self._title)}"
-                f"<figcaption>{html.escape(self._caption)}</figcaption></figure>\n"
-            )
-        self._settings.__exit__(*exception)
-
-
-def _inline_svg(document: str, *, label: str) -> str:
-    """Turn matplotlib's SVG document into an element of a page that follows the page's colours."""
-    svg = document[document.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\s(?:xmlns(?::\w+)?|width|height|version)="[^"]*"(?=[^<]*viewBox)|\sxmlns(?::\w+)?="[^"]*"', "", svg)
-    for variable, colour in _COLOURS.items():
-        svg = svg.replace(colour, f"var({variable})")
-    referenced = set(re.findall(r'(?:url\(#|href="#)([^")]+)', svg))
-    svg = re.sub(r'\sid="([^"]*)"', lambda match: match.group(0) if match.group(1) in referenced else "", svg)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(label, quote=True)}"', 1)

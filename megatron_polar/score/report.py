@@ -8,20 +8,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_polar import log
+from megatron_polar.data.pair_counts import PAIRS
 from megatron_polar.errors import UserError
-from megatron_polar.score.page import (
+from megatron_polar.score.evaluation_sections import further_sections, references_text
+from megatron_polar.score.figures import (
     FIRST_COLOUR,
     SECOND_COLOUR,
     Line,
-    Section,
-    cards,
     histogram_figure,
     interval_figure,
     line_figure,
-    share,
-    table,
-    write_report,
 )
+from megatron_polar.score.page import Section, cards, share, table, write_report
+from megatron_polar.score.pair_matrix import pairs_section
+from megatron_polar.score.reference_page import references_body
 from megatron_polar.train.journal import EVENTS, goodput, read_events, read_rows
 
 _MOST_EVENTS = 200
@@ -207,7 +207,11 @@ def _evaluation_body(summary: dict, rewards: dict[str, list[float]] | None) -> s
     headers = ("group of pairs", "accuracy", "95 % from", "to", "pairs", "ties")
     caption = "Accuracy: share of pairs in the right order, a tie counts half."
     accuracies = table(headers, rows, caption=caption, write_number=share)
-    return f'<p>{html.escape(check)}</p>\n{accuracies}<div class="figures">{figures}</div>\n'
+    several = (
+        f"<h3>Several references</h3>\n{references_body(summary['references'])}" if "references" in summary else ""
+    )
+    body = f'<p>{html.escape(check)}</p>\n{accuracies}<div class="figures">{figures}</div>\n{several}'
+    return references_text(summary) + body
 
 
 def _accuracy_row(name: str, entry: dict) -> tuple:
@@ -215,13 +219,16 @@ def _accuracy_row(name: str, entry: dict) -> tuple:
 
 
 def evaluation_report(summary: dict, *, rewards: Path | None, output: Path) -> Path:
-    """Write an evaluation as one HTML file: accuracy by category with intervals, and histograms of the rewards.
+    """Write an evaluation as one HTML file: accuracies with intervals, rewards, and the sections of analysis.py.
 
     `summary` is what `score.evaluate.evaluate` returns, `rewards` the `rewards.jsonl` that it writes. Returns `output`.
     """
     groups = None if rewards is None else read_rewards(rewards)
-    sections = [Section("Accuracy", _evaluation_body(summary, groups))]
+    sections = [Section("Accuracy", _evaluation_body(summary, groups)), *further_sections(summary)]
     subtitle = f"{summary['num_items']:,} items, {summary['num_pairs']:,} pairs"
+    if summary.get("num_references", 1) > 1:
+        subtitle += f", {summary['num_references']} references each"
+    subtitle += f"; reference: {summary['reference_scheme']}" if "reference_scheme" in summary else ""
     if summary.get("checkpoint"):
         subtitle += f"; {summary['checkpoint']}"
     return write_report(output, title=f"Evaluation: {summary['suite']}", subtitle=subtitle, sections=sections)
@@ -258,7 +265,11 @@ def training_report(run_directory: Path, *, evaluations: Mapping[str, Path] | No
         with _refusing_odd_files(directory):
             evaluation = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
             sections.append(Section(name, _evaluation_body(evaluation, read_rewards(directory / "rewards.jsonl"))))
+            sections += further_sections(evaluation, prefix=f"{name}: ")
     sections.append(Section("Curves", _curves(rows)))
+    if (run_directory / PAIRS).is_file():
+        pairs = pairs_section(run_directory / PAIRS)
+        sections += [pairs] if pairs else []
     events = _read_events(run_directory)
     if events:
         sections.append(Section("Reliability", _reliability(events, rows=read_rows(run_directory))))

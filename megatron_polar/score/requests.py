@@ -18,6 +18,14 @@ class ScoreRequest:
     wrapper: str
 
 
+def for_references(
+    prompt: str, references: Sequence[str], outputs: Sequence[str], *, wrapper: str
+) -> tuple[ScoreRequest, ...]:
+    """A request for each reference. The reward of an output is the mean of its rewards over all of them
+    (`data.references.mean_over_references`)."""
+    return tuple(ScoreRequest(prompt, reference, tuple(outputs), wrapper) for reference in references)
+
+
 class Scorer(Protocol):
     """Anything that rates outputs: a checkpoint here, or a function of the text in a test."""
 
@@ -27,7 +35,8 @@ class Scorer(Protocol):
 
 
 def outputs_cut(scorer: Scorer) -> int:
-    """Outputs that a scorer has cut to its model's length so far; 0 for one that cuts nothing."""
+    """Outputs that a scorer has cut to its model's length so far, once for each reference that it was scored against; 0
+    for one that cuts nothing."""
     return getattr(scorer, "outputs_cut", 0)
 
 

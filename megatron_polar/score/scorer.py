@@ -2,7 +2,7 @@
 outputs."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +73,22 @@ class TokenizedRequest:
         ]
 
 
+class HalfMemo:
+    """Halves of the prompt that was encoded last: requests for its further references ask for the same outputs."""
+
+    def __init__(self, encode: Callable[[str, str, str, int], Half], count: Callable[[str], int]):
+        self._encode, self._count = encode, count
+        self._prompt: str | None = None
+
+    def half(self, prompt: str, text: str, wrapper: str) -> Half:
+        if prompt != self._prompt:
+            self._prompt, self._length, self._halves = prompt, self._count(prompt), {}
+        key = text, wrapper
+        if key not in self._halves:
+            self._halves[key] = self._encode(prompt, text, wrapper, self._length)
+        return self._halves[key]
+
+
 class Scorer:
     """A loaded reward model. Every rank of the job calls `score` with the same requests and gets all rewards.
 
@@ -98,7 +114,8 @@ class Scorer:
         self.max_response_length = fitting_response_length(max_response_length, config.data.max_sequence_length)
         self.control = tokenizer.control
         self.outputs_cut = 0
-        """Outputs scored so far of which, with their prompt and reference, not all tokens were seen."""
+        """Outputs scored so far of which, with their prompt and reference, not all tokens were seen; against several
+        references an output counts once for each."""
         self._shape = row_shape(config.data, topology=topology, architecture=model.architecture)
 
     def default_wrapper(self, given: str | None) -> str:
@@ -114,7 +131,8 @@ class Scorer:
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
         """Rewards of each request's outputs, in order; higher means closer to the reference's policy."""
-        tokenized = [self.tokenize(request) for request in requests]
+        memo = self.memo()
+        tokenized = [self.tokenize(request, memo=memo) for request in requests]
         flat = iter(self.score_tokens([comparison for request in tokenized for comparison in request.comparisons]))
         self.outputs_cut += sum(sum(request.truncated) for request in tokenized)
         return [request.in_order([next(flat) for _ in request.comparisons]) for request in tokenized]
@@ -146,21 +164,27 @@ class Scorer:
         found = {index: values for part in everyone for index, values in part.items()}
         return [found[index] for index in range(len(comparisons))]
 
-    def tokenize(self, request: ScoreRequest) -> TokenizedRequest:
-        """A request's tokens, cut as in training. Raises UserError for texts that cannot be made to fit."""
-        prompt_length = len(self.tokenizer.encode(request.prompt))
+    def memo(self) -> HalfMemo:
+        """What saves work over several calls of `tokenize`, of one thread."""
 
-        def half(text: str) -> Half:
+        def encode(prompt: str, text: str, wrapper: str, prompt_length: int) -> Half:
             return encode_half(
                 self.tokenizer,
-                prompt=request.prompt,
+                prompt=prompt,
                 trajectory=text,
-                wrapper=request.wrapper,
+                wrapper=wrapper,
                 max_response_length=self.max_response_length,
                 prompt_length=prompt_length,
             )
 
-        reference, outputs = half(request.reference), [half(output) for output in request.outputs]
+        return HalfMemo(encode, lambda prompt: len(self.tokenizer.encode(prompt)))
+
+    def tokenize(self, request: ScoreRequest, *, memo: HalfMemo | None = None) -> TokenizedRequest:
+        """A request's tokens, cut as in training. Raises UserError for texts that cannot be made to fit."""
+        memo = memo or self.memo()
+        reference, *outputs = (
+            memo.half(request.prompt, text, request.wrapper) for text in (request.reference, *request.outputs)
+        )
         together = self._assemble(reference, outputs)
         cuts = [0] * len(outputs)
         if together.prompt_tokens_cut:

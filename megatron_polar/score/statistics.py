@@ -64,7 +64,7 @@ class Pairs:
     @property
     def score(self) -> np.ndarray:
         """1 for a right pair, 1/2 for a tie, 0 for a wrong one."""
-        return _score(self.margin)
+        return pair_score(self.margin)
 
 
 def compute_statistics(
@@ -81,21 +81,21 @@ def compute_statistics(
     matched = np.abs(pairs.better_length - pairs.worse_length) <= LENGTH_MATCH * np.maximum(
         pairs.better_length, pairs.worse_length
     )
-    categories = {name: _accuracy(pairs, category == index) for index, name in enumerate(names)}
+    categories = {name: measure_accuracy(pairs, category == index) for index, name in enumerate(names)}
     categories = {name: accuracy for name, accuracy in categories.items() if accuracy.num_pairs}
     macro_low, macro_high = _macro_interval(pairs, category, seed=seed)
-    length_score = _score(pairs.better_length - pairs.worse_length)
+    length_score = pair_score(pairs.better_length - pairs.worse_length)
     overlap = ordered_pairs(items, [word_overlap(item) for item in items])
     best, worst = _best_and_worst(items, rewards)
     return Statistics(
-        micro=_accuracy(pairs, everything),
+        micro=measure_accuracy(pairs, everything),
         macro_accuracy=float(np.mean([accuracy.accuracy for accuracy in categories.values()])),
         macro_low=macro_low,
         macro_high=macro_high,
         categories=categories,
         tie_rate=float(np.mean(pairs.margin == 0)),
-        length_matched=_accuracy(pairs, matched),
-        better_is_shorter=_accuracy(pairs, pairs.better_length < pairs.worse_length),
+        length_matched=measure_accuracy(pairs, matched),
+        better_is_shorter=measure_accuracy(pairs, pairs.better_length < pairs.worse_length),
         better_is_longer_share=float(np.mean(pairs.better_length > pairs.worse_length)),
         length_only_accuracy=float(np.mean(length_score)),
         length_only_accuracy_when_matched=float(np.mean(length_score[matched])) if matched.any() else None,
@@ -132,12 +132,14 @@ def ordered_pairs(items: Sequence[EvaluationItem], rewards: Sequence[Sequence[fl
 
 
 def word_overlap(item: EvaluationItem) -> list[float]:
-    """Rate candidates by the words they share with the reference (Jaccard): what can be had without learning."""
-    reference = set(item.reference.split())
+    """Rate candidates by the words they share with the reference (Jaccard), the mean over several: what can be had
+    without learning."""
+    references = [set(reference.split()) for reference in item.references]
     rates = []
     for candidate in item.candidates:
         words = set(candidate.split())
-        rates.append(len(words & reference) / max(1, len(words | reference)))
+        shares = [len(words & reference) / max(1, len(words | reference)) for reference in references]
+        rates.append(sum(shares) / len(shares))
     return rates
 
 
@@ -154,11 +156,12 @@ def wilson_interval(accuracy: float, count: float, *, z: float = Z_95) -> tuple[
     return float(max(0.0, centre - half)), float(min(1.0, centre + half))
 
 
-def _score(difference: np.ndarray) -> np.ndarray:
+def pair_score(difference: np.ndarray) -> np.ndarray:
+    """1 for a positive difference, 1/2 for none, 0 for a negative one."""
     return 0.5 * (1 + np.sign(difference))
 
 
-def _accuracy(pairs: Pairs, chosen: np.ndarray) -> Accuracy:
+def measure_accuracy(pairs: Pairs, chosen: np.ndarray) -> Accuracy:
     """Measure the chosen pairs, with Wilson's interval for as many independent trials as they are worth."""
     num_pairs, num_items = int(chosen.sum()), len(np.unique(pairs.item[chosen]))
     if not num_pairs:

@@ -1,15 +1,17 @@
 """Entry points with the signatures of verl, OpenRLHF, TRL and ms-swift, over one reward function.
 
-docs/rl.md and examples/rl/ show how each framework is told of them. A reward that cannot be had raises RewardError; no
+docs/rl.md and examples/rl/ show how each framework is told of them. Wherever one reference may stand, a list of them
+may: the reward is the mean over them. A reward that cannot be had raises RewardError; no
 framework is ever handed None or a made-up number.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from megatron_polar.data.references import KEYS
 from megatron_polar.errors import UserError
 from megatron_polar.serve.client import RewardError
-from megatron_polar.serve.reward_function import PREFIX, Messages, RewardFunction, configured
+from megatron_polar.serve.reward_function import PREFIX, Messages, References, RewardFunction, configured
 from megatron_polar.serve.shapes import sigmoid
 from megatron_polar.serve.wire import without_end
 
@@ -17,7 +19,7 @@ from megatron_polar.serve.wire import without_end
 
 
 def compute_score(
-    data_source: str, solution_str: str, ground_truth: Messages, extra_info: dict | None = None, **unused: Any
+    data_source: str, solution_str: str, ground_truth: References, extra_info: dict | None = None, **unused: Any
 ) -> dict[str, float]:
     """verl's custom reward function for one answer: reference = `ground_truth`, prompt = `extra_info["prompt"]`."""
     return compute_score_batch([data_source], [solution_str], [ground_truth], [extra_info])[0]
@@ -26,7 +28,7 @@ def compute_score(
 def compute_score_batch(
     data_sources: Sequence[str],
     solution_strs: Sequence[str],
-    ground_truths: Sequence[Messages],
+    ground_truths: Sequence[References],
     extra_infos: Sequence[dict | None],
     **unused: Any,
 ) -> list[dict[str, float]]:
@@ -37,7 +39,7 @@ def compute_score_batch(
 
 
 async def compute_score_async(
-    data_source: str, solution_str: str, ground_truth: Messages, extra_info: dict | None = None, **unused: Any
+    data_source: str, solution_str: str, ground_truth: References, extra_info: dict | None = None, **unused: Any
 ) -> dict[str, float]:
     """As `compute_score`, for verl's reward workers, which await coroutines."""
     prompts = _verl_prompts([extra_info])
@@ -56,10 +58,10 @@ def _verl_prompts(extra_infos: Sequence[dict | None]) -> list[Messages]:
 
 
 def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any], **unused: Any) -> dict[str, Any]:
-    """OpenRLHF's reward function: a query is prompt + answer, a label the reference.
+    """OpenRLHF's reward function: a query is prompt + answer, a label the reference (or a list of them).
 
-    A label {"prompt", "reference"} gives the prompt in POLAR's form, where `prompts` went through a chat template.
-    `scores` are the logistic function of the rewards: OpenRLHF filters by numbers from 0 to 1.
+    A label {"prompt", "reference"}, or {"prompt", "references"}, gives the prompt in POLAR's form, where `prompts` went
+    through a chat template. `scores` are the logistic function of the rewards: OpenRLHF filters by numbers from 0 to 1.
     """
     reward = configured()
     outputs, references, own_prompts = [], [], []
@@ -72,8 +74,11 @@ def reward_func(queries: Sequence[str], prompts: Sequence[str], labels: Sequence
             )
         if label is None or label == "":  # OpenRLHF passes "" where no column is named
             raise RewardError([index], "it has no label; name the column with references: --data.label_key")
-        is_pair = isinstance(label, dict) and "reference" in label
-        references.append(label["reference"] if is_pair else label)
+        keys = [key for key in KEYS if isinstance(label, dict) and key in label]
+        if len(keys) > 1:
+            raise RewardError([index], "its label has both 'reference' and 'references'; give one of the two")
+        is_pair = bool(keys)
+        references.append(label[keys[0]] if is_pair else label)
         own_prompts.append(label.get("prompt", prompt) if is_pair else prompt)
         outputs.append(without_end(query[len(prompt) :], reward.settings.end_tokens))
     found = reward.rewards(prompts=own_prompts, references=references, outputs=outputs)
@@ -117,7 +122,7 @@ def _trl_rewards(
     return function.rewards(prompts=prompts, references=_references(function, columns), outputs=completions)
 
 
-def _references(function: RewardFunction, columns: Mapping[str, Any]) -> Sequence[Messages]:
+def _references(function: RewardFunction, columns: Mapping[str, Any]) -> Sequence[References]:
     name = function.settings.reference_column
     if name not in columns:
         raise UserError(

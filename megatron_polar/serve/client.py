@@ -19,6 +19,7 @@ import orjson
 
 from megatron_polar import log
 from megatron_polar.convert.families import LAYOUTS
+from megatron_polar.data.references import mean_over_references
 from megatron_polar.data.template import (
     EXPORTED_WRAPPER,
     POLAR_RESPONSE_TOKENS,
@@ -34,6 +35,7 @@ from megatron_polar.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_polar.errors import UserError
 from megatron_polar.serve.export import ServedModel, read_export, response_length, sequence_length, wrapper_of
 from megatron_polar.serve.official import OfficialText
+from megatron_polar.serve.references import spread_references
 from megatron_polar.serve.token import TOKEN_VARIABLE, read_token
 from megatron_polar.serve.transport import Refused, Transport, Unanswered
 from megatron_polar.serve.wire import (
@@ -106,7 +108,7 @@ class RewardClient:
         _check_seconds(backoff_seconds=backoff_seconds)
         self.engine, self.model, self.layout = engine, model, layout
         self.batch_size, self.max_concurrency, self.deadline_seconds = batch_size, max_concurrency, deadline_seconds
-        self.num_truncated = 0
+        self.num_truncated = self.num_duplicate_references = 0
         config = {} if tokenizer is None else read_export(tokenizer)
         codec = None if tokenizer is None else load_tokenizer(tokenizer)
         if codec is not None:
@@ -139,17 +141,22 @@ class RewardClient:
         )
 
     def score(self, items: Sequence[RewardItem]) -> list[float]:
-        """Rewards of the items, in their order; higher means closer to the reference. Raises RewardError."""
+        """Rewards of the items, in their order; higher means closer to the reference. An item with several references
+        gets the mean over them. Raises RewardError."""
+        return _means(self.score_per_reference(items))
+
+    async def score_async(self, items: Sequence[RewardItem]) -> list[float]:
+        """As `score`, for a caller with an event loop, which goes on meanwhile."""
+        return _means(await asyncio.wrap_future(self._transport.submit(self._score(list(items)))))
+
+    def score_per_reference(self, items: Sequence[RewardItem]) -> list[list[float]]:
+        """Rewards [item][reference], one for each distinct reference of an item, in order. Raises RewardError."""
         future = self._transport.submit(self._score(list(items)))
         try:
             return future.result()
         except BaseException:
             future.cancel()  # Ctrl-C ends the requests, too
             raise
-
-    async def score_async(self, items: Sequence[RewardItem]) -> list[float]:
-        """As `score`, for a caller with an event loop, which goes on meanwhile."""
-        return await asyncio.wrap_future(self._transport.submit(self._score(list(items))))
 
     def close(self) -> None:
         """Close connections; calls under way are cancelled. The client can be used again."""
@@ -161,12 +168,26 @@ class RewardClient:
     def __exit__(self, *exception) -> None:
         self.close()
 
-    async def _score(self, items: list[RewardItem]) -> list[float]:
-        """Workers share the batches; each encodes one while others wait for the server. The first error ends all."""
-        deadline = time.monotonic() + self.deadline_seconds
+    async def _score(self, items: list[RewardItem]) -> list[list[float]]:
+        """Engines score against one reference: an item for each. Returns rewards [item][reference]."""
         for index, item in enumerate(items):
             if not isinstance(item, RewardItem):
                 raise RewardError([index], f"it is of type {type(item).__name__}, not a RewardItem")
+        spread = spread_references(items)
+        if spread.duplicates and not self.num_duplicate_references:
+            log.warn(
+                f"{spread.duplicates} references are there twice in their item; each counts once in the mean. This is "
+                "said once, `num_duplicate_references` of the client counts on"
+            )
+        self.num_duplicate_references += spread.duplicates
+        try:
+            return spread.per_item(await self._score_singles(list(spread.singles)))
+        except RewardError as error:
+            raise spread.in_items(error) from error
+
+    async def _score_singles(self, items: list[RewardItem]) -> list[float]:
+        """Workers share the batches; each encodes one while others wait for the server. The first error ends all."""
+        deadline = time.monotonic() + self.deadline_seconds
         if self._wrapper is not None:
             items = [replace(item, wrapper=self._wrapper) if item.wrapper is None else item for item in items]
         rewards: dict[int, float] = {}
@@ -243,6 +264,10 @@ class RewardClient:
         middle = len(indices) // 2
         first = await self._ask(indices[:middle], contents[:middle], deadline=deadline)
         return first | await self._ask(indices[middle:], contents[middle:], deadline=deadline)
+
+
+def _means(rewards: Sequence[Sequence[float]]) -> list[float]:
+    return [mean_over_references([[reward] for reward in row])[0] for row in rewards]
 
 
 class _TokenIds:

@@ -20,6 +20,8 @@ from megatron_polar.serve.wire import END_TOKENS
 PREFIX = "MEGATRON_POLAR_REWARD_"
 
 Messages = str | list[dict]
+References = Messages | list[Messages]
+"""One reference, or a list of them, whose rewards are averaged."""
 _OPENED, _CLOSED = "<think>", "</think>"
 _MALFORMED = ("error", "keep", "penalty")
 _READERS: dict[Any, Callable[[str], Any]] = {
@@ -150,7 +152,7 @@ class RewardFunction:
         self.client = client or settings.open_client()
 
     def rewards(
-        self, *, prompts: Sequence[Messages], references: Sequence[Messages], outputs: Sequence[Messages]
+        self, *, prompts: Sequence[Messages], references: Sequence[References], outputs: Sequence[Messages]
     ) -> list[float]:
         """One reward per output, in order. Raises RewardError, whose indices are places in `outputs`."""
         items = self._items(prompts, references, outputs)
@@ -161,7 +163,7 @@ class RewardFunction:
         return self._finish(items, found)
 
     async def rewards_async(
-        self, *, prompts: Sequence[Messages], references: Sequence[Messages], outputs: Sequence[Messages]
+        self, *, prompts: Sequence[Messages], references: Sequence[References], outputs: Sequence[Messages]
     ) -> list[float]:
         """As `rewards`, for a framework with an event loop."""
         items = self._items(prompts, references, outputs)
@@ -172,7 +174,7 @@ class RewardFunction:
         return self._finish(items, found)
 
     def _items(
-        self, prompts: Sequence[Messages], references: Sequence[Messages], outputs: Sequence[Messages]
+        self, prompts: Sequence[Messages], references: Sequence[References], outputs: Sequence[Messages]
     ) -> list[RewardItem | None]:
         """What to ask for; None stands for a malformed output with a fixed reward."""
         if not len(prompts) == len(references) == len(outputs):
@@ -223,5 +225,6 @@ def _in_places_of(items: Sequence[RewardItem | None], error: RewardError) -> Rew
 
 
 def _plain(value: Any) -> Any:
-    """Lists for the arrays that parquet readers make of message lists."""
-    return value.tolist() if hasattr(value, "tolist") else value
+    """Lists for the arrays that parquet readers make of message lists, and of lists of references."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return [_plain(entry) for entry in value] if isinstance(value, list) else value

@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, Literal
 
 import orjson
 
+from megatron_polar.data.references import BadReferences, distinct_references, mean_over_references, read_references
 from megatron_polar.data.template import WRAPPERS, prompt_text
-from megatron_polar.score.requests import ScoreRequest
+from megatron_polar.score.requests import ScoreRequest, for_references
 from megatron_polar.serve.wire import without_end
 
 PoolingShape = Literal["vllm", "lmdeploy"]
@@ -46,10 +48,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Texts:
-    """Prompts, references and outputs in words, to be cut as in training; `field` names their list in errors."""
+    """Prompts, references and outputs in words, to be cut as in training; `names` says what each request is called in
+    errors. Several references of one item are as many requests, one after the other."""
 
     requests: tuple[ScoreRequest, ...]
-    field: str
+    names: tuple[str, ...]
 
     @property
     def num_sequences(self) -> int:
@@ -107,36 +110,61 @@ def read_json(body: bytes) -> dict[str, Any]:
 def read_score(body: dict[str, Any], settings: Settings) -> Question:
     """POST /v1/score. Fields that it does not know are refused: a misspelt `wrapper` would change rewards silently."""
     _check_model(body, settings)
-    _only(body, ("items", "model"), where="")
-    items = _list(body.get("items"), "items")
-    requests = tuple(_item(item, f"items[{i}]", settings=settings) for i, item in enumerate(items))
-    counts = [len(request.outputs) for request in requests]
-    _check_count(sum(counts), "items", what="outputs", settings=settings)
+    _only(body, ("items", "model", "per_reference"), where="")
+    wants_each = body.get("per_reference", False)
+    if not isinstance(wants_each, bool):
+        raise refusal(f"per_reference is {_kind(wants_each)}; it must be true or false")
+    items = [_item(item, f"items[{i}]", settings=settings) for i, item in enumerate(_list(body.get("items"), "items"))]
+    requests = tuple(request for item in items for request in item.requests)
+    count = sum(len(request.outputs) for request in requests)
+    what = "outputs" if len(requests) == len(items) else "outputs, each counted once for each reference"
+    _check_count(count, "items", what=what, settings=settings)
     _check_text_bytes(requests, settings=settings)
-    return Question(Texts(requests, "items"), partial(_score_reply, counts, settings.model))
+    names = tuple(f"items[{i}]" for i, item in enumerate(items) for _ in item.requests)
+    return Question(Texts(requests, names), partial(_score_reply, items, settings.model, wants_each))
 
 
-def _item(item: Any, where: str, *, settings: Settings) -> ScoreRequest:
+@dataclass(frozen=True)
+class _Item:
+    """An item as a request for each of its references; `duplicates` were dropped, and are None for a lone one."""
+
+    requests: tuple[ScoreRequest, ...]
+    duplicates: int | None
+
+
+def _item(item: Any, where: str, *, settings: Settings) -> _Item:
     if not isinstance(item, dict):
         raise refusal(f"{where} is {_kind(item)}; it must be an object with prompt, reference and outputs")
-    _only(item, ("prompt", "reference", "outputs", "wrapper"), where=f"{where}.")
+    _only(item, ("prompt", "reference", "references", "outputs", "wrapper"), where=f"{where}.")
     outputs = _list(item.get("outputs"), f"{where}.outputs")
     wrapper = item.get("wrapper", settings.wrapper)
     if wrapper not in WRAPPERS:
         raise refusal(f"{where}.wrapper must be one of {', '.join(WRAPPERS)}")
-    return ScoreRequest(
-        prompt=_text(item.get("prompt"), f"{where}.prompt"),
-        reference=_text(item.get("reference"), f"{where}.reference"),
-        outputs=tuple(_text(output, f"{where}.outputs[{k}]") for k, output in enumerate(outputs)),
-        wrapper=wrapper,
-    )
+    prompt = _text(item.get("prompt"), f"{where}.prompt")
+    try:
+        references = read_references(item, read_text=lambda value, key: _text(value, f"{where}.{key}"))
+    except BadReferences as bad:
+        raise refusal(f"{where}.{bad.key} {bad.reason}") from None
+    texts = [_text(output, f"{where}.outputs[{k}]") for k, output in enumerate(outputs)]
+    requests = for_references(prompt, references.texts, texts, wrapper=wrapper)
+    return _Item(requests, references.duplicates if "references" in item else None)
 
 
-def _score_reply(counts: Sequence[int], model: str, scored: Scored) -> dict[str, Any]:
-    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
-    rows = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
-    rewards, truncated = [scored.rewards[row] for row in rows], [scored.truncated[row] for row in rows]
-    return {"model": model, "rewards": rewards, "truncated": truncated}
+def _score_reply(items: Sequence[_Item], model: str, wants_each: bool, scored: Scored) -> dict[str, Any]:
+    """Per item and output: the mean over the references, and whether anything was cut against any of them."""
+    rewards, cuts = iter(scored.rewards), iter(scored.truncated)
+    each = [[list(islice(rewards, len(request.outputs))) for request in item.requests] for item in items]
+    cut = [[list(islice(cuts, len(request.outputs))) for request in item.requests] for item in items]
+    reply = {
+        "model": model,
+        "rewards": [mean_over_references(rows) for rows in each],
+        "truncated": [[any(column) for column in zip(*rows, strict=True)] for rows in cut],
+    }
+    if wants_each:
+        reply["per_reference"] = each
+    if any(item.duplicates is not None for item in items):
+        reply["duplicate_references"] = [item.duplicates or 0 for item in items]
+    return reply
 
 
 # --- Engines ---------------------------------------------------------------------------------------------------------
@@ -249,22 +277,32 @@ def read_openrlhf(body: dict[str, Any], settings: Settings) -> Question:
     requests = []
     for i, (query, prompt, label) in enumerate(zip(*columns, strict=True)):
         for name, value in (("query", query), ("prompts", prompt), ("labels", label)):
-            if not isinstance(value, str):
-                why = ", the reference; set OpenRLHF's label key" if name == "labels" else ""
+            if not isinstance(value, str) and not (name == "labels" and isinstance(value, list)):
+                why = ", the reference, or a list of them; set OpenRLHF's label key" if name == "labels" else ""
                 raise refusal(f"{name}[{i}] is {_kind(value)}; it must be a string{why}")
-        if not label:
+        references = label if isinstance(label, list) else [label]
+        if not references or not all(isinstance(text, str) for text in references):
+            raise refusal(f"labels[{i}] is a list; as one, it must have one reference or more, and strings alone")
+        if not all(references):
             raise refusal(f"labels[{i}], the reference, is empty; OpenRLHF sends that without a label key: set it")
         if not query.startswith(prompt):
             raise refusal(f"query[{i}] does not begin with prompts[{i}], so the output in it cannot be told")
-        requests.append(ScoreRequest(prompt, label, (without_end(query[len(prompt) :]),), settings.wrapper))
-    return Question(Texts(tuple(requests), "query"), _openrlhf_reply)
+        texts = distinct_references(references).texts
+        requests.append(for_references(prompt, texts, (without_end(query[len(prompt) :]),), wrapper=settings.wrapper))
+    names = tuple(f"query[{i}]" for i, request in enumerate(requests) for _ in request)
+    asks = Texts(tuple(each for request in requests for each in request), names)
+    _check_count(asks.num_sequences, "query", what="queries, counted once for each reference", settings=settings)
+    return Question(asks, partial(_openrlhf_reply, [len(request) for request in requests]))
 
 
-def _openrlhf_reply(scored: Scored) -> dict[str, Any]:
+def _openrlhf_reply(counts: Sequence[int], scored: Scored) -> dict[str, Any]:
+    """`counts`: references of each query, whose rewards follow each other."""
+    rewards, cuts = iter(scored.rewards), iter(scored.truncated)
+    means = [mean_over_references([[next(rewards)] for _ in range(count)])[0] for count in counts]
     return {
-        "rewards": scored.rewards,
-        "scores": [sigmoid(reward) for reward in scored.rewards],
-        "extra_logs": {"truncated": [float(cut) for cut in scored.truncated]},
+        "rewards": means,
+        "scores": [sigmoid(reward) for reward in means],
+        "extra_logs": {"truncated": [float(any(list(islice(cuts, count)))) for count in counts]},
     }
 
 

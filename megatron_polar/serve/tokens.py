@@ -8,7 +8,7 @@ import numpy as np
 from megatron_polar.data.template import Half, assemble_comparison
 from megatron_polar.errors import UserError
 from megatron_polar.score.requests import ScoreRequest
-from megatron_polar.score.scorer import Scorer, TokenizedRequest
+from megatron_polar.score.scorer import HalfMemo, Scorer, TokenizedRequest
 from megatron_polar.serve.shapes import RequestError, Sequences, Texts, refusal
 
 
@@ -23,7 +23,10 @@ def tokenize(scorer: Scorer, asks: Texts | Sequences) -> TokenizedRequest:
 
 
 def _tokenize_texts(scorer: Scorer, asks: Texts) -> TokenizedRequest:
-    done = [_cut(scorer, request, where=f"{asks.field}[{i}]") for i, request in enumerate(asks.requests)]
+    memo = scorer.memo()
+    done = [
+        _cut(scorer, request, where=name, memo=memo) for request, name in zip(asks.requests, asks.names, strict=True)
+    ]
     first = np.cumsum([0, *(len(request.comparisons) for request in done)]).tolist()
     return TokenizedRequest(
         comparisons=tuple(comparison for request in done for comparison in request.comparisons),
@@ -32,9 +35,9 @@ def _tokenize_texts(scorer: Scorer, asks: Texts) -> TokenizedRequest:
     )
 
 
-def _cut(scorer: Scorer, request: ScoreRequest, *, where: str) -> TokenizedRequest:
+def _cut(scorer: Scorer, request: ScoreRequest, *, where: str, memo: HalfMemo) -> TokenizedRequest:
     try:
-        return scorer.tokenize(request)
+        return scorer.tokenize(request, memo=memo)
     except UserError as error:
         raise refusal(f"{where}: {error}") from None
 

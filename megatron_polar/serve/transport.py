@@ -4,6 +4,7 @@ Rewards are a pure function of what is sent, so asking twice does no harm.
 """
 
 import asyncio
+import atexit
 import contextlib
 import json
 import os
@@ -99,7 +100,7 @@ class Transport:
         with self._start:
             if self._session is None or self._session.pid != os.getpid():  # a fork has no threads but its own
                 self._session = _Session(self._open_http, max_concurrency=self._max_concurrency)
-                weakref.finalize(self, self._session.close)
+                weakref.finalize(self, self._session.close).atexit = False  # at exit the session ends itself
             return asyncio.run_coroutine_threadsafe(coroutine, self._session.loop)
 
     def close(self) -> None:
@@ -215,18 +216,27 @@ class Transport:
 
 
 class _Session:
-    """An event loop on a daemon thread, and the connections and the limit that belong to it."""
+    """An event loop on a daemon thread, and the connections and the limit that belong to it.
+
+    The thread is waited for before the interpreter ends: one that is killed inside an import (httpcore looks for
+    sniffio again and again) keeps the import lock, and the main thread then waits for it for ever.
+    """
 
     def __init__(self, open_http: Callable[[], httpx.AsyncClient], *, max_concurrency: int):
         self.pid, self.loop, self._is_open = os.getpid(), asyncio.new_event_loop(), True
         self.http, self.slots = open_http(), asyncio.Semaphore(max_concurrency)
-        self._thread = threading.Thread(target=self._run, args=(self.loop,), name="reward client", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="reward client", daemon=True)
+        atexit.register(self._end)
         self._thread.start()
 
-    @staticmethod
-    def _run(loop: asyncio.AbstractEventLoop) -> None:
-        loop.run_forever()
-        loop.close()
+    def _run(self) -> None:
+        self.loop.run_forever()
+        self.loop.close()
+        atexit.unregister(self._end)
+
+    def _end(self) -> None:
+        self.close()
+        self.join()
 
     def close(self) -> None:
         if self._is_open and self.pid == os.getpid():

@@ -34,12 +34,13 @@ END_TOKENS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_tex
 class RewardItem:
     """One output to be rewarded: texts, or lists of {"role", "content"} messages whose contents are joined by newlines.
 
-    `wrapper` says what stands between a prompt and what follows it: a newline ("sft") or nothing ("pretrain"). None is
-    what the model was trained with, as far as its server or its export knows (else "sft").
+    `reference` may be a list of references, each a text or such messages: the reward is the mean over them. `wrapper`
+    says what stands between a prompt and what follows it: a newline ("sft") or nothing ("pretrain"). None is what the
+    model was trained with, as far as its server or its export knows (else "sft").
     """
 
     prompt: str | list[dict]
-    reference: str | list[dict]
+    reference: str | list[dict] | list[str | list[dict]]
     output: str | list[dict]
     wrapper: str | None = None
 

@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 
 import megatron_polar
+from megatron_polar import log
 from megatron_polar.config.presets import architecture_of
-from megatron_polar.config.schema import DataSection, DatasetSource, RunConfig
+from megatron_polar.config.schema import CurriculumSection, DataSection, DatasetSource, RunConfig
 from megatron_polar.data.comparisons import ComparisonDataset
 from megatron_polar.data.loader import row_shape
+from megatron_polar.data.pair_counts import PAIRS
 from megatron_polar.data.steps import RowShape
 from megatron_polar.data.tokenizer import load_tokenizer
 from megatron_polar.errors import UserError
@@ -29,6 +31,7 @@ from megatron_polar.train.optimizer import (
     build_optimizer,
     build_schedule,
 )
+from megatron_polar.train.policy_pairs import PolicyPairs
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Run:
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
     num_steps: int
+    pairs: PolicyPairs
 
     @property
     def directory(self) -> Path:
@@ -82,13 +86,18 @@ class Run:
 
     @property
     def environment(self) -> dict:
-        """Versions and machine, for `environment.json`."""
+        """Versions, machine, and what the data and the embedding were, for `environment.json`."""
+        held_out = self.data.validation.corpora if self.data.validation else []
         return {
             "megatron_polar": megatron_polar.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
             "device": self.device.name,
             "world_size": self.topology.world_size,
+            "embedding_rows": self.model.vocab_size,
+            "tokenizer": self.data.train.corpora[0].manifest["tokenizer"]["fingerprint"],
+            "train_data": [corpus.fingerprint for corpus in self.data.train.corpora],
+            "validation_data": [corpus.fingerprint for corpus in held_out],
         }
 
 
@@ -112,11 +121,14 @@ def build_run(config: RunConfig, device: Device, topology: Topology) -> Run:
     optimizer = build_optimizer(config.optimizer, model=model, reduction=reduction)
     schedule = build_schedule(config.optimizer, optimizer=optimizer, num_steps=num_steps)
     guard = StepGuard(config.faults)
-    return Run(config, device, topology, data, model, reduction, guard, optimizer, schedule, num_steps)
+    is_drawing = config.data.contrast == "by_difficulty"
+    policies = data.train.policies
+    pairs = PolicyPairs(config.data.curriculum, is_drawing=is_drawing, policies=policies, topology=topology)
+    return Run(config, device, topology, data, model, reduction, guard, optimizer, schedule, num_steps, pairs)
 
 
 _OUTPUTS = ("checkpoints", "tensorboard", "stacks", "lock", "metrics.jsonl", "events.jsonl", "status.json")
-_OUTPUTS += ("config.yaml", "environment.json", "bad_steps.json", "report.html", "checkpoints/latest")
+_OUTPUTS += ("config.yaml", "environment.json", "bad_steps.json", "report.html", PAIRS, "checkpoints/latest")
 
 
 def refuse_planted_outputs(directory: Path) -> None:
@@ -150,20 +162,40 @@ def describe_run(run: Run, *, layout: dict[str, int]) -> list[str]:
     parameters = model.architecture.num_parameters(model.vocab_size)
     optimizer = "distributed AdamW" if config.optimizer.use_distributed_optimizer else "AdamW"
     saves = "in the background" if config.checkpoint.async_save else "in the foreground"
+    contrasts = config.data.contrast.replace("_", " ")
     return [
         f"model: {parameters / 1e6:.2f}M parameters, {config.train.precision}; layers: {model.transformer_impl}; "
-        f"attention: {model.attention}; optimizer: {optimizer}; saves {saves}",
+        f"attention: {model.attention}; optimizer: {optimizer}; weight gradients: {model.gradient_fusion}; saves "
+        f"{saves}",
         f"ranks: {run.topology.world_size} x {run.device.name} over {run.device.backend}; "
         f"{', '.join(f'{name}={size}' for name, size in layout.items())}",
-        f"data: {len(run.data.train)} comparisons an epoch, layout {config.data.layout}, {config.data.num_workers} "
-        f"loader workers; {run.num_steps} steps of {config.train.global_batch_size} comparisons",
+        f"data: {len(run.data.train)} comparisons an epoch, contrasts {contrasts}, layout {config.data.layout}, "
+        f"{config.data.num_workers} loader workers; {run.num_steps} steps of {config.train.global_batch_size} "
+        f"comparisons",
     ]
+
+
+def warn_of_no_choice(run: Run) -> None:
+    """Say where `data.contrast: by_difficulty` has next to nothing to choose from."""
+    if run.pairs.is_drawing and run.topology.rank == 0:
+        choice = run.data.train.share_with_a_choice()
+        if choice < 0.5:
+            log.warn(
+                f"data.contrast=by_difficulty chooses between the policies of a document, and {choice:.0%} of the "
+                f"documents looked at have more than a comparison needs; give a prompt to more policies"
+            )
 
 
 def open_data(config: RunConfig, *, topology: Topology) -> Data:
     """Open the datasets, check that they were made with one tokenizer, and derive the shape of rows."""
     section = config.data
-    train_data = _comparisons(section, section.train, seed=config.run.seed)
+    curriculum = section.curriculum if section.contrast == "by_difficulty" else None
+    train_data = _comparisons(section, section.train, seed=config.run.seed, curriculum=curriculum)
+    if curriculum is not None and not any(c.manifest["counts"]["trajectory_groups"] for c in train_data.corpora):
+        raise UserError(
+            f"data.contrast=by_difficulty chooses between policies, and {section.train[0].path} holds none, only "
+            f"preferences; set it to uniform"
+        )
     validation = _comparisons(section, section.validation, seed=config.run.seed + 1) if section.validation else None
     tokenizer_directory = Path(section.train[0].path) / "tokenizer"
     tokenizer = load_tokenizer(section.tokenizer or tokenizer_directory)
@@ -192,12 +224,15 @@ def _check_lengths(datasets: Sequence[ComparisonDataset], max_sequence_length: i
         )
 
 
-def _comparisons(section: DataSection, sources: Sequence[DatasetSource], *, seed: int) -> ComparisonDataset:
+def _comparisons(
+    section: DataSection, sources: Sequence[DatasetSource], *, seed: int, curriculum: CurriculumSection | None = None
+) -> ComparisonDataset:
     return ComparisonDataset(
         sources,
         seed=seed,
         candidates_per_comparison=section.candidates_per_comparison,
         max_sequence_length=section.max_sequence_length,
+        curriculum=curriculum,
     )
 
 

@@ -8,7 +8,7 @@ together.
 import io
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,13 +105,13 @@ class Checkpointer:
         self._pending: _Pending | None = None
         self._writer = TemporalAsyncCaller()
 
-    def save(self, state: TrainingState, *, blocking: bool = False) -> None:
+    def save(self, state: TrainingState, *, others: Mapping[str, bytes] | None = None, blocking: bool = False) -> None:
         """Save the checkpoint of `state.step`: at once, or with `checkpoint.async_save` and not `blocking` in the
-        background, in which case `poll` finishes it."""
+        background, in which case `poll` finishes it. `others` are small files that lie in it, by their names."""
         self.finish()
         faults.point("before_save")
         started = time.monotonic()
-        pending = self._start(state, started=started)
+        pending = self._start(state, others=others or {}, started=started)
         if pending is None:
             return
         if self.section.async_save and not blocking:
@@ -153,7 +153,7 @@ class Checkpointer:
         """Whether this rank's own writer is at work; if not, we wait for those of other ranks."""
         return self._writer.process is not None and self._writer.process.is_alive()
 
-    def _start(self, state: TrainingState, *, started: float) -> _Pending | None:
+    def _start(self, state: TrainingState, *, others: Mapping[str, bytes], started: float) -> _Pending | None:
         """Plan the save and write the first rank's small files."""
         place: list[Path | str | RunStopped | None] = [None]
         if self.topology.rank == 0:
@@ -178,21 +178,19 @@ class Checkpointer:
         entries, error = {}, None
         if self.topology.rank == 0:
             try:
-                entries = self._write_small_files(directory, state=state, common=common, strategy=strategy)
+                contents = {**others, "state.json": encode_state(state), "config.yaml": self.config_yaml.encode()}
+                entries = self._write_small_files(directory, contents=contents, common=common, strategy=strategy)
             except OSError as problem:
                 error = problem
         return _Pending(state, directory, strategy, request, entries, error, started)
 
-    def _write_small_files(self, directory: Path, *, state: TrainingState, common: dict, strategy: HashedSave) -> dict:
+    def _write_small_files(
+        self, directory: Path, *, contents: Mapping[str, bytes], common: dict, strategy: HashedSave
+    ) -> dict:
         buffer = io.BytesIO()
         torch.save(common, buffer)
         formats = CheckpointingConfig(strategy.backend, strategy.version)
-        contents = {
-            "common.pt": buffer.getbuffer(),
-            "metadata.json": orjson.dumps(formats),
-            "config.yaml": self.config_yaml.encode(),
-            "state.json": encode_state(state),
-        }
+        contents = {"common.pt": buffer.getbuffer(), "metadata.json": orjson.dumps(formats)} | dict(contents)
         (directory / "tokenizer").mkdir()
         contents |= self._tokenizer
         entries = {}

@@ -15,6 +15,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron_polar import faults
 from megatron_polar.data.packing import MicroBatch
 from megatron_polar.model.build import BuiltModel
+from megatron_polar.model.fp8_weights import finish_gather
 from megatron_polar.parallel.device import Device
 from megatron_polar.parallel.topology import Topology
 
@@ -143,3 +144,4 @@ def gather_updated_weights(model: BuiltModel) -> None:
     for chunk in model.chunks:
         if chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)
+            finish_gather(chunk.parameters())

@@ -17,6 +17,7 @@ from megatron_polar import faults
 from megatron_polar.config.schema import FaultsSection
 from megatron_polar.errors import BAD_STEPS, REPLICAS_DIFFER, RunStopped, UserError
 from megatron_polar.model.build import BuiltModel
+from megatron_polar.model.fp8_weights import is_fp8_weight, plain
 from megatron_polar.parallel.device import Device
 from megatron_polar.parallel.topology import Topology
 from megatron_polar.train.gradients import gather_updated_weights
@@ -144,7 +145,7 @@ def compare_replicas(model: BuiltModel, *, topology: Topology) -> list[Deviation
         for name, parameter in core.named_parameters():
             names.append(name if len(model.cores) == 1 else f"chunk {number}: {name}")
             words = torch.int16 if parameter.element_size() == 2 else torch.int32
-            sums.append(parameter.detach().contiguous().view(words).sum(dtype=torch.int64))
+            sums.append(plain(parameter).detach().contiguous().view(words).sum(dtype=torch.int64))
     group = topology.groups.dp_cp
     own = torch.stack(sums)
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
@@ -189,5 +190,5 @@ def check_replicas(model: BuiltModel, *, topology: Topology, step: int) -> None:
 def flip_a_bit(model: BuiltModel) -> None:
     """What fault point `step_end` does with action `flip`: one bit of one weight of this rank changes."""
     if faults.point("step_end") == "flip":
-        weight = next(model.cores[0].parameters()).detach().view(-1)
+        weight = next(p for p in model.cores[0].parameters() if not is_fp8_weight(p)).detach().view(-1)
         weight.view(torch.int16 if weight.element_size() == 2 else torch.int32)[weight.numel() // 2] ^= 1 << 10

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_polar.manifest import write_durably
 from megatron_polar.train.journal import last_step, write_status
 from megatron_polar.train.verdicts import Process, wait_until
 
@@ -28,7 +29,7 @@ class LastWords:
         """Say where this rank is: a job script ends a job whose first rank cannot even do that."""
         with contextlib.suppress(OSError):
             if self.directory is not None and self.directory.is_dir() and self.may_write():
-                (self.directory / HEARTBEAT).write_text(f"{phase} of step {step}\n")
+                write_durably(self.directory / HEARTBEAT, f"{phase} of step {step}\n".encode())
 
     def status(self, message: str, *, phase: str, step: int) -> None:
         """In place of the journal: the first rank, which would write it, may be the one that hangs."""
@@ -61,7 +62,8 @@ class LastWords:
         with contextlib.suppress(OSError):
             path = directory / "stacks" / f"rank_{self._process.rank:05d}.txt"
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("w") as file:
+            path.unlink(missing_ok=True)  # a second name of somebody's file is not written through
+            with path.open("x") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self._process}: {message}\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)

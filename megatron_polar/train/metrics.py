@@ -101,15 +101,18 @@ class Metrics:
         self._times.append(seconds)
         self._pending.append((step, result, seconds, waited_seconds))
 
-    def write(self, iteration: int, *, memory_bytes: int, reliability: dict[str, float]) -> None:
+    def write(
+        self, iteration: int, *, memory_bytes: int, reliability: dict[str, float], pairs: dict[str, float]
+    ) -> None:
         """Write one row over the steps since the last one, if there are any: console line, metrics.jsonl, TensorBoard.
 
-        `reliability` holds counts over the whole run.
+        `reliability` holds counts over the whole run, `pairs` what is known of pairs of policies, by its full name.
         """
         if not self._pending:
             return
         row = self._summarise(iteration, memory_bytes=memory_bytes)
         row |= {f"reliability/{name}": value for name, value in reliability.items()}
+        row |= pairs
         row["reliability/ettr"] = min(1.0, self._productive_seconds / max(time.time() - self._started_at, 1e-9))
         row["batch-size"] = self.global_batch_size
         row["consumed-samples"] = iteration * self.global_batch_size

@@ -8,10 +8,12 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class RankingLoss:
-    """`loss_sum`: differentiable sum over pairs, [] . `sums`: detached sums for the report, fp64 [len(SUMS)]."""
+    """`loss_sum`: differentiable sum over pairs, [] . `sums`: detached sums for the report, fp64 [len(SUMS)].
+    `half_wins`: int8 [p], 2 for a pair in the right order, 1 for a tie, 0 for the wrong order."""
 
     loss_sum: torch.Tensor
     sums: torch.Tensor
+    half_wins: torch.Tensor
 
 
 SUMS = ("pairs", "loss", "correct", "margin", "reward_chosen", "reward_rejected", "reward_squared")
@@ -31,6 +33,6 @@ def ranking_loss(rewards: torch.Tensor, *, winners: torch.Tensor, losers: torch.
         chosen, rejected = rewards[winners].double(), rewards[losers].double()
         squares = (chosen.square() + rejected.square()).sum()
         columns = [losses.double(), correct, margin.double(), chosen, rejected]
-        pairs = torch.tensor(float(len(winners)), dtype=torch.float64, device=rewards.device)
+        pairs = torch.full((), float(len(winners)), dtype=torch.float64, device=rewards.device)  # no copy to wait for
         sums = torch.stack([pairs, *(column.sum() for column in columns), squares])
-    return RankingLoss(loss_sum=losses.sum(), sums=sums)
+    return RankingLoss(loss_sum=losses.sum(), sums=sums, half_wins=(2 * correct).to(torch.int8))

@@ -39,6 +39,7 @@ def build_optimizer(section: OptimizerSection, *, model: BuiltModel, reduction: 
             params_dtype=transformer_config.params_dtype,
             use_distributed_optimizer=section.use_distributed_optimizer,
             overlap_param_gather=section.overlap_param_gather,
+            fp8_recipe=transformer_config.fp8_recipe if transformer_config.fp8 else None,
         ),
         model.chunks,
         config_overrides=overrides,

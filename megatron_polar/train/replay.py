@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megatron_polar import log
 from megatron_polar.config.schema import RunConfig
+from megatron_polar.data.curriculum import DifficultyTables
 from megatron_polar.data.steps import StepDataset
 from megatron_polar.errors import DONE, FAILED, UserError
 from megatron_polar.train.build import Run, build_run, join_ranks
@@ -63,9 +64,17 @@ def replay_step(config: RunConfig, *, step: int) -> int:
     load_training(checkpoint, model=run.model, optimizer=run.optimizer, topology=run.topology)
     gather_updated_weights(run.model)
     start = read_state(checkpoint).step
+    run.pairs.restore(checkpoint, step=start)
     log.info(f"replaying iteration {step} with the weights of {checkpoint} ({_distance(start, step)})")
     gathered: list = [None] * run.topology.world_size
-    dist.all_gather_object(gathered, _replay(run, config=config, step=step))
+    with run.pairs.handing_over() as tables:
+        if tables is not None and not tables.has(step - 1):
+            raise UserError(
+                f"--replay-step {step}: the newest checkpoint before it, of step {start}, is more than a period of "
+                f"data.curriculum.interval={config.data.curriculum.interval} steps older, and which policies met in "
+                f"the step depends on what was counted since; set checkpoint.save_interval to the interval or less"
+            )
+        dist.all_gather_object(gathered, _replay(run, config=config, step=step, tables=tables))
     found = [batch for part in gathered for batch in part]
     for batch in found:
         verdict = "BAD" if batch.is_bad else "ok"
@@ -108,7 +117,7 @@ def _distance(start: int, step: int) -> str:
     return f"{step - 1 - start} steps older than those that it saw"
 
 
-def _replay(run: Run, *, config: RunConfig, step: int) -> list[ReplayedBatch]:
+def _replay(run: Run, *, config: RunConfig, step: int, tables: DifficultyTables | None) -> list[ReplayedBatch]:
     interleaved = config.parallel.virtual_pipeline_model_parallel_size is not None
     multiple = config.parallel.pipeline_model_parallel_size if interleaved else 1
     dataset = StepDataset(
@@ -116,6 +125,7 @@ def _replay(run: Run, *, config: RunConfig, step: int) -> list[ReplayedBatch]:
         global_batch_size=run.config.train.global_batch_size,
         rank=run.topology.dp_rank,
         shape=dataclasses.replace(run.data.shape, micro_batches_multiple_of=multiple),  # packed as the step was
+        tables=tables,
     )
     prepared = dataset[step - 1]
     rounds = torch.tensor([len(prepared.micro_batches)], device=run.device.torch_device)

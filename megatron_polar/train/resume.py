@@ -58,6 +58,7 @@ def start_or_resume(run: Run, *, watchdog: Watchdog) -> Start:
             checkpoint, model=run.model, optimizer=run.optimizer, topology=run.topology, after_each=watchdog.progress
         )
         run.guard.restore(state.guard)
+        run.pairs.restore(checkpoint, step=state.step)
         damaged = on_first_rank(run.topology, partial(_tidy, run.directory, found=found)) or {}
         rest = "" if state.step < run.num_steps else "; all steps are done, nothing is left to train"
         log.info(f"resumed from {checkpoint} at step {state.step}{rest}")
@@ -68,8 +69,7 @@ def start_or_resume(run: Run, *, watchdog: Watchdog) -> Start:
         checkpoint = source.path
         _check_same_function(checkpoint, run=run, what=f"train.init_from={checkpoint}")
         _check_same_tokenizer(checkpoint, run=run)
-        load_weights(checkpoint, model=run.model, after_each=watchdog.progress)
-        run.optimizer.reload_model_params()
+        load_weights(checkpoint, model=run.model, optimizer=run.optimizer, after_each=watchdog.progress)
         log.info(f"starting at step 0 from the weights of {checkpoint}")
         return Start(0, f"weights of {checkpoint}", {})
     log.info(f"no checkpoint in {run.directory}: starting at step 0 from random weights")
@@ -149,8 +149,9 @@ def check_same_run(checkpoint: Path, *, run: Run) -> None:
     remedy = f"use {checkpoint}/config.yaml with run.directory={run.directory}, or start a new run with train.init_from"
     if state.data_fingerprint != run.data.train.fingerprint:
         raise UserError(
-            f"{checkpoint}: was trained on other data, or with another seed, K or data.max_sequence_length (data "
-            f"fingerprint {state.data_fingerprint[:12]}, now {run.data.train.fingerprint[:12]}); {remedy}"
+            f"{checkpoint}: was trained on other data, or with another seed, K, data.max_sequence_length, "
+            f"data.contrast or data.curriculum (data fingerprint {state.data_fingerprint[:12]}, now "
+            f"{run.data.train.fingerprint[:12]}); {remedy}"
         )
     if state.precision != run.config.train.precision:
         raise UserError(

@@ -11,11 +11,12 @@ from megatron_polar import faults, log
 from megatron_polar.config.load import dump_config
 from megatron_polar.config.schema import RunConfig
 from megatron_polar.data.loader import load_steps
+from megatron_polar.data.pair_counts import PAIRS
 from megatron_polar.data.steps import Step, StepDataset
 from megatron_polar.errors import CANNOT_SAVE, STOPPED, RunStopped
 from megatron_polar.manifest import write_durably
 from megatron_polar.parallel.topology import Topology
-from megatron_polar.train.build import Run, build_run, describe_run, join_ranks
+from megatron_polar.train.build import Run, build_run, describe_run, join_ranks, warn_of_no_choice
 from megatron_polar.train.checkpoint import Checkpointer, SaveReport
 from megatron_polar.train.checkpoint_files import TrainingState
 from megatron_polar.train.ending import written_down
@@ -44,6 +45,7 @@ class Training:
     checkpointer: Checkpointer
     watchdog: Watchdog
     stragglers: Stragglers
+    lock: RunLock
     done: int
     """Finished steps, skipped ones included."""
     saved: int
@@ -73,19 +75,24 @@ def train(config: RunConfig) -> dict[str, float]:
 
 def _train(training: Training) -> None:
     run, watchdog = training.run, training.watchdog
-    dataset = StepDataset(
-        run.data.train,
-        global_batch_size=run.config.train.global_batch_size,
-        rank=run.topology.dp_rank,
-        shape=run.data.shape,
-    )
     try:
-        with log.Progress("training", total=run.num_steps, unit="steps", quiet=not log.on_terminal()) as bar:
+        with (
+            run.pairs.handing_over() as tables,
+            log.Progress("training", total=run.num_steps, unit="steps", quiet=not log.on_terminal()) as bar,
+        ):
+            dataset = StepDataset(
+                run.data.train,
+                global_batch_size=run.config.train.global_batch_size,
+                rank=run.topology.dp_rank,
+                shape=run.data.shape,
+                tables=tables,
+            )
             bar.advance(training.done)
             _stop_if_asked(training)
             timer = StepTimer()
             watchdog.enter("data", training.done + 1)
-            for step in load_steps(dataset, start=training.done, stop=run.num_steps, data=run.config.data):
+            gpu = run.device.torch_device.index
+            for step in load_steps(dataset, start=training.done, stop=run.num_steps, data=run.config.data, gpu=gpu):
                 _one_step(training, step, timer=timer)
                 _after_step(training)
                 _stop_if_asked(training)
@@ -129,27 +136,32 @@ def _one_step(training: Training, step: Step, *, timer: StepTimer) -> None:
         topology=run.topology,
         device=run.device,
         in_order=run.config.train.canonical_reduction,
+        with_outcomes=run.pairs.is_recording,
     )
     run.schedule.step(increment=1)
     training.done = training.journal.step = step.number + 1
     training.metrics.add(step, result, seconds=timer.lap(), waited_seconds=waited, learning_rate=learning_rate)
     training.stragglers.add(result.busy_seconds)
+    run.pairs.add(step, result)
     if result.skipped is not None:
         _write_down_bad_step(training, result)
 
 
 def _after_step(training: Training) -> None:
-    """What is due between two steps: publish, log, evaluate, compare replicas, save."""
+    """What is due between two steps: publish, end a period, log, evaluate, compare replicas, save."""
     run, config, done = training.run, training.run.config, training.done
     flip_a_bit(run.model)
     training.checkpointer.poll()
+    run.pairs.end_step(done)
     save_is_due = _due(done, config.checkpoint.save_interval, last=run.num_steps)
     if _due(done, config.logging.interval, last=run.num_steps) or save_is_due:
         # Before every save: a resumed run cuts the rows behind its checkpoint, and must find those before it.
         _write_metrics(training)
         _report_stragglers(training)
-    if run.data.validation is not None and _due(done, config.evaluation.interval, last=run.num_steps):
-        _evaluate(training)
+    if _due(done, config.evaluation.interval, last=run.num_steps):
+        _write_pairs(training)
+        if run.data.validation is not None:
+            _evaluate(training)
     interval = config.faults.replica_check_interval
     if interval and done % interval == 0 and not save_is_due:
         _check_replicas(training)
@@ -185,6 +197,7 @@ def _open(run: Run, *, signals: StopSignals, watchdog: Watchdog, journal: Journa
     on_first_rank(run.topology, partial(_announce, run))
     for line in describe_run(run, layout=layout_of(run.topology)):
         log.info(line)
+    warn_of_no_choice(run)
     journal.step = start.step
     if run.topology.rank == 0 and start.step < run.num_steps:  # a finished run has no more to tell
         lost = last_sign_of_life(run.directory, resumed_at=start.step)
@@ -226,7 +239,7 @@ def _open(run: Run, *, signals: StopSignals, watchdog: Watchdog, journal: Journa
         after_each=watchdog.progress,
     )
     stragglers = Stragglers(ratio=config.faults.straggler_ratio)
-    parts = (run, signals, metrics, journal, checkpointer, watchdog, stragglers)
+    parts = (run, signals, metrics, journal, checkpointer, watchdog, stragglers, lock)
     training = Training(*parts, done=start.step, saved=start.step)
     return training
 
@@ -282,18 +295,29 @@ def _save(training: Training, *, blocking: bool = False) -> None:
         guard=run.guard.state(),
         wrapper=run.data.train.wrapper,
     )
-    training.checkpointer.save(state, blocking=blocking)
+    run.pairs.gather()
+    others = {PAIRS: run.pairs.encode()} if run.pairs.is_recording else {}
+    training.checkpointer.save(state, others=others, blocking=blocking)
+
+
+def _write_pairs(training: Training) -> None:
+    run = training.run
+    run.pairs.gather()
+    if run.pairs.is_recording and run.topology.rank == 0 and training.lock.is_ours():
+        run.pairs.write(run.directory)
 
 
 def _write_metrics(training: Training) -> None:
     guard, journal = training.run.guard, training.journal
+    training.run.pairs.gather()
     reliability = {
         "skipped_steps": guard.skipped,
         "nan_steps": guard.nonfinite,
         "restarts": journal.restarts,
         "last_saved_step": training.saved,
     }
-    training.metrics.write(training.done, memory_bytes=training.run.device.memory_allocated(), reliability=reliability)
+    memory, pairs = training.run.device.memory_allocated(), training.run.pairs.figures()
+    training.metrics.write(training.done, memory_bytes=memory, reliability=reliability, pairs=pairs)
 
 
 def _report_stragglers(training: Training) -> None:

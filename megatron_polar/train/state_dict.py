@@ -17,8 +17,10 @@ from megatron_polar import log
 from megatron_polar.errors import UserError
 from megatron_polar.manifest import Damaged
 from megatron_polar.model.build import BuiltModel
+from megatron_polar.model.fp8_weights import is_fp8_weight, plain
 from megatron_polar.parallel.topology import Topology
 from megatron_polar.train.checkpoint_files import TrainingState, read_state
+from megatron_polar.train.main_weights import main_weights, take_main_weights
 from megatron_polar.train.shard_files import load_shards, refusing_what_is_wrong
 
 _CONFIGURED = ("lr", "max_lr", "min_lr", "weight_decay", "wd_mult", "lr_mult", "betas", "eps")
@@ -35,11 +37,25 @@ def layout_of(topology: Topology) -> dict[str, int]:
 # --- Loading ---------------------------------------------------------------------------------------------------------
 
 
-def load_weights(directory: Path, *, model: BuiltModel, after_each: Callable[[], None] = lambda: None) -> None:
-    """Load the weights alone, saved in any layout; `after_each` tensor it calls."""
+def load_weights(
+    directory: Path,
+    *,
+    model: BuiltModel,
+    optimizer: MegatronOptimizer | None = None,
+    after_each: Callable[[], None] = lambda: None,
+) -> None:
+    """Load the weights alone, saved in any layout, and hand them to the `optimizer`, if there is one; `after_each`
+    tensor it calls."""
     with refusing_what_is_wrong(directory):
         _check_shapes(directory, model=model)
-        _install_weights(model, load_shards(_sharded_weights(model), directory, after_each=after_each))
+        wanted = _sharded_weights(model)
+        _hold_main_weights(wanted, model=model, optimizer=None)
+        loaded = load_shards(wanted, directory, after_each=after_each)
+        _install_weights(model, loaded)
+    if optimizer is not None:
+        optimizer.reload_model_params()
+        if values := _loaded_fp8_weights(model, loaded):
+            take_main_weights(optimizer, values)
 
 
 def load_training(
@@ -130,13 +146,39 @@ def sharded_state(model: BuiltModel, *, optimizer: MegatronOptimizer, topology: 
     metadata = content_metadata() | {"dp_cp_group": topology.groups.dp_cp}
     shards = weights.get("model", weights)  # interleaved chunks stay apart, each under its name
     optimizer_state = optimizer.sharded_state_dict(shards, is_loading=is_loading, metadata=metadata)
+    _hold_main_weights(weights, model=model, optimizer=None if is_loading else optimizer)
     rng = ShardedObject("rng_state", _rng_state(), (topology.world_size,), (topology.rank,), replica_id=0)
     return weights | {"optimizer": optimizer_state, "rng": rng}
+
+
+def _hold_main_weights(weights: dict, *, model: BuiltModel, optimizer: MegatronOptimizer | None) -> None:
+    """Put ordinary tensors in the place of weights in FP8: what the optimizer knows of them, or room to load into.
+
+    After the optimizer has been asked for its state: it finds a weight's entry by the weight.
+    """
+    in_fp8 = [weight for core in model.cores for weight in core.parameters() if is_fp8_weight(weight)]
+    if not in_fp8:
+        return
+    values = main_weights(optimizer, in_fp8) if optimizer is not None else {w: plain(w) for w in in_fp8}
+    for entries in weights.values():
+        for entry in entries.values():
+            data = getattr(entry, "data", None)
+            if isinstance(data, torch.Tensor) and data in values:
+                entry.data = values[data]
 
 
 def _install_weights(model: BuiltModel, loaded: dict) -> None:
     for i, core in enumerate(model.cores):
         core.load_state_dict(loaded["model" if len(model.cores) == 1 else f"model{i}"], strict=False)
+
+
+def _loaded_fp8_weights(model: BuiltModel, loaded: dict) -> dict[torch.Tensor, torch.Tensor]:
+    """The loaded values of weights in FP8, which have lost digits of them."""
+    found = {}
+    for i, core in enumerate(model.cores):
+        values = loaded["model" if len(model.cores) == 1 else f"model{i}"]
+        found |= {weight: values[name] for name, weight in core.named_parameters() if is_fp8_weight(weight)}
+    return found
 
 
 def _rng_state() -> dict:

@@ -1,10 +1,11 @@
 """One optimizer step over megatron-core's pipeline schedules: from micro-batches to the loss, the gradient and the
 update."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
@@ -17,6 +18,7 @@ from megatron_polar.model.build import BuiltModel
 from megatron_polar.model.row_layout import RowLayout, make_row_layout
 from megatron_polar.parallel.device import Device
 from megatron_polar.parallel.topology import Topology
+from megatron_polar.parallel.transfer import move
 from megatron_polar.train.gradients import (
     GradientReduction,
     accumulate_in_order,
@@ -43,6 +45,8 @@ class StepResult:
 
     `skipped` says why the update was not made (None: it was), `suspects` which ranks and comparisons are to blame as
     far as that can be seen, `busy_seconds` how long this rank worked before it had to wait for other replicas.
+    `half_wins`: objective.RankingLoss.half_wins of this rank's pairs, int8, in the order of its micro-batches; nothing
+    where the pipeline's last stage is elsewhere, and where nobody asked.
     """
 
     sums: dict[str, float]
@@ -50,22 +54,46 @@ class StepResult:
     skipped: str | None = None
     suspects: list[dict] = field(default_factory=list)
     busy_seconds: float = 0.0
+    half_wins: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int8))
 
 
 def to_device(batch: MicroBatch, *, model: BuiltModel, device: Device, topology: Topology) -> DeviceBatch:
-    """Move a micro-batch to the device and keep this context-parallel rank's part of the tokens."""
-    place = device.torch_device
-    tokens = torch.from_numpy(batch.tokens).chunk(topology.cp_size, dim=1)[topology.cp_rank]
+    """Move a micro-batch to the device and keep this context-parallel rank's part of the tokens. The host waits for
+    nothing."""
+    there = batch.on_device or {}
+    tokens, winners, losers = (
+        there[name] if name in there else torch.from_numpy(getattr(batch, name))
+        for name in ("tokens", "winners", "losers")
+    )
     ranks = topology.cp_size * (topology.tp_size if model.transformer_config.sequence_parallel else 1)
     layout = make_row_layout(
         batch,
-        device=place,
+        device=torch.device("cpu"),
         cp_rank=topology.cp_rank,
         cp_size=topology.cp_size,
         spread_over=ranks * model.reward_rows_multiple if model.reward_rows else None,
     )
-    winners, losers = (torch.from_numpy(x).to(place, non_blocking=True) for x in (batch.winners, batch.losers))
-    return DeviceBatch(tokens.contiguous().to(place, non_blocking=True), layout, winners, losers)
+    tokens = tokens.chunk(topology.cp_size, dim=1)[topology.cp_rank].contiguous()
+    return move(DeviceBatch(tokens, layout, winners, losers), device)
+
+
+class _MovedWhenAsked(Sequence[DeviceBatch]):
+    """Micro-batches on the device, each laid out when a schedule first asks for it: by then the device has the ones
+    before it to compute. The chunks of an interleaved pipeline each go through all of them."""
+
+    def __init__(self, micro_batches: Sequence[MicroBatch], move_one: Callable[[MicroBatch], DeviceBatch]):
+        self._waiting, self._move_one = micro_batches, move_one
+        self._moved: list[DeviceBatch] = []
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __getitem__(self, number: int) -> DeviceBatch:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        while len(self._moved) <= number:
+            self._moved.append(self._move_one(self._waiting[len(self._moved)]))
+        return self._moved[number]
 
 
 def train_step(
@@ -78,15 +106,24 @@ def train_step(
     topology: Topology,
     device: Device,
     in_order: bool = False,
+    with_outcomes: bool = False,
 ) -> StepResult:
     """Forward and backward over all micro-batches, one update. The gradient is that of the mean over all pairs.
 
     A step that `guard` refuses leaves weights and optimizer as they were, on all ranks alike. `in_order` is
-    `train.canonical_reduction`.
+    `train.canonical_reduction`; `with_outcomes` asks for `StepResult.half_wins`.
     """
     reduction.start()
+    outcomes: list[torch.Tensor] | None = [] if with_outcomes else None
     local = compute_gradients(
-        model, optimizer=optimizer, step=step, reduction=reduction, topology=topology, device=device, in_order=in_order
+        model,
+        optimizer=optimizer,
+        step=step,
+        reduction=reduction,
+        topology=topology,
+        device=device,
+        in_order=in_order,
+        outcomes=outcomes,
     )
     sums = local if in_order else reduce_sums(local, topology=topology, device=device)
     figures = dict(zip(SUMS, sums.sum(0).tolist(), strict=True))
@@ -100,7 +137,8 @@ def train_step(
     else:
         suspects = name_suspects(step, local=None if in_order else local, reduction=reduction, topology=topology)
     device.synchronize()
-    return StepResult(figures, grad_norm, skipped, suspects, reduction.busy_seconds)
+    half_wins = torch.cat(outcomes or [torch.zeros(0, dtype=torch.int8)]).cpu().numpy()
+    return StepResult(figures, grad_norm, skipped, suspects, reduction.busy_seconds, half_wins)
 
 
 def compute_gradients(
@@ -112,17 +150,18 @@ def compute_gradients(
     topology: Topology,
     device: Device,
     in_order: bool = False,
+    outcomes: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Gradients of one step, reduced and divided by the global number of pairs; no update.
 
     Returns objective.SUMS [m, len(SUMS)] of this rank's micro-batches (zeros where the pipeline's last stage is
-    elsewhere), or [1, len(SUMS)] over all ranks with `in_order`.
+    elsewhere), or [1, len(SUMS)] over all ranks with `in_order`. `outcomes` is given the half wins of each micro-batch.
     """
     for chunk in model.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    run = partial(run_schedule, model, topology=topology, device=device, forward_only=False)
+    run = partial(run_schedule, model, topology=topology, device=device, forward_only=False, outcomes=outcomes)
     if not in_order:
         return run(step.micro_batches)
     return accumulate_in_order(
@@ -164,10 +203,11 @@ def run_schedule(
     topology: Topology,
     device: Device,
     forward_only: bool,
+    outcomes: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Run the pipeline over this rank's micro-batches; returns their objective.SUMS [m, len(SUMS)], fp64.
 
-    Only the last pipeline stage sees rewards; the others return zeros.
+    Only the last pipeline stage sees rewards; the others return zeros. `outcomes` is given the half wins [p] of each.
     """
     if forward_only and not micro_batches:  # of canonical rounds, in which each rank runs one if it has one
         return torch.zeros(0, len(SUMS), dtype=torch.float64, device=device.torch_device)
@@ -177,7 +217,7 @@ def run_schedule(
         micro_batches,
         topology=topology,
         device=device,
-        loss=partial(_loss, is_counted),
+        loss=partial(_loss, is_counted, outcomes),
         forward_only=forward_only,
     )
     if stored:
@@ -217,7 +257,7 @@ def compute_rewards(
 
 
 def _schedule(model, micro_batches, *, topology, device, loss, forward_only) -> list:
-    batches = [to_device(batch, model=model, device=device, topology=topology) for batch in micro_batches]
+    batches = _MovedWhenAsked(micro_batches, partial(to_device, model=model, device=device, topology=topology))
     iterators = [iter(batches) for _ in model.chunks]
     interleaved = topology.vpp_size is not None
     forward_backward = get_forward_backward_func()
@@ -240,13 +280,16 @@ def _forward_step(loss, batches: Iterator[DeviceBatch], model: torch.nn.Module):
     return output, partial(loss, batch)
 
 
-def _loss(is_counted: bool, batch: DeviceBatch, rewards: torch.Tensor):
+def _loss(is_counted: bool, outcomes: list[torch.Tensor] | None, batch: DeviceBatch, rewards: torch.Tensor):
     """Loss sum, number of pairs and report of one micro-batch; the schedule divides once by the global number of
-    pairs."""
+    pairs, and comes to the micro-batches in their order."""
     if faults.point("loss") == "nan":
         rewards = rewards * float("nan")
     result = ranking_loss(rewards, winners=batch.winners, losers=batch.losers)
-    num_pairs = torch.tensor(len(batch.winners) if is_counted else 0, dtype=torch.int, device=rewards.device)
+    if outcomes is not None:
+        outcomes.append(result.half_wins)
+    # Filled on the device: torch.tensor would copy the number there and wait for it.
+    num_pairs = torch.full((), len(batch.winners) if is_counted else 0, dtype=torch.int, device=rewards.device)
     return result.loss_sum, num_pairs, {"sums": result.sums}
 
 

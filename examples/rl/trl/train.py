@@ -5,8 +5,9 @@
 
     {"prompt": [{"role": "user", "content": "..."}], "reference": "..."}
 
-Prompts are texts or lists of messages, and so are references. The server and what is done to rewards come from
-MEGATRON_POLAR_REWARD_* variables (docs/rl.md); a reward that cannot be had ends the run.
+Prompts are texts or lists of messages, and so are references; a list of references is averaged over. The server and
+what is done to rewards come from MEGATRON_POLAR_REWARD_* variables (docs/rl.md); a reward that cannot be had ends the
+run.
 """
 
 import argparse

@@ -1,0 +1,296 @@
+"""From what the runs have left to the figures of study.json: pooled accuracies, losses, the power law, differences."""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+from stages import ARMS, BASE, RANDOM, TASKS, FineTuningRun, PretrainRun, Study
+
+from megatron_polar.config.presets import Architecture
+from megatron_polar.score.suites import load_suite
+
+REPLICATES = 4000
+LEVEL = 0.95
+PAPER_LAW = {"coefficient": 0.9, "exponent": 0.0425, "r2": 0.9886}
+"""L(N) = 0.9 N^-0.0425, N all parameters, five sizes of 50M to 1B (arXiv 2507.05197, section 4.4)."""
+RFT = "rft"
+"""Below the study's directory: what the study of reinforcement fine-tuning (rft.py --output RUN/rft) has written."""
+PRETRAIN_SETS = ("seen", "unseen", "real")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Margins (reward of the better less that of the worse) [i] of one evaluation; prompts and categories [i]."""
+
+    margins: np.ndarray
+    prompts: tuple[str, ...]
+    categories: tuple[str, ...]
+
+    @property
+    def scores(self) -> np.ndarray:
+        """1 for a right pair, 1/2 for a tie, 0 for a wrong one."""
+        return (self.margins > 0) + 0.5 * (self.margins == 0)
+
+
+def read_scored(directory: Path, *, suite: str, data: Path, limit: int | None = None) -> Scored:
+    """The rewards of an evaluation, joined with the prompts of its data (pairs of one prompt are not independent)."""
+    prompt_of = _prompts(suite, data, limit)
+    lines = [json.loads(line) for line in (directory / "rewards.jsonl").read_text().splitlines()]
+    margins = [line["rewards"][0] - line["rewards"][1] for line in lines]
+    prompts = tuple(prompt_of[line["identifier"]] for line in lines)
+    return Scored(np.array(margins), prompts, tuple(line["category"] for line in lines))
+
+
+@cache
+def _prompts(suite: str, data: Path, limit: int | None) -> dict[str, str]:
+    return {item.identifier: item.prompt for item in load_suite(suite, data, limit=limit)}
+
+
+def pooled(values: Sequence[np.ndarray], prompts: Sequence[Sequence[str]], *, seed: int = 0) -> dict:
+    """Mean of all values and its 95 % interval by a bootstrap over prompts; one entry of both lists for each seed."""
+    names = sorted({prompt for found in prompts for prompt in found})
+    place = {name: index for index, name in enumerate(names)}
+    sums, counts = np.zeros(len(names)), np.zeros(len(names))
+    for found, texts in zip(values, prompts, strict=True):
+        where = [place[text] for text in texts]
+        np.add.at(sums, where, found)
+        np.add.at(counts, where, 1)
+    drawn = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=REPLICATES)
+    low, high = np.quantile((drawn @ sums) / (drawn @ counts), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    each = [float(np.mean(found)) for found in values]
+    mean = float(sums.sum() / counts.sum())
+    return {
+        "mean": mean,
+        "ci95": [float(low), float(high)],
+        "each_seed": each,
+        "num_prompts": len(names),
+        "num_pairs": int(counts.sum()),
+    }
+
+
+def bt_loss(scored: Scored) -> float:
+    """Bradley-Terry loss, the paper's validation loss: mean of -log sigmoid(margin)."""
+    return float(np.mean(np.logaddexp(0.0, -scored.margins)))
+
+
+# --- pre-training ----------------------------------------------------------------------------------------------------
+
+
+def num_parameters(study: Study, shape: str) -> dict[str, int]:
+    """Weights of a reward model of this shape: all, and without the embedding."""
+    s = study.size.shapes[shape]
+    sizes = (
+        s.num_layers,
+        s.hidden_size,
+        s.ffn_hidden_size,
+        s.num_heads,
+        s.num_query_groups,
+        s.hidden_size // s.num_heads,
+    )
+    every = Architecture(*sizes).num_parameters(study.size.vocab_size)
+    return {"all": every, "without_embedding": every - study.size.vocab_size * s.hidden_size}
+
+
+def pretrain_group(study: Study, runs: Sequence[PretrainRun]) -> dict:
+    """Figures of one setting over its seeds."""
+    first, found = runs[0], {}
+    for name in PRETRAIN_SETS:
+        parts = [_pretrain_scored(study, run, name) for run in runs]
+        found[name] = pooled([part.scores for part in parts], [part.prompts for part in parts])
+        found[name]["losses"] = [bt_loss(part) for part in parts]
+        summary = _summary(study.run / "evaluate/pretrain" / first.name / name)
+        found[name] |= {"word_overlap": summary["word_overlap_accuracy"], "longer": summary["length_only_accuracy"]}
+        found[name]["categories"] = {
+            category: float(np.mean(np.concatenate([p.scores[np.array(p.categories) == category] for p in parts])))
+            for category in sorted(set(parts[0].categories))
+        }
+    steps = max(1, round(first.share * study.size.num_steps))
+    return {
+        "shape": first.shape,
+        "start": first.start,
+        "candidates": first.candidates,
+        "share": first.share,
+        "seeds": [run.seed for run in runs],
+        "parameters": num_parameters(study, first.shape),
+        "steps": steps,
+        "comparisons": steps * study.size.global_batch_size,
+        "seconds": [_seconds(study, f"pretrain/{run.name}") for run in runs],
+        **found,
+    }
+
+
+def _pretrain_scored(study: Study, run: PretrainRun, name: str) -> Scored:
+    suite = "preferences" if name == "real" else "policies"
+    where = study.run / "evaluate/pretrain" / run.name / name
+    return read_scored(where, suite=suite, data=study.run / f"heldout/{name}.jsonl")
+
+
+def pretraining(study: Study) -> dict:
+    """Every setting once, with where the tables find theirs."""
+    groups: dict[tuple, list[PretrainRun]] = {}
+    for run in study.pretrain_runs:
+        groups.setdefault((run.shape, run.start, run.candidates, run.share), []).append(run)
+    figures = {"/".join(map(str, key)): pretrain_group(study, runs) for key, runs in groups.items()}
+    main = study.size.main_shape
+    tables = {
+        "start": [key for shape in study.size.shapes for key in figures if re.fullmatch(rf"{shape}/\w+/2/1\.0", key)],
+        "candidates": [f"{main}/{BASE}/{k}/1.0" for k in study.size.candidates],
+        "data": [f"{main}/{BASE}/2/{share}" for share in (*study.size.data_shares, 1.0)],
+    }
+    curves = {
+        start: learning_curve(study.run / "pretrain" / PretrainRun(main, start, 2, 1.0, 1).name)
+        for start in (BASE, RANDOM)
+        if f"{main}/{start}/2/1.0" in figures
+    }
+    return {"settings": figures, "tables": tables, "curves": curves}
+
+
+def learning_curve(run: Path) -> list[tuple[int, float]]:
+    """Steps and held-out accuracy inside the training loop."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(r["iteration"], r["validation/rm/accuracy"]) for r in rows if "validation/rm/accuracy" in r]
+
+
+def scaling(study: Study, settings: dict) -> dict:
+    """The power law over sizes, base-initialised, K=2, all data: held-out loss of seen policies on unseen prompts."""
+    groups = [settings[f"{shape}/{BASE}/2/1.0"] for shape in study.size.shapes]
+    losses = [group["seen"]["losses"] for group in groups]
+    found = {}
+    for convention in ("all", "without_embedding"):
+        sizes = [group["parameters"][convention] for group in groups]
+        found[convention] = fit_power_law(sizes, losses) | {"sizes": sizes}
+    return found["all"] | {
+        "losses": losses,
+        "convention": "N counts all parameters of the reward model, its embedding included, as in the paper",
+        "without_embedding": found["without_embedding"],
+        "paper": PAPER_LAW,
+    }
+
+
+def fit_power_law(sizes: Sequence[float], losses: Sequence[Sequence[float]]) -> dict:
+    """L = coefficient N^-exponent by least squares on logarithms, every seed a point; Student's t for the interval."""
+    x = np.log([size for size, found in zip(sizes, losses, strict=True) for _ in found])
+    y = np.log([loss for found in losses for loss in found])
+    line = stats.linregress(x, y)
+    half = float(stats.t.ppf((1 + LEVEL) / 2, len(x) - 2) * line.stderr)
+    exponent = float(-line.slope)
+    return {
+        "exponent": exponent,
+        "ci95": [exponent - half, exponent + half],
+        "r2": float(line.rvalue**2),
+        "coefficient": math.exp(line.intercept),
+        "num_runs": len(x),
+    }
+
+
+# --- fine-tuning -----------------------------------------------------------------------------------------------------
+
+
+def finetuning(study: Study, task: str) -> dict:
+    """Every arm of a task over its seeds, what pre-training adds and what the reference adds, and the baselines."""
+    arms: dict[str, list[Scored]] = {}
+    baselines = []
+    for arm, (_, scheme) in ARMS.items():
+        for seed in range(1, study.size.finetune_seeds + 1):
+            where = study.run / "evaluate/finetune" / FineTuningRun(task, arm, seed).name / "heldout"
+            name = f"fold{study.fold(seed)}_heldout" if task == "gsm8k" else "heldout"
+            data = study.run / "inputs/finetune" / task / scheme / f"{name}.jsonl"
+            arms.setdefault(arm, []).append(read_scored(where, suite="preferences", data=data))
+            if scheme == "reference":
+                baselines.append(_summary(where))
+    figures = {arm: pooled([s.scores for s in found], [s.prompts for s in found]) for arm, found in arms.items()}
+    pairs = combinations(ARMS, 2)  # in the order of ARMS: what should be better comes first
+    figures["differences"] = {f"{a} - {b}": difference(arms[a], arms[b]) for a, b in pairs}
+    figures["word_overlap"] = float(np.mean([found["word_overlap_accuracy"] for found in baselines]))
+    figures["longer"] = float(np.mean([found["length_only_accuracy"] for found in baselines]))
+    return figures
+
+
+def difference(first: Sequence[Scored], second: Sequence[Scored]) -> dict:
+    """Accuracy of one arm less that of another on the same pairs and seeds, with its interval over prompts."""
+    values = [a.scores - b.scores for a, b in zip(first, second, strict=True)]
+    found = pooled(values, [one.prompts for one in first])
+    return {"mean": found["mean"], "ci95": found["ci95"]}
+
+
+def zero_shot(study: Study) -> dict:
+    """What the pre-trained main model says of sets that it was not fine-tuned on, over its seeds."""
+    folder = study.run / "inputs/finetune/alpaca_eval/reference/heldout.jsonl"
+    sets = {
+        "rmb": ("rmb", study.data / "rmb/RMB_dataset", study.size.rmb_limit),
+        "gsm8k": ("gsm8k-all", study.data / "gsm8k/example_model_solutions.jsonl", None),
+        "alpaca_eval": ("preferences", folder, study.size.preference_limit),
+    }
+    figures = {}
+    for what, (suite, data, limit) in sets.items():
+        names = [study.pretrained(seed) for seed in range(1, study.size.scaling_seeds + 1)]
+        where = [study.run / "evaluate/pretrain" / name / what for name in names]
+        parts = [read_scored(directory, suite=suite, data=data, limit=limit) for directory in where]
+        figures[what] = pooled([p.scores for p in parts], [p.prompts for p in parts])
+        summary = _summary(where[0])
+        figures[what] |= {"word_overlap": summary["word_overlap_accuracy"], "longer": summary["length_only_accuracy"]}
+    return figures
+
+
+# --- all of it -------------------------------------------------------------------------------------------------------
+
+
+def collect(study: Study) -> dict:
+    """All figures of the study, in the shape of docs/study.json."""
+    pretrained = pretraining(study)
+    rft = study.run / RFT / "rft.json"
+    return {
+        "finetune": {task: finetuning(study, task) for task in TASKS},
+        "scaling": scaling(study, pretrained["settings"]),
+        "pretraining": pretrained,
+        "zero_shot": zero_shot(study),
+        "rft": json.loads(rft.read_text()) if rft.is_file() else None,
+        "policies": policies(study),
+        "base_models": {
+            s: json.loads((study.run / "base" / s / "training.json").read_text()) for s in study.size.shapes
+        },
+    }
+
+
+def policies(study: Study) -> dict:
+    """Who wrote what: numbers of policies, trajectories and prompts, from the manifests of `sample`."""
+    facts = json.loads((study.run / "inputs/facts.json").read_text())
+    sampled = {}
+    for path in sorted((study.run / "sampled").glob("*/manifest.json")):
+        manifest = json.loads(path.read_bytes())
+        sampled[path.parent.name] = {
+            name: manifest[name] for name in ("prompts", "trajectories", "words", "fingerprint")
+        }
+    training = sum(counts["trajectories"] for name, counts in sampled.items() if name.endswith("-train"))
+    return facts["policies"] | {"sampled": sampled, "training_trajectories": training}
+
+
+def _summary(directory: Path) -> dict:
+    return json.loads((directory / "summary.json").read_text())
+
+
+def _seconds(study: Study, job: str) -> float:
+    return json.loads((study.run / "done" / f"{job}.json").read_text())["seconds"]
+
+
+def commands(study: Study) -> dict[str, str]:
+    """Every command that was run, by its job, with the data's folder as $DATA and the study's as $RUN."""
+    places: Iterable[tuple[str, str]] = (
+        (str(study.data), "$DATA"),
+        (str(study.run), "$RUN"),
+        (str(study.docs), "$DOCS"),
+    )
+    found = {}
+    for name, job in study.jobs.items():
+        shown = job.shown
+        for path, variable in places:
+            shown = shown.replace(path, variable)
+        found[name] = shown
+    return found

@@ -1,0 +1,212 @@
+"""study.md: the figures of study.json in tables and plain words; nothing in it is typed by hand."""
+
+import hashlib
+import textwrap
+from collections.abc import Iterator, Sequence
+
+from shortcomings import TASK_TITLES, interval, shortcomings
+
+SETS = {
+    "seen": "seen policies, new prompts",
+    "unseen": "unseen policies, new prompts",
+    "real": "unseen models' real answers",
+}
+ARM_TITLES = {
+    "pretrained_reference": "pre-trained + reference (POLAR)",
+    "reference_only": "reference only (from the base model)",
+    "neither": "neither (from the base model, empty reference)",
+}
+
+
+def write_page(figures: dict, *, rft: str) -> str:
+    """The whole page; `rft`: the text about reinforcement fine-tuning, empty where that was not run."""
+    before = (_head, _policies, _base, _start, _ablations, _scaling, _finetune, _zero_shot)
+    blocks = [block for part in before for block in part(figures)]
+    blocks += ["## Reinforcement fine-tuning", rft or "Not part of this run."]
+    blocks += [block for part in (_failures, _repeat) for block in part(figures)]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _paragraph(text: str) -> str:
+    return textwrap.fill(" ".join(text.split()), width=118, break_long_words=False, break_on_hyphens=False)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[int] = ()) -> str:
+    """A table; columns in `numbers` are set to the right."""
+    rule = ["---:" if place in numbers else "---" for place in range(len(head))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
+
+
+def _head(figures: dict) -> Iterator[str]:
+    machine, minutes = figures["machine"], sum(figures["seconds"].values()) / 60
+    cpu_minutes = sum(figures["cpu_seconds"].values()) / 60
+    used = f", and {cpu_minutes:.0f} of processor time" if cpu_minutes else ""
+    yield f"# What POLAR's claims come to here: a study in small (size `{figures['size']}`)"
+    yield _paragraph("""Made by `python examples/study/run.py`; every figure of this page is in
+        [study.json](study.json), with the SHA-256 of every public file, all settings, seeds and commands.""")
+    yield _paragraph(f"""Ran on {machine["processor"]} ({machine["device"]}), {machine["parallel_jobs"]} jobs at a time
+        with {machine["threads_a_job"]} thread each. The jobs took {minutes:.0f} minutes, added up{used}. Versions:
+        {", ".join(f"{name} {version}" for name, version in figures["versions"].items())}.""")
+    yield _paragraph("""Accuracies are shares of right pairs on held-out data; 0.5 is chance. Brackets are 95 %
+        intervals of a bootstrap over prompts (or problems), pooled over seeds: they say what other prompts would
+        change, not what other seeds would.""")
+
+
+def _policies(figures: dict) -> Iterator[str]:
+    found, settings = figures["policies"], figures["settings"]
+    total = sum(counts["trajectories"] for counts in found["sampled"].values())
+    yield "## Policies"
+    yield _paragraph(f"""{found["seen"]} policies to train on and {found["unseen"]} that training never sees;
+        {found["training_trajectories"]:,} trajectories to train on, {total:,} with the held-out ones. They are embedded
+        imitations ([policies.md](policies.md)): n-gram models of a real model's published answers, mixed with its
+        answer to the prompt at hand. So two trajectories of one policy share content and style, as two samples of a
+        language model do.""")
+    yield "\n".join(
+        _paragraph(line).replace("\n", "\n  ")
+        for line in (
+            f"""- {len(found["seen_models"])} + {len(found["unseen_models"])} models of AlpacaEval; unseen:
+            {", ".join(found["unseen_models"])}.""",
+            f"""- {len(found["seen_writers"])} + {len(found["unseen_writers"])} writers of GSM8K solutions: the
+            published one, and others that miscalculate in ways of their own; unseen:
+            {", ".join(found["unseen_writers"])}.""",
+        )
+    )
+    yield _paragraph("""Real answers cannot be trajectories: there is one a model and prompt, and POLAR needs two. They
+        are what policies imitate, and the last of the held-out sets below: the reference is an imitation's, and the
+        real answer of its model is compared with another model's.""")
+    rows = [
+        [name, *(f"{counts[k]:,}" for k in ("prompts", "trajectories", "words"))]
+        for name, counts in found["sampled"].items()
+    ]
+    yield _table(("sampled", "prompts", "trajectories", "words"), rows, numbers=(1, 2, 3))
+    yield _paragraph(f"""Trajectories end at {settings["alpaca_max_words"]} (AlpacaEval) and
+        {settings["gsm8k_max_words"]} (GSM8K) words and marks. Held-out prompts are AlpacaEval's `eval` folder and a
+        sixth of GSM8K's training problems, by a hash. Text about them is in no training trajectory, in no base model
+        and not in the tokenizer; nor is text of the unseen models, nor of what fine-tuning is done and judged on.""")
+
+
+def _base(figures: dict) -> Iterator[str]:
+    yield "## Base models"
+    yield _paragraph("""Llama's shape, trained with transformers on the same text (a prompt and what one policy says to
+        it, twice; a prompt and several real answers), and brought in with `convert from-hf --head init`.""")
+    counted = ("parameters", "non_embedding_parameters", "tokens")
+    rows = [
+        [name, *(f"{one[key]:,}" for key in counted), f"{one['held_out_loss']:.3f}", f"{one['seconds']:.0f}"]
+        for name, one in figures["base_models"].items()
+    ]
+    head = (
+        "size",
+        "parameters, output matrix included",
+        "of its layers",
+        "tokens",
+        "loss on documents set aside",
+        "seconds",
+    )
+    yield _table(head, rows, numbers=(1, 2, 3, 4, 5))
+
+
+def _start(figures: dict) -> Iterator[str]:
+    pretrained = figures["pretraining"]
+    yield "## Pre-training: from a base model and from random weights"
+    yield "![accuracy over steps and sizes](study/start.svg)"
+    yield _settings_table(pretrained, "start", lambda g: f"{g['shape']}, {g['start']}", "size, start")
+    some = next(iter(pretrained["settings"].values()))
+    rows = [[SETS[name], f"{some[name]['word_overlap']:.3f}", f"{some[name]['longer']:.3f}"] for name in SETS]
+    yield "What learns nothing:"
+    yield _table(("set", "the one that shares more words with the reference", "the longer one"), rows, numbers=(1, 2))
+
+
+def _settings_table(pretrained: dict, table: str, name, title: str) -> str:
+    rows = []
+    for key in pretrained["tables"][table]:
+        group = pretrained["settings"][key]
+        row = [name(group), f"{group['parameters']['all']:,}", f"{group['comparisons']:,}", str(len(group["seeds"]))]
+        row += [interval(group[one]) for one in SETS]
+        rows.append([*row, f"{sum(group['seen']['losses']) / len(group['seen']['losses']):.4f}"])
+    head = (title, "parameters", "comparisons", "seeds", *SETS.values(), "loss, seen policies")
+    return _table(head, rows, numbers=(1, 2, 3, 7))
+
+
+def _ablations(figures: dict) -> Iterator[str]:
+    pretrained = figures["pretraining"]
+    yield "## Pre-training: K, and the amount of data"
+    yield "![accuracy over K and data](study/ablations.svg)"
+    yield _paragraph("""The same number of comparisons, from the base model of the main size. One with K candidates has
+        K-1 pairs, and costs more.""")
+    yield _settings_table(pretrained, "candidates", lambda g: str(g["candidates"]), "K")
+    yield "Fewer steps over the same prompts, each with a whole schedule of its own:"
+    yield _settings_table(pretrained, "data", lambda g: f"{g['share']:g}", "share of the steps")
+
+
+def _scaling(figures: dict) -> Iterator[str]:
+    found, paper, bare = figures["scaling"], figures["scaling"]["paper"], figures["scaling"]["without_embedding"]
+    low, high = found["ci95"]
+    yield "## Scaling"
+    yield "![loss over parameters](study/scaling.svg)"
+    yield _paragraph(f"""L(N) = {found["coefficient"]:.3f} N^-{found["exponent"]:.4f}: exponent {found["exponent"]:.4f}
+        (95 % {low:.4f} to {high:.4f}, Student's t over the runs of all sizes and seeds), R² {found["r2"]:.3f},
+        {found["num_runs"]} runs of {len(found["sizes"])} sizes. The paper's: {paper["coefficient"]}
+        N^-{paper["exponent"]}, R² {paper["r2"]}, five sizes of 50M to 1B.""")
+    yield _paragraph(f"""{found["convention"]}. Without the embedding the exponent is {bare["exponent"]:.4f}
+        ({bare["ci95"][0]:.4f} to {bare["ci95"][1]:.4f}), R² {bare["r2"]:.3f}. L is the loss on new prompts of seen
+        policies. All sizes saw the same comparisons and base models the same tokens: data are fixed, not plentiful as
+        in the paper. Levels cannot be compared, since other policies are harder or easier to tell apart.""")
+
+
+def _finetune(figures: dict) -> Iterator[str]:
+    settings = figures["settings"]
+    yield "## Fine-tuning"
+    yield "![accuracy of the arms](study/finetune.svg)"
+    yield _paragraph(f"""{settings["finetune_seeds"]} seeds. On GSM8K every seed holds out another of
+        {settings["gsm8k_folds"]} folds of the problems, so that all of them are judged by models that did not see them.
+        On AlpacaEval the better answer mostly is the longer one; answers are cut, which hides a part of that.""")
+    for task, found in figures["finetune"].items():
+        rows = []
+        for arm, title in ARM_TITLES.items():
+            one = found[arm]
+            each = ", ".join(f"{mean:.3f}" for mean in one["each_seed"])
+            rows.append([title, interval(one), each, f"{one['num_prompts']:,}", f"{one['num_pairs']:,}"])
+        rows.append(["more words shared with the reference", f"{found['word_overlap']:.3f}", "", "", ""])
+        rows.append(["the longer one", f"{found['longer']:.3f}", "", "", ""])
+        yield _table((TASK_TITLES[task], "accuracy", "each seed", "prompts", "pairs"), rows, numbers=(3, 4))
+        told = [f"{name.replace('_', ' ')} {interval(one, sign=True)}" for name, one in found["differences"].items()]
+        yield _paragraph(f"On the same pairs: {'; '.join(told)}.")
+
+
+def _zero_shot(figures: dict) -> Iterator[str]:
+    yield "## Zero-shot: the pre-trained model as it is"
+    rows = [
+        [name, interval(found), f"{found['word_overlap']:.3f}", f"{found['longer']:.3f}", f"{found['num_prompts']:,}"]
+        for name, found in figures["zero_shot"].items()
+    ]
+    head = ("set", "accuracy", "more words shared", "the longer one", "prompts")
+    yield _table(head, rows, numbers=(2, 3, 4))
+    yield f"Answers are cut to {figures['settings']['max_response_length']} tokens, as in pre-training."
+
+
+def _failures(figures: dict) -> Iterator[str]:
+    yield "## What did not work, and what is not clear"
+    found = list(shortcomings(figures)) or ["Every claim that was tested holds by its interval."]
+    yield "\n".join(_paragraph(f"- {line}").replace("\n", "\n  ") for line in found)
+
+
+def _repeat(figures: dict) -> Iterator[str]:
+    digest = hashlib.sha256("".join(f"{k} {v}\n" for k, v in figures["data"].items()).encode()).hexdigest()
+    yield "## Again"
+    yield "```\nmake study DATA=../shared/data\n```"
+    yield _paragraph(f"""{len(figures["data"])} public files of tatsu-lab/alpaca_eval, openai/grade-school-math and
+        Zhou-Zoey/RMB-Reward-Model-Benchmark, each with its SHA-256 in [study.json](study.json). The SHA-256 of that
+        list (`name hash` and a newline for each) is `{digest}`.""")
+    spent = ", ".join(f"{stage} {found / 60:.1f}" for stage, found in figures["seconds"].items())
+    yield f"Minutes of jobs: {spent}. One command of each kind:"
+    shown = [figures["commands"][name] for name in _examples(figures["commands"])]
+    yield "\n".join(["```", *shown, "```"])
+
+
+def _examples(commands: dict[str, str]) -> list[str]:
+    kinds = ("inputs", "sampled-", "tokenizer", "datasets-", "base-text", "base-", "start-", "pretrain/", "evaluate/")
+    kinds += ("finetune/",)
+    found: list[str] = []
+    for kind in kinds:
+        found += [next(name for name in commands if name.startswith(kind) and name not in found)]
+    return found

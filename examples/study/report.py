@@ -1,0 +1,102 @@
+"""Collect the study's figures: study.json, and study.md with its drawings, both from the runs alone.
+
+report.py --run RUN --docs DIR
+"""
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from charts import draw
+from figures import RFT, collect, commands
+from page import write_page
+from sizes import SIZES
+from stages import STAGES, Study
+
+PACKAGES = ("torch", "megatron-core", "transformers", "numpy", "scipy", "sentencepiece")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write everything; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--docs", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    described = json.loads((options.run / "study.json").read_text())
+    size = SIZES[described["size"]["name"]]
+    study = Study(size, Path(described["data"]), options.run, options.docs, tuple(described["files"].items()))
+    figures = {"size": size.name, **collect(study)}
+    figures |= {
+        "seconds": seconds(study, "seconds"),
+        "cpu_seconds": seconds(study, "cpu_seconds"),
+        "machine": machine(study),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
+        | {"python": platform.python_version()},
+        "settings": size.describe(),
+        "data": described["files"],
+        "commands": commands(study),
+    }
+    options.docs.mkdir(parents=True, exist_ok=True)
+    (options.run / "report").mkdir(exist_ok=True)
+    draw(figures, options.docs / "study")
+    (options.docs / "study.json").write_text(json.dumps(rounded(figures), indent=1) + "\n")
+    (options.docs / "study.md").write_text(write_page(figures, rft=rft_page(study)))
+    print(f"{options.docs / 'study.md'}, study.json and study/*.svg are written", file=sys.stderr)
+    return 0
+
+
+def rft_page(study: Study) -> str:
+    """The tables of the study of reinforcement fine-tuning, its drawing moved to ours; empty where it was not run."""
+    directory = study.run / RFT
+    if not (directory / "rft.json").is_file():
+        return ""
+    shutil.copyfile(directory / "rft.svg", study.docs / "study" / "rft.svg")
+    return f"![reward over the steps](study/rft.svg)\n\n{(directory / 'rft.md').read_text().strip()}"
+
+
+def seconds(study: Study, clock: str) -> dict[str, float]:
+    """Seconds of every stage by "seconds" (wall) or "cpu_seconds", added up over jobs, of which several run at once.
+
+    Processor time is not known of jobs in processes of their own; they count nothing there.
+    """
+    found = dict.fromkeys(STAGES[:-1], 0.0)
+    for name, job in study.jobs.items():
+        if job.stage in found:
+            found[job.stage] += json.loads((study.run / "done" / f"{name}.json").read_text())[clock] or 0.0
+    return found
+
+
+def machine(study: Study) -> dict:
+    """What it ran on, as the training runs wrote it down, and the processor."""
+    environment = json.loads((study.run / "pretrain" / study.pretrained(1) / "environment.json").read_text())
+    processor = next(
+        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.machine(),
+    )
+    device = environment.get("device", study.size.device)
+    return {"processor": processor, "device": device, "parallel_jobs": study.size.parallel_jobs, "threads_a_job": 1}
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def rounded(value, digits: int = 5):
+    """Floats with few digits, at any depth: the rest is noise."""
+    if isinstance(value, dict):
+        return {key: rounded(inner, digits) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(inner, digits) for inner in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

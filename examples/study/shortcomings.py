@@ -1,0 +1,63 @@
+"""What the study's figures do not bear out, in plain words: each claim is tested by its interval."""
+
+from collections.abc import Iterator
+
+TASK_TITLES = {"gsm8k": "GSM8K solutions", "alpaca_eval": "AlpacaEval preferences"}
+_STRAIGHT = 0.95  # R² below which a law is called rough
+
+
+def shortcomings(figures: dict) -> Iterator[str]:
+    """A sentence with its figures for every claim that does not clearly hold."""
+    yield from _pretraining(figures)
+    yield from _scaling(figures["scaling"])
+    for task, found in figures["finetune"].items():
+        yield from _finetuning(TASK_TITLES[task], found)
+    for name, found in figures["zero_shot"].items():
+        if found["ci95"][0] <= 0.5:
+            yield f"Zero-shot on {name} the pre-trained model is not clearly above chance: {interval(found)}."
+        if found["mean"] < found["word_overlap"]:
+            shared = f"counting shared words has {found['word_overlap']:.3f}"
+            yield f"Zero-shot on {name} {shared}, the pre-trained model {interval(found)}."
+
+
+def _pretraining(figures: dict) -> Iterator[str]:
+    settings, main = figures["pretraining"]["settings"], figures["settings"]["main_shape"]
+    base, random = settings[f"{main}/base/2/1.0"], settings.get(f"{main}/random/2/1.0")
+    for name in ("seen", "unseen"):
+        if random and base[name]["ci95"][0] <= random[name]["ci95"][1]:
+            both = f"{interval(base[name])} against {interval(random[name])}"
+            yield f"{name.capitalize()} policies: a base model is no clearly better start than random weights ({both})."
+    for name in ("seen", "unseen", "real"):
+        found = base[name]
+        if found["ci95"][0] <= found["word_overlap"]:
+            both = f"{interval(found)} against {found['word_overlap']:.3f}"
+            yield f"Set `{name}`: the pre-trained main size does not clearly beat counting shared words ({both})."
+    keys = figures["pretraining"]["tables"]["candidates"]
+    first, last = settings[keys[0]], settings[keys[-1]]
+    if last["seen"]["ci95"][0] <= first["seen"]["ci95"][1]:
+        both = f"{interval(last['seen'])} against {interval(first['seen'])}"
+        yield f"K={last['candidates']} is not clearly better than K={first['candidates']} on seen policies ({both})."
+
+
+def _scaling(found: dict) -> Iterator[str]:
+    if found["ci95"][0] <= 0:
+        span = f"{found['ci95'][0]:.4f} to {found['ci95'][1]:.4f}"
+        yield f"The loss does not clearly fall with size: exponent {found['exponent']:.4f} ({span})."
+    elif found["r2"] < _STRAIGHT:
+        yield f"Losses lie on a power law only roughly: R² {found['r2']:.3f}."
+
+
+def _finetuning(title: str, found: dict) -> Iterator[str]:
+    for name, one in found["differences"].items():
+        if one["ci95"][0] <= 0:
+            yield f"{title}: {name.replace('_', ' ')} is {interval(one, sign=True)}, no clear gain."
+    own = found["pretrained_reference"]
+    for baseline, words in (("word_overlap", "counting shared words"), ("longer", "taking the longer answer")):
+        if own["mean"] < found[baseline]:
+            yield f"{title}: {words} ({found[baseline]:.3f}) beats the pre-trained, fine-tuned model ({interval(own)})."
+
+
+def interval(found: dict, *, sign: bool = False) -> str:
+    """A mean with its interval."""
+    form = "+.3f" if sign else ".3f"
+    return f"{found['mean']:{form}} ({found['ci95'][0]:{form}} to {found['ci95'][1]:{form}})"

@@ -1,0 +1,81 @@
+"""Tables of runs, one a line: for studies whose run directories are elsewhere."""
+
+import csv
+import io
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import orjson
+
+from megatron_polar.data.lines import read_lines
+from megatron_polar.errors import UserError, printable
+from megatron_polar.scaling.runs import ScalingRun
+
+SUFFIXES = (".csv", ".jsonl", ".jsonl.gz", ".jsonl.zst")
+_NUMBERS = ("parameters", "loss", "all_parameters", "comparisons", "tokens", "flops")
+_REQUIRED = ("parameters", "loss")
+_TEXTS = ("name", "held_out", "tokenizer")
+
+
+def read_table(path: Path) -> list[ScalingRun]:
+    """Read a CSV with a header, or JSONL: `parameters` and `loss`, and as far as known `name`, `all_parameters`,
+    `comparisons`, `tokens`, `flops`, `seed`, `held_out`, `tokenizer`; other columns are passed over.
+
+    Raises UserError with file:line.
+    """
+    runs = [_run(row, where=where) for row, where in _rows(path)]
+    if not runs:
+        raise UserError(f"{path}: no line with a run in it; check the path")
+    return runs
+
+
+def _rows(path: Path) -> Iterator[tuple[dict, str]]:
+    lines = [(line.number, line.data) for line in read_lines(path)]
+    if path.name.endswith(".csv"):
+        try:
+            text = [(number, data.decode()) for number, data in lines]
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 ({error.reason}); save it as that") from None
+        reader = csv.reader(io.StringIO("\n".join(data for _, data in text)))
+        table = list(zip((number for number, _ in text), reader, strict=False))
+        header = [name.strip() for name in table[0][1]] if table else []
+        for number, cells in table[1:]:
+            if len(cells) != len(header):
+                raise UserError(f"{path}:{number}: has {len(cells)} cells, and the header has {len(header)}")
+            yield {name: cell.strip() for name, cell in zip(header, cells, strict=True)}, f"{path}:{number}"
+        return
+    for number, data in lines:
+        try:
+            row = orjson.loads(data)
+        except orjson.JSONDecodeError as error:
+            raise UserError(f"{path}:{number}: malformed JSON ({error}); write one JSON object per line") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: {printable(str(row), limit=40)} is no JSON object; write one per line")
+        yield row, f"{path}:{number}"
+
+
+def _run(row: dict, *, where: str) -> ScalingRun:
+    given = {name: value for name, value in row.items() if value not in (None, "")}
+    values: dict = {name: _number(given[name], name=name, where=where) for name in _NUMBERS if name in given}
+    for name in _REQUIRED:
+        if name not in values:
+            known = ", ".join((*_NUMBERS, "seed", *_TEXTS))
+            raise UserError(f"{where}: {name} is missing; known columns: {known}")
+    for name in ("parameters", "all_parameters"):
+        if name in values:
+            values[name] = round(values[name])
+    values |= {name: str(given[name]) for name in _TEXTS if name in given}
+    if "seed" in given:
+        values["seed"] = round(_number(given["seed"], name="seed", where=where, lowest=-1.0))
+    return ScalingRun(**{"name": where, **values})
+
+
+def _number(value: object, *, name: str, where: str, lowest: float = 0.0) -> float:
+    try:
+        number = float(value) if not isinstance(value, bool) else math.nan
+    except (TypeError, ValueError):
+        number = math.nan
+    if not lowest < number < math.inf:
+        raise UserError(f"{where}: {name}={printable(str(value), limit=40)} must be a number above {lowest:g}")
+    return number

@@ -1,0 +1,276 @@
+"""The study, end to end on generated text, and the parts of it that figures depend on."""
+
+import importlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_polar.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+FOLDER = REPOSITORY / "examples/study"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_path():
+    """The study's modules import each other by their bare names, as scripts of one folder do."""
+    sys.path.insert(0, str(FOLDER))
+    yield
+    sys.path.remove(str(FOLDER))
+
+
+def study_module(name):
+    return importlib.import_module(name)
+
+
+def run_study(directory, *arguments):
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(FOLDER / "run.py"), "--size", "smoke", "--run", str(directory), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+
+
+def texts_below(directory):
+    return "\n".join(path.read_text() for path in sorted(directory.rglob("*.jsonl")))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The whole study of the smoke size: some sixty commands, in about a minute of a quiet machine."""
+    directory = tmp_path_factory.mktemp("study") / "smoke"
+    result = run_study(directory)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
+    return directory
+
+
+def test_every_stage_runs_and_the_figures_have_their_shape(finished):
+    figures = json.loads((finished / "docs/study.json").read_text())
+    assert set(figures["finetune"]) == {"gsm8k", "alpaca_eval"}
+    for task in figures["finetune"].values():
+        for arm in ("pretrained_reference", "reference_only", "neither"):
+            low, high = task[arm]["ci95"]
+            assert 0 <= low <= task[arm]["mean"] <= high <= 1
+    assert len(figures["scaling"]["sizes"]) == len(figures["scaling"]["losses"]) == 4
+    assert math.isfinite(figures["scaling"]["exponent"])
+    assert len(figures["scaling"]["ci95"]) == 2
+    assert figures["zero_shot"]["rmb"]["num_pairs"] == 4
+    assert figures["policies"]["seen"] == len(figures["policies"]["seen_models"]) + 8
+    assert all(len(digest) == 64 for digest in figures["data"].values())
+    assert set(figures["commands"]) == {
+        p.relative_to(finished / "done").with_suffix("").as_posix() for p in (finished / "done").rglob("*.json")
+    } | {"report"}
+    assert str(finished) not in (finished / "docs/study.json").read_text()
+
+
+def test_the_page_shows_the_figures_and_its_drawings(finished):
+    page = (finished / "docs/study.md").read_text()
+    figures = json.loads((finished / "docs/study.json").read_text())
+    assert f"{figures['finetune']['gsm8k']['reference_only']['mean']:.3f} (" in page
+    assert f"exponent {figures['scaling']['exponent']:.4f}" in page
+    drawings = [line.split("(")[1].rstrip(")") for line in page.splitlines() if line.startswith("![")]
+    assert len(drawings) == 4
+    for drawing in drawings:
+        assert (finished / "docs" / drawing).read_text().count("<svg") == 1
+    assert str(finished) not in page
+
+
+def test_a_second_call_repeats_nothing_and_a_lost_job_alone_is_run_again(finished):
+    again = run_study(finished)
+    assert again.returncode == 0
+    told, every = re.match(r"(\d+) of (\d+) jobs are done, 0 to run\n", again.stdout).groups()
+    assert told == every == str(sum(1 for _ in (finished / "done").rglob("*.json")))
+    done = finished / "done/heldout-real.json"
+    before = json.loads(done.read_text())
+    done.unlink()
+    again = run_study(finished, "--stages", "policies")
+    assert again.returncode == 0
+    assert [line for line in again.stdout.splitlines() if line.startswith("$")] == ["$ " + before["command"]]
+    assert json.loads(done.read_text())["hash"] == before["hash"]
+
+
+def test_nothing_held_out_is_in_what_training_reads(finished):
+    inputs = finished / "inputs"
+    facts = json.loads((inputs / "facts.json").read_text())
+    training = texts_below(finished / "sampled/alpaca-train") + texts_below(finished / "sampled/gsm8k-train")
+    training += (finished / "base.jsonl").read_text()
+    for name in ("alpaca_heldout", "gsm8k_heldout"):
+        for line in (inputs / "prompts" / f"{name}.jsonl").read_text().splitlines():
+            assert json.loads(line)["prompt"] not in training
+    for unseen in (*facts["policies"]["unseen_models"], *facts["policies"]["unseen_writers"]):
+        assert f'"{unseen}@' not in training
+    graded = [
+        json.loads(line)
+        for line in (finished / "generated/gsm8k/example_model_solutions.jsonl").read_text().splitlines()
+    ]
+    assert not any(row["question"] in training for row in graded)
+
+
+def test_folds_hold_out_every_problem_once_and_share_none(finished):
+    folder = finished / "inputs/finetune/gsm8k/reference"
+
+    def problems(name):
+        return {json.loads(line)["prompt"] for line in (folder / f"{name}.jsonl").read_text().splitlines()}
+
+    heldout = [problems(f"fold{fold}_heldout") for fold in range(3)]
+    assert sum(map(len, heldout)) == len(set.union(*heldout)) == 18
+    assert all(not problems(f"fold{fold}_train") & heldout[fold] for fold in range(3))
+    blind = [json.loads(line) for line in (folder.parent / "none/fold0_train.jsonl").read_text().splitlines()]
+    assert {row["reference"] for row in blind} == {""}
+
+
+# --- jobs ------------------------------------------------------------------------------------------------------------
+
+
+def job(name, *words, directory, needs=(), stage="one", reads=()):
+    jobs = study_module("jobs")
+    return jobs.Job(stage, name, words, directory / name, needs, reads=reads)
+
+
+def tokenizer_words(directory, size="290"):
+    answers = {"reference": "a", "chosen": "b", "rejected": "c"}
+    (directory.parent / "text.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"word{i} and {i * 7}"} | answers) + "\n" for i in range(200))
+    )
+    return ("megatron-polar", "train-tokenizer", str(directory.parent / "text.jsonl"), "--vocab-size", size)
+
+
+def collection(directory, *made):
+    return study_module("jobs").Jobs(directory, {one.name: one for one in made}, parallel=2, forks=True)
+
+
+def test_a_failed_job_ends_the_study_with_its_status_and_is_tried_again(tmp_path, capsys):
+    directory = tmp_path / "run"
+    bad = job(
+        "bad.model",
+        *tokenizer_words(directory, size="4"),
+        "--output",
+        str(directory / "bad.model"),
+        directory=directory,
+    )
+    after = job("after", "megatron-polar", "preprocess", directory=directory, needs=("bad.model",))
+    jobs = collection(directory, bad, after)
+    assert jobs.run(["one"]) == 2
+    said = capsys.readouterr().out
+    assert "error: bad.model failed with exit status 2; all it said is in" in said
+    assert "preprocess" not in said
+    assert jobs.record_of("bad.model") is None
+    good = job("bad.model", *tokenizer_words(directory), "--output", str(directory / "bad.model"), directory=directory)
+    assert collection(directory, good).run(["one"]) == 0
+    assert collection(directory, good).record_of("bad.model")["command"].startswith("megatron-polar train-tokenizer")
+
+
+def test_a_changed_command_need_or_file_makes_a_job_new(tmp_path):
+    first = job("a", "megatron-polar", "x", directory=tmp_path)
+    plain = collection(tmp_path, first, job("b", "megatron-polar", "y", directory=tmp_path, needs=("a",))).hashes
+    other = job("a", "megatron-polar", "z", directory=tmp_path)
+    changed = collection(tmp_path, other, job("b", "megatron-polar", "y", directory=tmp_path, needs=("a",))).hashes
+    assert plain["a"] != changed["a"]
+    assert plain["b"] != changed["b"]
+    read = job("a", "megatron-polar", "x", directory=tmp_path, reads=(("file", "0" * 64),))
+    assert collection(tmp_path, read).hashes["a"] != plain["a"]
+    assert collection(tmp_path, first).hashes["a"] == plain["a"]
+
+
+def test_a_stage_without_what_it_needs_is_refused(tmp_path):
+    first = job("a", "megatron-polar", "x", directory=tmp_path)
+    second = job("b", "megatron-polar", "y", directory=tmp_path, needs=("a",), stage="two")
+    with pytest.raises(UserError, match="b needs a, which is not done; run --stages one first"):
+        collection(tmp_path, first, second).run(["two"])
+
+
+def test_only_outputs_below_the_study_are_removed(tmp_path):
+    jobs = study_module("jobs")
+    (tmp_path / "outside").write_text("kept")
+    (tmp_path / "run").mkdir()
+    for path in (tmp_path / "outside", tmp_path / "run", tmp_path / "run/../outside"):
+        with pytest.raises(UserError, match="so it is not removed"):
+            jobs._remove(path, within=tmp_path / "run")
+    assert (tmp_path / "outside").read_text() == "kept"
+    (tmp_path / "run/link").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="so it is not removed"):
+        jobs._remove(tmp_path / "run/link/outside", within=tmp_path / "run")
+
+
+def test_foreign_directories_and_missing_data_are_refused(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("x")
+    refused = run_study(tmp_path / "mine")
+    assert refused.returncode == 2
+    assert "is not empty and no directory of a study; choose another --run" in refused.stderr
+    (tmp_path / "empty").mkdir()
+    refused = run_study(tmp_path / "run", "--data", str(tmp_path / "empty"))
+    assert refused.returncode == 2
+    assert "no alpaca_eval/*/results/*/model_outputs.json in it (AlpacaEval's outputs)" in refused.stderr
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_fit_finds_a_power_law_and_says_how_sure_it_is():
+    fit = study_module("figures").fit_power_law
+    sizes = [1e5, 4e5, 1.6e6, 6.4e6]
+    exact = fit(sizes, [[0.9 * n**-0.05] for n in sizes])
+    assert exact["exponent"] == pytest.approx(0.05)
+    assert exact["coefficient"] == pytest.approx(0.9)
+    assert exact["r2"] == pytest.approx(1.0)
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(200):
+        noisy = fit(sizes, [[0.9 * n**-0.05 * math.exp(rng.normal(0, 0.02)) for _ in range(2)] for n in sizes])
+        covered += noisy["ci95"][0] <= 0.05 <= noisy["ci95"][1]
+    assert 180 <= covered <= 198
+
+
+def test_intervals_are_over_prompts_and_not_over_pairs():
+    pooled = study_module("figures").pooled
+    rng = np.random.default_rng(1)
+    right = rng.integers(0, 2, size=200).astype(float)
+    names = [f"p{i}" for i in range(200)]
+    once = pooled([right], [names])
+    tenfold = pooled([np.repeat(right, 10)], [np.repeat(names, 10).tolist()])
+    seeds = pooled([right] * 3, [names] * 3)
+    half = 1.96 * math.sqrt(0.25 / 200)
+    for found in (once, tenfold, seeds):
+        assert found["ci95"][1] - found["ci95"][0] == pytest.approx(2 * half, rel=0.1)
+        assert found["mean"] == pytest.approx(right.mean())
+    assert seeds["each_seed"] == [right.mean()] * 3
+    assert (tenfold["num_prompts"], tenfold["num_pairs"]) == (200, 2000)
+
+
+def test_the_loss_is_the_papers():
+    figures = study_module("figures")
+    scored = figures.Scored(np.array([0.0, 2.0, -1.0]), ("a", "b", "c"), ("x",) * 3)
+    assert figures.bt_loss(scored) == pytest.approx(
+        np.mean([-math.log(1 / (1 + math.exp(-m))) for m in (0.0, 2.0, -1.0)])
+    )
+    assert scored.scores.tolist() == [0.5, 1.0, 0.0]
+
+
+# --- sources ---------------------------------------------------------------------------------------------------------
+
+
+def test_writers_slip_where_the_problem_states_nothing():
+    slip = study_module("sources").slip
+    question, solution = "Ann has 48 clips.", "48/2 = <<48/2=24>>24 clips for $1.50, 1,024 in all.\n#### 24"
+    assert slip(solution, question=question, writer="exact") == solution
+    assert (
+        slip(solution, question=question, writer="doubles")
+        == "48/4 = <<48/4=48>>48 clips for $1.50, 1,024 in all.\n#### 48"
+    )
+    texts = {slip(solution, question=question, writer=writer) for writer in study_module("sources").SLIPS}
+    assert len(texts) == len(study_module("sources").SLIPS)
+
+
+def test_the_models_left_out_depend_on_their_names_alone():
+    split = study_module("sources").split_models
+    names = [f"model-{i}" for i in range(40)]
+    seen, unseen = split(names)
+    assert (len(seen), len(unseen)) == (32, 8)
+    assert split(reversed(names)) == (seen, unseen)
+    assert len(split(names[:6])[1]) == 2
