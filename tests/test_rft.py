@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "study
 import rft
 import rft_policies as policies
 import rft_rewards as rewards
+from rft_page import shortcomings
 from rft_problems import (
     HABITS,
     STYLES,
@@ -238,7 +239,8 @@ def test_a_small_run_from_nothing_to_the_table(tmp_path, capfd):
     for policy, words in rft.POLICIES.items():
         accuracy = found["accuracy"][policy]
         assert 0 <= accuracy["greedy"]["mean"] <= 1
-        assert f"| {words} | {accuracy['greedy']['mean']:.3f} | {accuracy['sampled']['mean']:.3f} |" in table
+        greedy = f"{accuracy['greedy']['mean']:.3f}"
+        assert f"| {words} | {greedy} | {greedy} | {accuracy['sampled']['mean']:.3f} |" in table
         lines = rewards.read_lines(tmp_path / "run-0" / f"answers-{policy}.jsonl")
         greedy = [line["right"] for line in lines if line["draw"] == "greedy"]
         assert np.mean(greedy) == pytest.approx(accuracy["greedy"]["mean"])
@@ -252,6 +254,50 @@ def test_a_small_run_from_nothing_to_the_table(tmp_path, capfd):
     assert again["accuracy"] == found["accuracy"] and "grpo" not in capfd.readouterr().out, "nothing is done twice"
     with pytest.raises(UserError, match="another size or seed"):
         rft.run(tmp_path, size="smoke", seed=1)
+    rft.write_documents(again, tmp_path, tmp_path / "docs")
+    page = (tmp_path / "docs" / "rft.md").read_text()
+    assert table.strip() in page and found["command"] in page and "](rft.svg)" in page
+    assert json.loads((tmp_path / "docs" / "rft.json").read_text())["sha256"] == found["sha256"]
+    assert (tmp_path / "docs" / "rft.svg").read_bytes().startswith(b"<?xml")
+
+
+def figures_of(*, greedy: dict[str, list[float]], accuracies: list[float], rewards: tuple[float, float]) -> dict:
+    """What `summarise` gives, for what shortcomings look at; policies without figures are at 0.4."""
+    runs = len(accuracies)
+    judged = {}
+    for policy in rft.POLICIES:
+        shares = greedy.get(policy, [0.4 + 0.001 * run for run in range(runs)])
+        judged[policy] = [dict.fromkeys(KINDS, share) for share in shares]
+    grpo = dict(zip(("first_reward", "last_reward"), rewards, strict=True)) | {"first_length": 20, "last_length": 20}
+    return rft.summarise(
+        [
+            {"judged": {policy: judged[policy][run] for policy in rft.POLICIES}}
+            | {f"grpo-{model}": grpo for model in rft.REWARD_MODELS}
+            | {
+                "reward_models": {
+                    model: {"accuracy": accuracies[run], "word_overlap_accuracy": 0.7} for model in rft.REWARD_MODELS
+                }
+            }
+            for run in range(runs)
+        ]
+    )
+
+
+KINDS = ("greedy", "sampled", "sampled_work", "sampled_characters")
+
+
+def test_what_falls_short_is_said_and_nothing_else():
+    best = "grpo-finetuned-pretrained"
+    good = figures_of(greedy={best: [0.8, 0.81, 0.8], "sft": [0.6, 0.61, 0.6]}, accuracies=[0.9] * 3, rewards=(0, 1))
+    assert list(shortcomings(good)) == []
+    bad = figures_of(greedy={best: [0.1, 0.12, 0.1]}, accuracies=[0.6, 0.4, 0.5], rewards=(0.0, 1.0))
+    said = " ".join(shortcomings(bad))
+    assert "GRPO, reward model pre-trained and fine-tuned is worse than before: -0.294" in said
+    assert "SFT on the same prompts and references is not clearly better than before" in said
+    assert "does not clearly tell right from wrong: 0.500 (0.252 to 0.748)" in said
+    assert "pre-trained and fine-tuned is hacked: GRPO raises its reward" in said
+    middling = figures_of(greedy={}, accuracies=[0.6, 0.61, 0.6], rewards=(0, 1))
+    assert "words shared with the reference (0.700) beats the reward model" in " ".join(shortcomings(middling))
 
 
 def test_wrong_options_are_one_line(capsys, tmp_path):

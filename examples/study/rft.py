@@ -8,15 +8,18 @@ answers; fine-tuned on the same labels only; pre-trained only. References are ri
 SFT on the same prompts and references, with as many steps and sequences a step, stands beside them. A rule judges: the
 last number of an answer to a problem that nobody was trained on.
 
-DIR gets rft.json, rft.md and rft.svg. Stages are kept: after an interruption the same command goes on.
+DIR gets rft.json, rft.svg and rft.md, tables that are a part of the study's page; --docs gets a page of its own.
+Stages are kept: after an interruption the same command goes on.
 """
 
 import argparse
 import dataclasses
 import hashlib
 import importlib
+import importlib.metadata
 import json
 import os
+import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -26,6 +29,7 @@ from statistics import fmean, stdev
 import rft_policy_training as training
 import rft_rewards as rewards
 import torch
+from rft_page import DIFFERENCES, POLICIES, REWARD_MODELS, draw_rewards, write_page, write_section
 from rft_sizes import SIZES, Size, draw_parts
 from rft_stages import concurrently, run_stage
 from scipy import stats
@@ -35,23 +39,7 @@ from megatron_polar.manifest import write_durably
 from megatron_polar.outputs import check_output_directory
 
 WARM = ("megatron_polar.train.run", "megatron_polar.score.scorer", "megatron_polar.serve.server", "datasets", "trl")
-REWARD_MODELS = {
-    "finetuned-pretrained": "pre-trained and fine-tuned",
-    "finetuned-base": "fine-tuned, not pre-trained",
-    "pretrained": "pre-trained, not fine-tuned",
-}
-POLICIES = {
-    "before": "before",
-    **{f"grpo-{model}": f"GRPO, reward model {words}" for model, words in REWARD_MODELS.items()},
-    "sft": "SFT on the same prompts and references",
-}
-DIFFERENCES = (
-    ("grpo-finetuned-pretrained", "before"),
-    ("grpo-finetuned-pretrained", "grpo-finetuned-base"),
-    ("grpo-finetuned-pretrained", "grpo-pretrained"),
-    ("grpo-finetuned-pretrained", "sft"),
-    ("sft", "before"),
-)
+PACKAGES = ("torch", "megatron-core", "transformers", "trl", "numpy")
 
 
 def run(directory: Path | str, *, size: str = "cpu", seed: int = 0, jobs: int = 1) -> dict:
@@ -65,6 +53,7 @@ def run(directory: Path | str, *, size: str = "cpu", seed: int = 0, jobs: int = 
         raise UserError(f"--jobs {jobs}: give 1 or more")
     directory, settings, started = Path(directory), SIZES[size], time.monotonic()
     check_output_directory(directory)
+    resumed = any(directory.glob("*/done/*.json"))
     _prepare_to_fork()
     shared = run_shared_stages(directory / "shared", settings, seed=seed)
     concurrently(
@@ -75,17 +64,29 @@ def run(directory: Path | str, *, size: str = "cpu", seed: int = 0, jobs: int = 
         "size": size,
         "seed": seed,
         "settings": json.loads(json.dumps(dataclasses.asdict(settings))),
-        "problems_sha256": problems_hash(settings, seed=seed),
+        "sha256": {"problems": problems_hash(settings, seed=seed)} | written_hashes(directory),
         "command": f"python examples/study/rft.py --size {size} --seed {seed}",
         "shared": shared,
         "runs": runs,
         "seconds": time.monotonic() - started,
+        "resumed": resumed,
         "cpu_seconds": cpu_seconds(directory),
+        "machine": {"processor": processor(), "device": settings.device, "jobs": jobs},
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
+        | {"python": platform.python_version()},
     }
     write_durably(directory / "rft.json", json.dumps(found, indent=1).encode() + b"\n")
-    write_durably(directory / "rft.md", markdown(found).encode())
+    write_durably(directory / "rft.md", write_section(found).encode())
     draw_rewards(found, directory / "rft.svg")
     return found
+
+
+def write_documents(found: dict, directory: Path, docs: Path) -> None:
+    """rft.md as a page of its own, rft.json with floats of five digits, and the drawing of `directory`, into `docs`."""
+    docs.mkdir(parents=True, exist_ok=True)
+    write_durably(docs / "rft.json", json.dumps(rounded(found), indent=1).encode() + b"\n")
+    write_durably(docs / "rft.md", write_page(found).encode())
+    write_durably(docs / "rft.svg", (directory / "rft.svg").read_bytes())
 
 
 def _prepare_to_fork() -> None:
@@ -103,7 +104,7 @@ def run_shared_stages(directory: Path, size: Size, *, seed: int) -> dict:
     """What all runs share: base model, pool of policies, their trajectories."""
     functions = (
         rewards.fit_base,
-        rewards.fit_habits,
+        rewards.fit_policies,
         rewards.sample_trajectories,
         rewards.preprocess_trajectories,
         rewards.convert_base,
@@ -136,6 +137,27 @@ def problems_hash(size: Size, *, seed: int) -> str:
         for part in vars(draw_parts(size, seed=seed, run=index)).values():
             digest.update("\n".join(problem.prompt for problem in part).encode())
     return digest.hexdigest()
+
+
+def written_hashes(directory: Path) -> dict[str, str]:
+    """SHA-256 over the texts that reward models were trained on: trajectories, and labels of all runs."""
+    found = {}
+    for name, pattern in (("trajectories", "shared/trajectories/*/*.jsonl"), ("labels", "run-*/labels.jsonl")):
+        digest = hashlib.sha256()
+        for path in sorted(directory.glob(pattern)):
+            digest.update(path.read_bytes())
+        found[name] = digest.hexdigest()
+    return found
+
+
+def processor() -> str:
+    """The processor's name as Linux gives it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
 
 
 def cpu_seconds(directory: Path) -> dict[str, float]:
@@ -175,6 +197,7 @@ def summarise(runs: Sequence[dict]) -> dict:
         "reward_models": {
             model: interval([run["reward_models"][model]["accuracy"] for run in runs]) for model in REWARD_MODELS
         },
+        "word_overlap": interval([run["reward_models"]["pretrained"]["word_overlap_accuracy"] for run in runs]),
         "grpo": {
             model: {name: interval([run[f"grpo-{model}"][name] for run in runs]) for name in figures}
             for model in REWARD_MODELS
@@ -182,64 +205,13 @@ def summarise(runs: Sequence[dict]) -> dict:
     }
 
 
-def markdown(found: dict) -> str:
-    """The tables, as they stand in rft.md."""
-    size, lines = SIZES[found["size"]], []
-    lines += [
-        f"RFT in small, size {found['size']}: {size.runs} run(s), seed {found['seed']}. Shares of right answers to "
-        f"{size.counts.test} held-out problems a run; mean and 95 % interval over runs (Student's t).",
-        "",
-        "| policy | greedy | sampled (temperature 1) | of these with right steps | characters |",
-        "|---|---|---|---|---|",
-    ]
-    for policy, words in POLICIES.items():
-        row = found["accuracy"][policy]
-        characters = f"{row['sampled_characters']['mean']:.0f}"
-        shares = " | ".join(_shown(row[kind]) for kind in ("greedy", "sampled", "sampled_work"))
-        lines.append(f"| {words} | {shares} | {characters} |")
-    lines += ["", "| difference, run by run | greedy | sampled |", "|---|---|---|"]
-    for name, row in found["differences"].items():
-        one, other = name.split(" - ")
-        lines.append(f"| {POLICIES[one]} − {POLICIES[other]} | {_shown(row['greedy'])} | {_shown(row['sampled'])} |")
-    lines += [
-        "",
-        "| reward model | right over wrong answers of the policy | reward over GRPO | tokens of an answer over GRPO |",
-        "|---|---|---|---|",
-    ]
-    for model, words in REWARD_MODELS.items():
-        row = {name: value["mean"] for name, value in found["grpo"][model].items()}
-        reward = f"{row['first_reward']:.2f} → {row['last_reward']:.2f}"
-        length = f"{row['first_length']:.1f} → {row['last_length']:.1f}"
-        lines.append(f"| {words} | {_shown(found['reward_models'][model])} | {reward} | {length} |")
-    lines += ["", f"Problems: SHA-256 {found['problems_sha256'][:16]}…. Command: `{found['command']}`.", ""]
-    return "\n".join(lines)
-
-
-def _shown(value: dict) -> str:
-    if value["ci95"] is None:
-        return f"{value['mean']:.3f}"
-    return f"{value['mean']:.3f} ({value['ci95'][0]:.3f} to {value['ci95'][1]:.3f})"
-
-
-def draw_rewards(found: dict, path: Path) -> None:
-    """Rewards over GRPO's steps, less each run's first ones: reward models have no common scale."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for number, (model, words) in enumerate(REWARD_MODELS.items()):
-        for index, one in enumerate(found["runs"]):
-            curve = one[f"grpo-{model}"]
-            rise = [reward - curve["first_reward"] for reward in curve["rewards"]]
-            axes.plot(range(1, len(rise) + 1), rise, color=f"C{number}", alpha=0.7, label=None if index else words)
-    axes.set_xlabel("step of GRPO")
-    axes.set_ylabel("reward, less the mean of the first steps")
-    axes.legend(title="reward model")
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+def rounded(value):
+    """Floats with five digits, at any depth: the rest is noise."""
+    if isinstance(value, dict):
+        return {key: rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [rounded(inner) for inner in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 # --- Command line ----------------------------------------------------------------------------------------------------
@@ -251,10 +223,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--size", choices=tuple(SIZES), default="cpu")
     options.add_argument("--output", type=Path, required=True)
     options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--docs", type=Path, help="folder of rft.md, rft.json and rft.svg as documents")
     options.add_argument("--jobs", type=int, default=2, help="runs at the same time")
     given = options.parse_args(arguments)
     try:
-        print(markdown(run(given.output, size=given.size, seed=given.seed, jobs=given.jobs)))
+        found = run(given.output, size=given.size, seed=given.seed, jobs=given.jobs)
+        if given.docs:
+            write_documents(found, given.output, given.docs)
+        print(write_section(found))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR

@@ -65,7 +65,7 @@ class Problem:
 def draw_problems(count: int, *, seed: int, largest: int = 99) -> list[Problem]:
     """Draw `count` problems whose numbers and signs all differ; no number on the way is negative.
 
-    Numbers are 2 to `largest`, the start at least 10. Raises ValueError when there are not so many.
+    The start is 10 to `largest`, changes are 2 to 9. Raises ValueError when there are not so many.
     """
     generator = np.random.default_rng([seed, count, largest])
     seen: set[tuple] = set()
@@ -74,7 +74,7 @@ def draw_problems(count: int, *, seed: int, largest: int = 99) -> list[Problem]:
         if len(problems) == count:
             return problems
         start = int(generator.integers(10, largest + 1))
-        one, two = (int(number) for number in generator.integers(2, largest + 1, 2))
+        one, two = (int(number) for number in generator.integers(2, 10, 2))
         signs = tuple(int(sign) for sign in generator.choice((-1, 1), 2))
         name, story = NAMES[generator.integers(len(NAMES))], int(generator.integers(len(STORIES)))
         key = (start, one, two, *signs)
@@ -83,7 +83,7 @@ def draw_problems(count: int, *, seed: int, largest: int = 99) -> list[Problem]:
             continue
         seen.add(key)
         problems.append(Problem((start, one, two), signs, name, story))
-    raise ValueError(f"only {len(problems)} of {count} problems with numbers up to {largest}; ask for fewer")
+    raise ValueError(f"only {len(problems)} of {count} problems that start with up to {largest}; ask for fewer")
 
 
 # --- Answers ---------------------------------------------------------------------------------------------------------

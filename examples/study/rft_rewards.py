@@ -56,29 +56,37 @@ def answer_pairs(problems: list[Problem], *, habit: str, styles: Iterable[str], 
 
 
 def fit_base(directory: Path, size: Size, seed: int) -> dict:
-    """The base language model, on right answers in all styles, and copies of it on the way."""
-    pairs = answer_pairs(draw_parts(size, seed=seed).base, habit="exact", styles=STYLES, seed=seed)
-    tokenizer = policies.train_tokenizer([prompt + answer for prompt, answer in pairs], directory / "tokenizer")
+    """The base language model, on documents in which two people answer a problem, and copies of it on the way.
+
+    Both answers are right, each in its own words and style. As in natural text, what is said once helps to predict what
+    is said later; a model that has learnt this finds an answer in its reference sooner.
+    """
+    problems = draw_parts(size, seed=seed).base
+    first, second = (
+        answer_pairs(problems, habit="exact", styles=STYLES, seed=seed + number * len(problems)) for number in (1, 2)
+    )
+    documents = [(prompt, f"{one}\n{prompt}{two}") for (prompt, one), (_, two) in zip(first, second, strict=True)]
+    tokenizer = policies.train_tokenizer([prompt + answers for prompt, answers in documents], directory / "tokenizer")
     start = policies.new_model(tokenizer, size.shape, seed=seed, output=directory / "random")
-    outputs = {directory / "policies" / name: step for name, step in size.stages.items()}
+    outputs = {directory / "unfinished" / name: step for name, step in size.stages.items()}
     outputs[directory / "base"] = size.base.steps
-    figures = policies.fit(start, pairs, size.base, seed=seed, device=size.device, outputs=outputs)
+    figures = policies.fit(start, documents, size.base, seed=seed, device=size.device, outputs=outputs)
     return {**figures, **policies.describe(start)}
 
 
-def fit_habits(directory: Path, size: Size, seed: int) -> dict:
-    """Policies with habits, each the base model after a few more steps on answers with this habit.
+def fit_policies(directory: Path, size: Size, seed: int) -> dict:
+    """The pool: the base model after a few more steps on answers with one habit, and early copies of it on right ones.
 
     All use both styles alike, so that wording tells nobody apart: what does is in the numbers.
     """
     problems, losses = draw_parts(size, seed=seed).base, {}
-    for number, habit in enumerate(size.habits + size.unseen_habits):
+    starts = {stage: ("exact", directory / "unfinished" / stage) for stage in size.stages}
+    starts |= {habit: (habit, directory / "base") for habit in size.habits + size.unseen_habits}
+    for number, (name, (habit, start)) in enumerate(starts.items()):
         pairs = answer_pairs(problems, habit=habit, styles=STYLES, seed=seed + number)
-        outputs = {directory / "policies" / habit: size.habit.steps}
-        figures = policies.fit(
-            directory / "base", pairs, size.habit, seed=seed + number, device=size.device, outputs=outputs
-        )
-        losses[habit] = figures["last_loss"]
+        outputs = {directory / "policies" / name: size.habit.steps}
+        figures = policies.fit(start, pairs, size.habit, seed=seed + number, device=size.device, outputs=outputs)
+        losses[name] = figures["last_loss"]
     return {"last_losses": losses}
 
 
@@ -195,6 +203,7 @@ def _train(
         "evaluation": {"interval": max(1, how.steps // 4) if validation else 0, "num_comparisons": 256},
         "logging": {"interval": max(1, how.steps // 20), "tensorboard": False},
     }
+    shutil.rmtree(output, ignore_errors=True)  # an interrupted stage begins anew
     path = output.with_suffix(".yaml")
     path.write_text(json.dumps(config, indent=1))  # JSON is YAML
     polar("train", path)

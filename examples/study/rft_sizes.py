@@ -53,11 +53,11 @@ class Grpo:
 class Size:
     """Everything that a size decides."""
 
-    largest: int  # number in a problem
+    largest: int  # number that a problem starts with
     counts: Counts
     shape: Shape  # of the policies, the base model and the reward models
     base: Fit
-    stages: dict[str, int]  # policies that are the base model after so many steps
+    stages: dict[str, int]  # copies of the base model after so many steps, from which policies are made, too
     habit: Fit  # from the base model to a policy with a habit
     habits: tuple[str, ...]  # of the policies that pre-training sees
     unseen_habits: tuple[str, ...]  # of those that it does not
@@ -75,11 +75,11 @@ class Size:
 
 SIZES = {
     "smoke": Size(
-        largest=14,
+        largest=30,
         counts=Counts(base=300, prompts=60, heldout=30, labels=60, rft=32, test=40),
         shape=Shape(32, 1, 2),
         base=Fit(steps=60, batch=32, lr=5e-3, on_prompts=True),
-        stages={"early": 15, "late": 60},
+        stages={"early": 15},
         habit=Fit(steps=5, batch=32, lr=2e-3),
         habits=("exact", "one_more"),
         unseen_habits=("ten_more", "one_less"),
@@ -95,31 +95,31 @@ SIZES = {
         device="cpu",
     ),
     "cpu": Size(
-        largest=25,
-        counts=Counts(base=3000, prompts=3000, heldout=300, labels=800, rft=600, test=300),
+        largest=99,
+        counts=Counts(base=3000, prompts=2000, heldout=200, labels=400, rft=400, test=300),
         shape=Shape(128, 2, 4),
-        base=Fit(steps=1400, batch=64, lr=3e-3, on_prompts=True),
-        stages={"early": 400, "middle": 700, "late": 1400},
+        base=Fit(steps=800, batch=32, lr=3e-3, on_prompts=True),
+        stages={"early": 60, "middle": 250},
         habit=Fit(steps=80, batch=32, lr=1e-3),
         habits=("exact", "one_more", "one_less", "ten_more", "no_carry", "always_adds", "one_step", "digits_swapped"),
         unseen_habits=("two_more", "five_more", "skips_first"),
-        warm=Fit(steps=500, batch=64, lr=3e-3),
+        warm=Fit(steps=300, batch=64, lr=3e-3),
         draw=Draw(max_tokens=40),
-        pretrain=RewardTraining(steps=600, batch=64, lr=1e-3),
-        finetune=RewardTraining(steps=100, batch=32, lr=3e-4),
+        pretrain=RewardTraining(steps=500, batch=32, lr=1e-3),
+        finetune=RewardTraining(steps=60, batch=32, lr=3e-4),
         answers_per_label=4,
-        grpo=Grpo(steps=150, batch=64, generations=8, lr=2e-4),
-        sft=Fit(steps=150, batch=64, lr=2e-4),
+        grpo=Grpo(steps=100, batch=64, generations=8, lr=1e-4),
+        sft=Fit(steps=100, batch=64, lr=1e-4),
         draws_per_test=4,
         runs=3,
         device="cpu",
     ),
     "gpu": Size(
-        largest=99,
+        largest=999,
         counts=Counts(base=20000, prompts=20000, heldout=1000, labels=2000, rft=4000, test=1000),
         shape=Shape(256, 4, 8),
         base=Fit(steps=4000, batch=128, lr=2e-3, on_prompts=True),
-        stages={"early": 1000, "middle": 2000, "late": 4000},
+        stages={"early": 200, "middle": 1000},
         habit=Fit(steps=200, batch=64, lr=5e-4),
         habits=("exact", "one_more", "one_less", "ten_more", "no_carry", "always_adds", "one_step", "digits_swapped"),
         unseen_habits=("two_more", "five_more", "skips_first"),
