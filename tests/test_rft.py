@@ -23,6 +23,7 @@ from rft_problems import (
     final_number,
     gold_answers,
     is_right,
+    is_worked,
     right_steps,
     worked_answer,
 )
@@ -65,6 +66,16 @@ def test_every_habit_is_tried_above():
     assert len(HABITS) == 11
 
 
+def test_a_worked_answer_has_two_steps_and_a_result():
+    generator = np.random.default_rng(0)
+    for habit in HABITS:
+        for style in STYLES:
+            text = worked_answer(CARRY, habit=habit, style=style, generator=generator)
+            assert is_worked(text) == (habit not in ("one_step", "skips_first")), text
+    hacks = ("First 27 + 15 = 42, and 42 and 7. Total: 38.", "27 + 15 = 42. Then 42 - 4 = 38. Total: 38. Total: 38.")
+    assert [is_worked(text) for text in hacks] == [False, False]
+
+
 def test_the_same_answer_is_seldom_the_same_text():
     texts = {worked_answer(CARRY, habit="exact", style="words", generator=np.random.default_rng(k)) for k in range(40)}
     assert len(texts) > 25
@@ -100,9 +111,9 @@ def test_answers_are_ranked_by_result_and_then_by_steps():
     problems = [CARRY, *draw_problems(2, seed=0, largest=30)]
     right, first_step = "27 + 15 = 42. Then 42 - 4 = 38. Total: 38.", "27 + 15 = 42. Then 42 - 4 = 39. Total: 39."
     wrong, lucky = "27 + 15 = 41. Then 41 - 4 = 37. Total: 37.", "Total: 38."
-    answers = [[wrong, first_step, "nothing", right], ["It is -1.", " "], ["It is -1.", "It is -2."]]
+    answers = [[wrong, lucky, first_step, "nothing", right], ["It is -1.", " "], ["It is -1.", "It is -2."]]
     (line,) = rewards.rank(problems, answers, seed=9)
-    assert line["ranked"] == [right, first_step, wrong], "one of each level, the first; no order within a level"
+    assert line["ranked"] == [right, first_step, wrong, lucky], "one of each level, the first; no order within a level"
     assert line["prompt"].endswith("?\n") and line["reference"] == gold_answers(problems, seed=9)[0]
     (line,) = rewards.rank([CARRY], [[wrong, lucky, right]], seed=9, levels=rewards.right_or_wrong)
     assert line["ranked"] == [lucky, wrong], "by the final number alone"

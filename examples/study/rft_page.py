@@ -75,8 +75,8 @@ def _task(found: dict) -> Iterator[str]:
         a step. A rule judges: the last number of an answer to a problem that nobody was trained on.""")
     yield _paragraph(f"""Reward models have the policy's shape. All begin as one base language model. Pre-training is on
         {sampled["train"]["trajectories"]:,} trajectories of {len(sampled["policies"])} policies, each with a habit of
-        miscalculating; fine-tuning is on some {labels["rankings"]} rankings of answers of the policy to be improved
-        and of a weaker one.""")
+        miscalculating; fine-tuning is on some {labels["rankings"]} rankings of answers of the policy to be improved,
+        two in six drawn at temperature 2, so that malformed ones are among them.""")
 
 
 def _accuracies(found: dict) -> Iterator[str]:

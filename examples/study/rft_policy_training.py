@@ -27,13 +27,12 @@ NEAR = 10
 
 
 def warm_up(directory: Path, size: Size, seed: int, run: int) -> dict:
-    """The policy that is to be improved: random weights and a short supervised start, stopped early."""
+    """The policy that is to be improved: the base model after a short supervised start, stopped early."""
     shared, own = directory.parent / "shared", seed + 1000 * (run + 1)
     problems = draw_parts(size, seed=seed, run=run).base
     pairs = answer_pairs(problems, habit="exact", styles=[STYLE], seed=own)
-    start = policies.new_model(shared / "tokenizer", size.shape, seed=own, output=directory / "random")
     outputs = {directory / "before": size.warm.steps}
-    return policies.fit(start, pairs, size.warm, seed=own, device=size.device, outputs=outputs)
+    return policies.fit(shared / "base", pairs, size.warm, seed=own, device=size.device, outputs=outputs)
 
 
 def prompts_and_references(size: Size, *, seed: int, run: int) -> list[tuple[str, str]]:

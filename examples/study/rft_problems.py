@@ -159,3 +159,12 @@ def right_steps(problem: Problem, answer: str) -> int:
         (int(left), 1 if sign in ("+", "plus") else -1, int(right), int(value)) for left, sign, right, value in found
     ]
     return sum(ours == theirs for ours, theirs in zip(written, _steps(problem, "exact")[0], strict=False))
+
+
+_SUM = r"\d+ (?:\+|-|plus|minus) \d+ (?:=|is) \d+"
+_WORKED = re.compile(rf"(?:[A-Z][A-Za-z: ,]*)?{_SUM}[., A-Za-z]+{_SUM}[., A-Za-z:]+\d+\.")
+
+
+def is_worked(answer: str) -> bool:
+    """Whether an answer has the form of a worked one, right or wrong: two steps, words around them, one last number."""
+    return _WORKED.fullmatch(answer.strip()) is not None

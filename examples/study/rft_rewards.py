@@ -4,6 +4,7 @@ Each public function is a stage: it writes below `directory` and returns figures
 through the same commands here: sample, preprocess, convert, train, evaluate.
 """
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterable
@@ -13,7 +14,7 @@ import numpy as np
 import rft_policies as policies
 import rft_server
 from omegaconf import OmegaConf
-from rft_problems import STYLES, Problem, gold_answers, is_right, right_steps, worked_answer
+from rft_problems import STYLES, Problem, gold_answers, is_right, is_worked, right_steps, worked_answer
 from rft_sizes import RewardTraining, Size, draw_parts
 from rft_stages import polar, running
 
@@ -23,6 +24,8 @@ WRAPPER = "pretrain"
 """Policies continue "question\\n", so prompts end with the newline and nothing is put between prompt and answer."""
 STYLE = "symbols"
 """Of the references and of the policy that is to be improved."""
+HOT = 2.0
+"""Temperature of the answers that show fine-tuning what a policy comes to when it is pushed too far."""
 
 
 def prompt_of(problem: Problem) -> str:
@@ -232,20 +235,21 @@ def evaluate_rewards(directory: Path, size: Size, seed: int, run: int, models: l
 
 
 def draw_labels(directory: Path, size: Size, seed: int, run: int) -> dict:
-    """Ranked answers of the policy before GRPO, and of the earliest one of the pool, to fine-tune on; and right over
-    wrong answers of the policy alone, to evaluate with.
+    """Ranked answers of the policy before GRPO to fine-tune on, some of them drawn hot, so that malformed ones are
+    among them; and right over wrong answers, drawn as ever, to evaluate with.
     """
     parts, shared, own = draw_parts(size, seed=seed, run=run), directory.parent / "shared", seed + 1000 * (run + 1)
+    hot = dataclasses.replace(size.draw, temperature=HOT, top_p=1.0)
 
-    def drawn(policy: Path, problems: list[Problem], count: int, seed: int) -> list[list[str]]:
+    def drawn(draw: policies.Draw, problems: list[Problem], count: int, seed: int) -> list[list[str]]:
         prompts = [prompt_of(problem) for problem in problems for _ in range(count)]
-        texts = policies.answers(policy, prompts, size.draw, seed=seed, device=size.device)
+        texts = policies.answers(directory / "before", prompts, draw, seed=seed, device=size.device)
         return [texts[first : first + count] for first in range(0, len(texts), count)]
 
-    labelled = drawn(directory / "before", parts.labels, size.answers_per_label, own)
-    unfinished = drawn(shared / "policies" / next(iter(size.stages)), parts.labels, 1, own + 1)
-    tested = drawn(directory / "before", parts.test, size.answers_per_label, own + 2)
-    rankings = rank(parts.labels, [one + other for one, other in zip(labelled, unfinished, strict=True)], seed=own)
+    labelled = drawn(size.draw, parts.labels, size.answers_per_label, own)
+    heated = drawn(hot, parts.labels, 2, own + 1)
+    tested = drawn(size.draw, parts.test, size.answers_per_label, own + 2)
+    rankings = rank(parts.labels, [one + other for one, other in zip(labelled, heated, strict=True)], seed=own)
     pairs = rank(parts.test, tested, seed=own + 1, levels=right_or_wrong)
     for name, lines in (("labels", rankings), ("test", pairs)):
         if not lines:
@@ -261,7 +265,9 @@ def right_or_wrong(problem: Problem, text: str) -> int:
 
 
 def partial_credit(problem: Problem, text: str) -> int:
-    """Right answers first; of wrong ones those whose first step is right."""
+    """Right answers first; of wrong ones those whose first step is right; last what is no worked answer at all."""
+    if not is_worked(text):
+        return -1
     return 2 + is_right(problem, text) if right_steps(problem, text) else int(is_right(problem, text))
 
 

@@ -61,7 +61,7 @@ class Size:
     habit: Fit  # from the base model to a policy with a habit
     habits: tuple[str, ...]  # of the policies that pre-training sees
     unseen_habits: tuple[str, ...]  # of those that it does not
-    warm: Fit  # of the policy that is to be improved, from random weights
+    warm: Fit  # from the base model to the policy that is to be improved
     draw: Draw
     pretrain: RewardTraining
     finetune: RewardTraining
@@ -83,7 +83,7 @@ SIZES = {
         habit=Fit(steps=5, batch=32, lr=2e-3),
         habits=("exact", "one_more"),
         unseen_habits=("ten_more", "one_less"),
-        warm=Fit(steps=60, batch=32, lr=5e-3),
+        warm=Fit(steps=5, batch=32, lr=2e-3),
         draw=Draw(max_tokens=36),
         pretrain=RewardTraining(steps=4, batch=16, lr=1e-3),
         finetune=RewardTraining(steps=3, batch=4, lr=1e-3),
@@ -103,7 +103,7 @@ SIZES = {
         habit=Fit(steps=80, batch=32, lr=1e-3),
         habits=("exact", "one_more", "one_less", "ten_more", "no_carry", "always_adds", "one_step", "digits_swapped"),
         unseen_habits=("two_more", "five_more", "skips_first"),
-        warm=Fit(steps=300, batch=64, lr=3e-3),
+        warm=Fit(steps=20, batch=64, lr=1e-3),
         draw=Draw(max_tokens=40),
         pretrain=RewardTraining(steps=500, batch=32, lr=1e-3),
         finetune=RewardTraining(steps=60, batch=32, lr=3e-4),
@@ -123,7 +123,7 @@ SIZES = {
         habit=Fit(steps=200, batch=64, lr=5e-4),
         habits=("exact", "one_more", "one_less", "ten_more", "no_carry", "always_adds", "one_step", "digits_swapped"),
         unseen_habits=("two_more", "five_more", "skips_first"),
-        warm=Fit(steps=1000, batch=128, lr=2e-3),
+        warm=Fit(steps=30, batch=128, lr=5e-4),
         draw=Draw(max_tokens=48),
         pretrain=RewardTraining(steps=3000, batch=128, lr=5e-4),
         finetune=RewardTraining(steps=200, batch=64, lr=2e-4),
