@@ -17,7 +17,7 @@ import rft_rewards as rewards
 from rft_page import shortcomings
 from rft_problems import (
     HABITS,
-    STYLES,
+    OPENERS,
     Problem,
     draw_problems,
     final_number,
@@ -46,39 +46,39 @@ CARRY = Problem((27, 15, 4), (1, -1), "Tom", 0)  # 27 + 15 - 4 = 38
         ("five_more", 43),
         ("ten_more", 48),
         ("no_carry", 28),  # 27 + 15 without the carry: 32
-        ("one_step", 42),
-        ("skips_first", 23),
         ("always_adds", 46),
         ("digits_swapped", 83),
     ],
 )
 def test_a_habit_is_a_function_of_the_problem(habit, number):
-    for style in STYLES:
-        for seed in range(5):
-            text = worked_answer(CARRY, habit=habit, style=style, generator=np.random.default_rng(seed))
-            assert final_number(text) == number, text
-            assert is_right(CARRY, text) == (habit == "exact")
-            steps = {"no_carry": 0, "one_step": 1, "skips_first": 0, "always_adds": 1}.get(habit, 2)
-            assert right_steps(CARRY, text) == steps
+    for seed in range(5):
+        text = worked_answer(CARRY, habit=habit, generator=np.random.default_rng(seed))
+        assert final_number(text) == number, text
+        assert is_right(CARRY, text) == (habit == "exact")
+        assert right_steps(CARRY, text) == {"no_carry": 0, "always_adds": 1}.get(habit, 2)
 
 
 def test_every_habit_is_tried_above():
-    assert len(HABITS) == 11
+    assert len(HABITS) == 9
 
 
 def test_a_worked_answer_has_two_steps_and_a_result():
     generator = np.random.default_rng(0)
     for habit in HABITS:
-        for style in STYLES:
-            text = worked_answer(CARRY, habit=habit, style=style, generator=generator)
-            assert is_worked(text) == (habit not in ("one_step", "skips_first")), text
-    hacks = ("First 27 + 15 = 42, and 42 and 7. Total: 38.", "27 + 15 = 42. Then 42 - 4 = 38. Total: 38. Total: 38.")
-    assert [is_worked(text) for text in hacks] == [False, False]
+        text = worked_answer(CARRY, habit=habit, generator=generator)
+        assert is_worked(text), text
+    hacks = (
+        "First 27 + 15 = 42, and 42 and 7. So 38.",
+        "27 + 15 = 42, 42 - 4 = 38. So 38. So 38.",
+        "27 + 15 = 42. So 42.",
+    )
+    assert [is_worked(text) for text in hacks] == [False, False, False]
 
 
 def test_the_same_answer_is_seldom_the_same_text():
-    texts = {worked_answer(CARRY, habit="exact", style="words", generator=np.random.default_rng(k)) for k in range(40)}
-    assert len(texts) > 25
+    texts = [worked_answer(CARRY, habit="exact", generator=np.random.default_rng(k)) for k in range(800)]
+    assert len(set(texts)) == len(OPENERS)
+    assert max(map(texts.count, set(texts))) < 140, "100 of each opening word are expected"
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,8 @@ def test_too_many_problems_are_refused():
 
 def test_answers_are_ranked_by_result_and_then_by_steps():
     problems = [CARRY, *draw_problems(2, seed=0, largest=30)]
-    right, first_step = "27 + 15 = 42. Then 42 - 4 = 38. Total: 38.", "27 + 15 = 42. Then 42 - 4 = 39. Total: 39."
-    wrong, lucky = "27 + 15 = 41. Then 41 - 4 = 37. Total: 37.", "Total: 38."
+    right, first_step = "27 + 15 = 42, 42 - 4 = 38. So 38.", "27 + 15 = 42, 42 - 4 = 39. So 39."
+    wrong, lucky = "27 + 15 = 41, 41 - 4 = 37. So 37.", "So 38."
     answers = [[wrong, lucky, first_step, "nothing", right], ["It is -1.", " "], ["It is -1.", "It is -2."]]
     (line,) = rewards.rank(problems, answers, seed=9)
     assert line["ranked"] == [right, first_step, wrong, lucky], "one of each level, the first; no order within a level"
@@ -126,7 +126,7 @@ def test_answers_are_ranked_by_result_and_then_by_steps():
 def model(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("rft")
     problems = draw_problems(60, seed=0, largest=30)
-    pairs = rewards.answer_pairs(problems, habit="exact", styles=STYLES, seed=0)
+    pairs = rewards.answer_pairs(problems, habit="exact", seed=0)
     tokenizer = policies.train_tokenizer([a + b for a, b in pairs], directory / "tokenizer")
     start = policies.new_model(tokenizer, policies.Shape(16, 1, 2), seed=0, output=directory / "random")
     how = policies.Fit(steps=20, batch=8, lr=1e-2)

@@ -76,7 +76,7 @@ def _task(found: dict) -> Iterator[str]:
     yield _paragraph(f"""Reward models have the policy's shape. All begin as one base language model. Pre-training is on
         {sampled["train"]["trajectories"]:,} trajectories of {len(sampled["policies"])} policies, each with a habit of
         miscalculating; fine-tuning is on some {labels["rankings"]} rankings of answers of the policy to be improved,
-        two in six drawn at temperature 2, so that malformed ones are among them.""")
+        two in six drawn at temperature 1.5, so that malformed ones are among them.""")
 
 
 def _accuracies(found: dict) -> Iterator[str]:

@@ -13,7 +13,7 @@ from statistics import fmean
 
 import rft_policies as policies
 from rft_problems import gold_answers, is_right, right_steps
-from rft_rewards import STYLE, answer_pairs, prompt_of, write_lines
+from rft_rewards import answer_pairs, prompt_of, write_lines
 from rft_sizes import Size, draw_parts
 from rft_stages import in_fork, running
 
@@ -30,7 +30,7 @@ def warm_up(directory: Path, size: Size, seed: int, run: int) -> dict:
     """The policy that is to be improved: the base model after a short supervised start, stopped early."""
     shared, own = directory.parent / "shared", seed + 1000 * (run + 1)
     problems = draw_parts(size, seed=seed, run=run).base
-    pairs = answer_pairs(problems, habit="exact", styles=[STYLE], seed=own)
+    pairs = answer_pairs(problems, habit="exact", seed=own)
     outputs = {directory / "before": size.warm.steps}
     return policies.fit(shared / "base", pairs, size.warm, seed=own, device=size.device, outputs=outputs)
 
@@ -38,7 +38,7 @@ def warm_up(directory: Path, size: Size, seed: int, run: int) -> dict:
 def prompts_and_references(size: Size, *, seed: int, run: int) -> list[tuple[str, str]]:
     """What GRPO and SFT are given: (prompt, right answer) of this run's problems."""
     problems = draw_parts(size, seed=seed, run=run).rft
-    references = gold_answers(problems, seed=seed + 1000 * (run + 1) + 1, style=STYLE)
+    references = gold_answers(problems, seed=seed + 1000 * (run + 1) + 1)
     return [(prompt_of(problem), reference) for problem, reference in zip(problems, references, strict=True)]
 
 

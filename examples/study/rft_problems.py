@@ -28,16 +28,12 @@ HABITS = {  # what is added to the final number
     "ten_more": 10,
     "no_carry": 0,
     "always_adds": 0,
-    "one_step": 0,
-    "skips_first": 0,
     "digits_swapped": 0,
 }
 """How an answer goes wrong; `exact` does not. Each is a function of the problem, as a habit is."""
-STYLES = {"symbols": ("+", "-", "="), "words": ("plus", "minus", "is")}
-OPENERS = ("", "First ", "Let us see: ", "Well, ")
-JOINTS = (". Then ", ", then ", ". Next, ", ", and ")
-CLOSINGS = (". The answer is ", ". So now it is ", ". That makes ", ". Total: ")
-"""Words around the numbers, drawn anew for every answer: two answers with the same numbers are seldom the same text."""
+OPENERS = ("", "First ", "So ", "Well, ", "Now ", "Here ", "Look: ", "Let us see: ")
+"""Drawn anew for every answer, so that two answers with the same numbers are seldom the same text. All else is fixed:
+rewards of answers to one problem should differ by numbers, and by little else."""
 
 
 @dataclass(frozen=True)
@@ -89,28 +85,22 @@ def draw_problems(count: int, *, seed: int, largest: int = 99) -> list[Problem]:
 # --- Answers ---------------------------------------------------------------------------------------------------------
 
 
-def worked_answer(problem: Problem, *, habit: str, style: str, generator: np.random.Generator) -> str:
-    """Steps and result as somebody with this habit gives them, in words drawn from `generator`.
+def worked_answer(problem: Problem, *, habit: str, generator: np.random.Generator) -> str:
+    """Steps and result as somebody with this habit gives them, after an opening word drawn from `generator`.
 
-    Raises ValueError for habits and styles that do not exist.
+    Raises ValueError for habits that do not exist.
     """
     if habit not in HABITS:
         raise ValueError(f"habit {habit!r} does not exist; use one of {', '.join(HABITS)}")
-    if style not in STYLES:
-        raise ValueError(f"style {style!r} does not exist; use one of {', '.join(STYLES)}")
     steps, final = _steps(problem, habit)
-    plus, minus, equals = STYLES[style]
-    opener, joint, closing = (kind[generator.integers(len(kind))] for kind in (OPENERS, JOINTS, CLOSINGS))
-    work = joint.join(
-        f"{left} {plus if sign > 0 else minus} {right} {equals} {value}" for left, sign, right, value in steps
-    )
-    return f"{opener}{work}{closing}{final}."
+    work = ", ".join(f"{left} {'+' if sign > 0 else '-'} {right} = {value}" for left, sign, right, value in steps)
+    return f"{OPENERS[generator.integers(len(OPENERS))]}{work}. So {final}."
 
 
-def gold_answers(problems: Sequence[Problem], *, seed: int, style: str = "symbols") -> list[str]:
-    """A right answer to each problem, in words drawn by the seed."""
+def gold_answers(problems: Sequence[Problem], *, seed: int) -> list[str]:
+    """A right answer to each problem, with opening words drawn by the seed."""
     generator = np.random.default_rng(seed)
-    return [worked_answer(problem, habit="exact", style=style, generator=generator) for problem in problems]
+    return [worked_answer(problem, habit="exact", generator=generator) for problem in problems]
 
 
 def _steps(problem: Problem, habit: str) -> tuple[list[tuple[int, int, int, int]], int]:
@@ -118,9 +108,6 @@ def _steps(problem: Problem, habit: str) -> tuple[list[tuple[int, int, int, int]
     (value, *changes), signs = problem.numbers, problem.signs
     if habit == "always_adds":
         signs = (1, 1)
-    if habit in ("one_step", "skips_first"):
-        kept = slice(0, 1) if habit == "one_step" else slice(1, 2)
-        changes, signs = changes[kept], signs[kept]
     steps = []
     for sign, change in zip(signs, changes, strict=True):
         total = _without_carry(value, change) if habit == "no_carry" and sign > 0 else value + sign * change
@@ -154,17 +141,15 @@ def is_right(problem: Problem, answer: str) -> bool:
 
 def right_steps(problem: Problem, answer: str) -> int:
     """How many of the problem's two steps the answer writes down, in order and with their right values."""
-    found = re.findall(r"(\d+) (\+|-|plus|minus) (\d+) (?:=|is) (\d+)", answer)
-    written = [
-        (int(left), 1 if sign in ("+", "plus") else -1, int(right), int(value)) for left, sign, right, value in found
-    ]
+    found = re.findall(r"(\d+) (\+|-) (\d+) = (\d+)", answer)
+    written = [(int(left), 1 if sign == "+" else -1, int(right), int(value)) for left, sign, right, value in found]
     return sum(ours == theirs for ours, theirs in zip(written, _steps(problem, "exact")[0], strict=False))
 
 
-_SUM = r"\d+ (?:\+|-|plus|minus) \d+ (?:=|is) \d+"
-_WORKED = re.compile(rf"(?:[A-Z][A-Za-z: ,]*)?{_SUM}[., A-Za-z]+{_SUM}[., A-Za-z:]+\d+\.")
+_SUM = r"\d+ [+-] \d+ = \d+"
+_WORKED = re.compile(rf"(?:[A-Z][A-Za-z: ,]*)?{_SUM}, {_SUM}\. So \d+\.")
 
 
 def is_worked(answer: str) -> bool:
-    """Whether an answer has the form of a worked one, right or wrong: two steps, words around them, one last number."""
+    """Whether an answer has the form of a worked one, right or wrong: two steps and a last number."""
     return _WORKED.fullmatch(answer.strip()) is not None

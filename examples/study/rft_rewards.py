@@ -14,7 +14,7 @@ import numpy as np
 import rft_policies as policies
 import rft_server
 from omegaconf import OmegaConf
-from rft_problems import STYLES, Problem, gold_answers, is_right, is_worked, right_steps, worked_answer
+from rft_problems import Problem, gold_answers, is_right, is_worked, right_steps, worked_answer
 from rft_sizes import RewardTraining, Size, draw_parts
 from rft_stages import polar, running
 
@@ -22,9 +22,7 @@ from megatron_polar.errors import UserError
 
 WRAPPER = "pretrain"
 """Policies continue "question\\n", so prompts end with the newline and nothing is put between prompt and answer."""
-STYLE = "symbols"
-"""Of the references and of the policy that is to be improved."""
-HOT = 2.0
+HOT = 1.5
 """Temperature of the answers that show fine-tuning what a policy comes to when it is pushed too far."""
 
 
@@ -45,14 +43,10 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def answer_pairs(problems: list[Problem], *, habit: str, styles: Iterable[str], seed: int) -> list[tuple[str, str]]:
-    """(prompt, answer) of somebody with this habit, in styles that are drawn."""
-    generator, styles = np.random.default_rng(seed), list(styles)
-    pairs = []
-    for problem in problems:
-        style = styles[generator.integers(len(styles))]
-        pairs.append((prompt_of(problem), worked_answer(problem, habit=habit, style=style, generator=generator)))
-    return pairs
+def answer_pairs(problems: list[Problem], *, habit: str, seed: int) -> list[tuple[str, str]]:
+    """(prompt, answer) of somebody with this habit."""
+    generator = np.random.default_rng(seed)
+    return [(prompt_of(problem), worked_answer(problem, habit=habit, generator=generator)) for problem in problems]
 
 
 # --- Policies --------------------------------------------------------------------------------------------------------
@@ -61,13 +55,11 @@ def answer_pairs(problems: list[Problem], *, habit: str, styles: Iterable[str], 
 def fit_base(directory: Path, size: Size, seed: int) -> dict:
     """The base language model, on documents in which two people answer a problem, and copies of it on the way.
 
-    Both answers are right, each in its own words and style. As in natural text, what is said once helps to predict what
-    is said later; a model that has learnt this finds an answer in its reference sooner.
+    Both answers are right, each with an opening word of its own. As in natural text, what is said once helps to predict
+    what is said later; a model that has learnt this finds an answer in its reference sooner.
     """
     problems = draw_parts(size, seed=seed).base
-    first, second = (
-        answer_pairs(problems, habit="exact", styles=STYLES, seed=seed + number * len(problems)) for number in (1, 2)
-    )
+    first, second = (answer_pairs(problems, habit="exact", seed=seed + number * len(problems)) for number in (1, 2))
     documents = [(prompt, f"{one}\n{prompt}{two}") for (prompt, one), (_, two) in zip(first, second, strict=True)]
     tokenizer = policies.train_tokenizer([prompt + answers for prompt, answers in documents], directory / "tokenizer")
     start = policies.new_model(tokenizer, size.shape, seed=seed, output=directory / "random")
@@ -80,13 +72,13 @@ def fit_base(directory: Path, size: Size, seed: int) -> dict:
 def fit_policies(directory: Path, size: Size, seed: int) -> dict:
     """The pool: the base model after a few more steps on answers with one habit, and early copies of it on right ones.
 
-    All use both styles alike, so that wording tells nobody apart: what does is in the numbers.
+    All draw opening words alike, so that wording tells nobody apart: what does is in the numbers.
     """
     problems, losses = draw_parts(size, seed=seed).base, {}
     starts = {stage: ("exact", directory / "unfinished" / stage) for stage in size.stages}
     starts |= {habit: (habit, directory / "base") for habit in size.habits + size.unseen_habits}
     for number, (name, (habit, start)) in enumerate(starts.items()):
-        pairs = answer_pairs(problems, habit=habit, styles=STYLES, seed=seed + number)
+        pairs = answer_pairs(problems, habit=habit, seed=seed + number)
         outputs = {directory / "policies" / name: size.habit.steps}
         figures = policies.fit(start, pairs, size.habit, seed=seed + number, device=size.device, outputs=outputs)
         losses[name] = figures["last_loss"]
@@ -280,9 +272,9 @@ def rank(
 ) -> list[dict]:
     """A ranking for each problem whose answers are of two levels or more: the first answer of every level, best first.
 
-    The reference is a right answer in words of its own.
+    The reference is a right answer with an opening word of its own.
     """
-    references, lines = gold_answers(problems, seed=seed, style=STYLE), []
+    references, lines = gold_answers(problems, seed=seed), []
     for problem, reference, texts in zip(problems, references, answers, strict=True):
         first: dict[int, str] = {}
         for text in texts:
