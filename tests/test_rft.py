@@ -1,7 +1,10 @@
 """The RFT study (examples/study/rft.py): its problems and judge, draws of policies, stages, and a whole small run."""
 
 import json
+import multiprocessing
+import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +31,7 @@ from rft_problems import (
     worked_answer,
 )
 from rft_sizes import SIZES, draw_parts
-from rft_stages import concurrently, in_fork, run_stage
+from rft_stages import concurrently, end_with_children, in_fork, run_stage
 
 CARRY = Problem((27, 15, 4), (1, -1), "Tom", 0)  # 27 + 15 - 4 = 38
 
@@ -228,6 +231,31 @@ def test_one_failure_of_several_calls_is_an_error_after_the_others(tmp_path):
         concurrently([(_count, tmp_path, 1), (_fail, tmp_path), (_count, tmp_path, 2)], 2)
     assert (tmp_path / "calls").read_text() == "xx"
     assert in_fork(_fail, tmp_path) == 1
+
+
+def _sleep(directory: Path) -> dict:
+    (directory / "pid").write_text(str(os.getpid()))
+    time.sleep(600)
+    return {}
+
+
+def _run_sleep(directory: Path) -> None:
+    end_with_children()
+    concurrently([(run_stage, directory, "sleep", _sleep)], 1)
+
+
+def test_whoever_is_told_to_end_ends_what_it_started(tmp_path):
+    process = multiprocessing.get_context("fork").Process(target=_run_sleep, args=(tmp_path,))
+    process.start()
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert process.is_alive()
+        time.sleep(0.02)
+    process.terminate()
+    process.join(60)
+    assert process.exitcode not in (None, 0)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert not (tmp_path / "done" / "sleep.json").exists()
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ import rft_rewards as rewards
 import torch
 from rft_page import DIFFERENCES, POLICIES, REWARD_MODELS, draw_rewards, write_page, write_section
 from rft_sizes import SIZES, Size, draw_parts
-from rft_stages import concurrently, run_stage
+from rft_stages import concurrently, end_with_children, run_stage
 from scipy import stats
 
 from megatron_polar.errors import INTERRUPTED, USER_ERROR, UserError
@@ -241,4 +241,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_with_children()
     sys.exit(main())

@@ -116,7 +116,7 @@ def _serve_policies(served: dict[str, Path], device: str, port: int) -> None:
 
 def _write_pool(path: Path, names: list[str], size: Size, address: str) -> Path:
     """A pool of models behind one endpoint. JSON is YAML, too."""
-    common = {"endpoint": f"{address}/v1", "api": "completions", "max_concurrency": 512, **vars(size.draw)}
+    common = {"endpoint": f"{address}/v1", "api": "completions", "max_concurrency": 512, **vars(size.pool_draw)}
     pool = {
         "policies": [{"name": name, "model": name, **common} for name in names],
         "cleaning": {"near_duplicates": 0},  # answers that differ in one digit are not duplicates

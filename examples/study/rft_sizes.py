@@ -62,7 +62,8 @@ class Size:
     habits: tuple[str, ...]  # of the policies that pre-training sees
     unseen_habits: tuple[str, ...]  # of those that it does not
     warm: Fit  # from the base model to the policy that is to be improved
-    draw: Draw
+    pool_draw: Draw  # of the pool's trajectories: cooler, so that small models keep to their habits
+    draw: Draw  # of the policy's answers that labels are about
     pretrain: RewardTraining
     finetune: RewardTraining
     answers_per_label: int  # drawn from the policy for each problem of `labels` and `test`
@@ -84,6 +85,7 @@ SIZES = {
         habits=("exact", "one_more"),
         unseen_habits=("ten_more", "one_less"),
         warm=Fit(steps=5, batch=32, lr=2e-3),
+        pool_draw=Draw(max_tokens=36, temperature=0.5),
         draw=Draw(max_tokens=36),
         pretrain=RewardTraining(steps=4, batch=16, lr=1e-3),
         finetune=RewardTraining(steps=3, batch=4, lr=1e-3),
@@ -104,6 +106,7 @@ SIZES = {
         habits=("exact", "one_more", "one_less", "ten_more", "no_carry", "always_adds", "digits_swapped"),
         unseen_habits=("two_more", "five_more"),
         warm=Fit(steps=15, batch=64, lr=1e-3),
+        pool_draw=Draw(max_tokens=28, temperature=0.5),
         draw=Draw(max_tokens=28),
         pretrain=RewardTraining(steps=500, batch=32, lr=1e-3),
         finetune=RewardTraining(steps=50, batch=32, lr=3e-4),
@@ -124,6 +127,7 @@ SIZES = {
         habits=("exact", "one_more", "one_less", "ten_more", "no_carry", "always_adds", "digits_swapped"),
         unseen_habits=("two_more", "five_more"),
         warm=Fit(steps=30, batch=128, lr=5e-4),
+        pool_draw=Draw(max_tokens=48, temperature=0.5),
         draw=Draw(max_tokens=48),
         pretrain=RewardTraining(steps=3000, batch=128, lr=5e-4),
         finetune=RewardTraining(steps=200, batch=64, lr=2e-4),

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import resource
+import signal
 import socket
 import sys
 import time
@@ -25,6 +26,15 @@ from megatron_polar.manifest import write_durably
 
 _FORK = multiprocessing.get_context("fork")
 _START_SECONDS = 120.0
+
+
+def end_with_children() -> None:
+    """From now on SIGTERM ends this process, and forks of it, as Ctrl-C does: with all that they have started."""
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def run_stage(directory: Path, name: str, function: Callable[..., dict], *arguments: object) -> dict:
@@ -63,16 +73,23 @@ def concurrently(calls: Sequence[tuple], jobs: int) -> None:
     The others end their work first, so that little is lost.
     """
     waiting, processes, failed = list(calls), [], []
-    while waiting or processes:
-        while waiting and len(processes) < jobs:
-            function, *arguments = waiting.pop(0)
-            processes.append(_FORK.Process(target=_call, args=(function, arguments)))
-            processes[-1].start()
-        for process in [process for process in processes if not process.is_alive()]:
+    try:
+        while waiting or processes:
+            while waiting and len(processes) < jobs:
+                function, *arguments = waiting.pop(0)
+                processes.append(_FORK.Process(target=_call, args=(function, arguments)))
+                processes[-1].start()
+            for process in [process for process in processes if not process.is_alive()]:
+                process.join()
+                processes.remove(process)
+                failed += [process.exitcode] * bool(process.exitcode)
+            time.sleep(0.02)
+    except BaseException:
+        for process in processes:
+            process.terminate()
+        for process in processes:
             process.join()
-            processes.remove(process)
-            failed += [process.exitcode] * bool(process.exitcode)
-        time.sleep(0.02)
+        raise
     if failed:
         raise UserError(f"{len(failed)} of {len(calls)} runs failed; their messages are above")
 
