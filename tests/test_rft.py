@@ -343,6 +343,8 @@ def test_wrong_options_are_one_line(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     assert rft.main(["--size", "smoke", "--output", str(tmp_path / "file")]) == 2
     assert rft.main(["--size", "smoke", "--output", str(tmp_path / "x"), "--jobs", "0"]) == 2
+    assert rft.main(["--size", "smoke", "--output", str(tmp_path / "x"), "--runs", "2"]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert errors[0].startswith("error: ") and "is a file" in errors[0]
     assert errors[1] == "error: --jobs 0: give 1 or more"
+    assert errors[2] == "error: --runs 2: size smoke has 1 to 1"

@@ -42,32 +42,37 @@ WARM = ("megatron_polar.train.run", "megatron_polar.score.scorer", "megatron_pol
 PACKAGES = ("torch", "megatron-core", "transformers", "trl", "numpy")
 
 
-def run(directory: Path | str, *, size: str = "cpu", seed: int = 0, jobs: int = 1) -> dict:
+def run(directory: Path | str, *, size: str = "cpu", seed: int = 0, jobs: int = 1, runs: int | None = None) -> dict:
     """The whole study below `directory`, as far as it is not there yet; returns what rft.json holds (plain JSON).
 
-    `jobs` runs go on at the same time, in a process each. Raises UserError when a stage fails, with its log's end.
+    `jobs` runs go on at the same time, in a process each; `runs` are as many as the size has, or fewer.
+    Raises UserError when a stage fails, with its log's end.
     """
     if size not in SIZES:
         raise UserError(f"--size {size!r} does not exist; use one of {', '.join(SIZES)}")
     if jobs < 1:
         raise UserError(f"--jobs {jobs}: give 1 or more")
+    num_runs = SIZES[size].runs if runs is None else runs
+    if not 1 <= num_runs <= SIZES[size].runs:
+        raise UserError(f"--runs {num_runs}: size {size} has 1 to {SIZES[size].runs}")
     directory, settings, started = Path(directory), SIZES[size], time.monotonic()
     check_output_directory(directory)
     resumed = any(directory.glob("*/done/*.json"))
     _prepare_to_fork()
     shared = run_shared_stages(directory / "shared", settings, seed=seed)
     concurrently(
-        [(run_stages_of, directory / f"run-{index}", settings, seed, index) for index in range(settings.runs)], jobs
+        [(run_stages_of, directory / f"run-{index}", settings, seed, index) for index in range(num_runs)], jobs
     )
-    runs = [run_stages_of(directory / f"run-{index}", settings, seed, index) for index in range(settings.runs)]
-    found = summarise(runs) | {
+    every = [run_stages_of(directory / f"run-{index}", settings, seed, index) for index in range(num_runs)]
+    found = summarise(every) | {
         "size": size,
         "seed": seed,
         "settings": json.loads(json.dumps(dataclasses.asdict(settings))),
         "sha256": {"problems": problems_hash(settings, seed=seed)} | written_hashes(directory),
-        "command": f"python examples/study/rft.py --size {size} --seed {seed}",
+        "command": f"python examples/study/rft.py --size {size} --seed {seed}"
+        + ("" if runs is None else f" --runs {runs}"),
         "shared": shared,
-        "runs": runs,
+        "runs": every,
         "seconds": time.monotonic() - started,
         "resumed": resumed,
         "cpu_seconds": cpu_seconds(directory),
@@ -224,10 +229,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--output", type=Path, required=True)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--docs", type=Path, help="folder of rft.md, rft.json and rft.svg as documents")
+    options.add_argument("--runs", type=int, help="do fewer runs than the size has")
     options.add_argument("--jobs", type=int, default=2, help="runs at the same time")
     given = options.parse_args(arguments)
     try:
-        found = run(given.output, size=given.size, seed=given.seed, jobs=given.jobs)
+        found = run(given.output, size=given.size, seed=given.seed, jobs=given.jobs, runs=given.runs)
         if given.docs:
             write_documents(found, given.output, given.docs)
         print(write_section(found))
