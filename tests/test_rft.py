@@ -334,7 +334,11 @@ def test_what_falls_short_is_said_and_nothing_else():
     assert "GRPO, reward model pre-trained and fine-tuned is worse than before: -0.294" in said
     assert "SFT on the same prompts and references is not clearly better than before" in said
     assert "does not clearly tell right from wrong: 0.500 (0.252 to 0.748)" in said
-    assert "pre-trained and fine-tuned is hacked: GRPO raises its reward" in said
+    assert "GRPO raises the reward of the model pre-trained and fine-tuned, and right answers become fewer" in said
+    single = " ".join(shortcomings(figures_of(greedy={"sft": [0.3]}, accuracies=[0.9], rewards=(0, 1))))
+    assert (
+        "one run only" in single and "SFT on the same prompts and references is worse than before in this run" in single
+    )
     middling = figures_of(greedy={}, accuracies=[0.6, 0.61, 0.6], rewards=(0, 1))
     assert "words shared with the reference (0.700) beats the reward model" in " ".join(shortcomings(middling))
 

@@ -127,12 +127,15 @@ def _shortcomings(found: dict) -> Iterator[str]:
 
 def shortcomings(found: dict) -> Iterator[str]:
     """A sentence with its figures for everything that one would expect of POLAR and that does not clearly hold."""
+    if len(found["accuracy"]["before"]["greedy"]["runs"]) == 1:
+        yield "There is one run only, so no difference above has an interval."
     for one, other in DIFFERENCES:
         row = found["differences"][f"{one} - {other}"]
         for kind in ("greedy", "sampled"):
             told = f"{_shown(row[kind], sign=True)}, {kind}"
             if row[kind]["ci95"] is None:
-                yield f"{POLICIES[one]} against {POLICIES[other]}: {told}, from one run, so without an interval."
+                if row[kind]["mean"] < 0:
+                    yield f"{POLICIES[one]} is worse than {POLICIES[other]} in this run: {told}."
             elif row[kind]["ci95"][1] < 0:
                 yield f"{POLICIES[one]} is worse than {POLICIES[other]}: {told}."
             elif row[kind]["ci95"][0] <= 0:
@@ -146,8 +149,8 @@ def shortcomings(found: dict) -> Iterator[str]:
         grpo, policy = found["grpo"][model], found["accuracy"][f"grpo-{model}"]["greedy"]["mean"]
         before = found["accuracy"]["before"]["greedy"]["mean"]
         if grpo["last_reward"]["mean"] > grpo["first_reward"]["mean"] and policy < before:
-            yield f"""The reward model {words} is hacked: GRPO raises its reward, and right answers become fewer
-                ({before:.3f} to {policy:.3f}, greedy)."""
+            yield f"""GRPO raises the reward of the model {words}, and right answers become fewer ({before:.3f} to
+                {policy:.3f}, greedy)."""
 
 
 def _origin(found: dict) -> Iterator[str]:
