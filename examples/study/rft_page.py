@@ -33,12 +33,12 @@ def write_page(found: dict) -> str:
     """The same with a title, a drawing, and how it is made again: docs/rft.md."""
     machine, versions = found["machine"], ", ".join(f"{name} {text}" for name, text in found["versions"].items())
     minutes, cpu_minutes = found["seconds"] / 60, found["cpu_seconds"]["all"] / 60
-    last = f", {minutes:.0f} minutes of the last call" if found["resumed"] else f" and {minutes:.0f} minutes"
+    last = "; resumed, so wall time is not known" if found["resumed"] else f" in {minutes:.0f} minutes"
     spent = ", ".join(f"{n} {s / 60:.1f}" for n, s in found["cpu_seconds"].items() if n != "all" and s >= 30)
     blocks = [
         f"# Reinforcement fine-tuning in small (size `{found['size']}`)",
         _paragraph(f"""Made by `{found["command"]}`; every figure is in [rft.json](rft.json), with all settings, seeds
-            and hashes. `make study-rft` makes it again."""),
+            and hashes. `make study-rft` does all runs of the size."""),
         "![reward over the steps of GRPO](rft.svg)",
         write_section(found).strip(),
         "## What it ran on",
