@@ -7,13 +7,14 @@ export HF_HUB_OFFLINE := 1
 # Megatron-Core talks about optional GPU packages on every import; our own warnings go another way.
 export PYTHONWARNINGS := ignore
 
-.PHONY: quickstart study test test-serving faults lint benchmarks gpu-hour clean help
+.PHONY: quickstart study study-rft test test-serving faults lint benchmarks gpu-hour clean help
 
 help:
 	@echo "make quickstart   train a small reward model from nothing, evaluate it, draw runs/quickstart/report.html"
 	@echo "make test         everything that CI runs"
 	@echo "make test-serving a real vLLM (CPU, in a venv of its own, 3.4 GB) serves the exports, and rewards are compared"
 	@echo "make study DATA=DIR   the method's claims in small, on public data (docs/policies.md): about two hours of two cores"
+	@echo "make study-rft    GRPO on rewards of three reward models, and SFT, in small (docs/rft.md): some 20 minutes of one core"
 	@echo "make faults       kills, corruptions, full disks, hung ranks: all campaigns of docs/reliability.md (20 to 30 minutes)"
 	@echo "make benchmarks   the tables of benchmarks/"
 	@echo "make gpu-hour     on a Hopper GPU: parity, throughput, FP8 twins, layouts, into gpu_hour/ (docs/performance.md)"
@@ -27,6 +28,9 @@ test: $(VENV)/.ready-dev lint
 study: $(VENV)/.ready
 	@test -n "$(DATA)" || { echo "error: DATA is missing; make study DATA=folder with the public sets (examples/study/sources.py)" >&2; exit 2; }
 	$(RUN) examples/study/run.py --data "$(DATA)" --size $(or $(SIZE),cpu)
+
+study-rft: $(VENV)/.ready-dev
+	$(RUN) examples/study/rft.py --size $(or $(SIZE),cpu) --output runs/rft/$(or $(SIZE),cpu) $(if $(filter gpu smoke,$(SIZE)),,--docs docs)
 
 faults: $(VENV)/.ready-dev
 	$(RUN) tests/run_faults.py

@@ -319,6 +319,7 @@ def test_the_package_has_no_way_to_run_what_it_reads():
 MAY_USE_TRANSFORMERS = {
     "examples/quickstart/score_with_transformers.py",
     "examples/study/base_model.py",
+    "examples/study/rft_policies.py",
     "megatron_polar/convert/internlm2/configuration_internlm2.py",
     "megatron_polar/convert/internlm2/modeling_internlm2.py",
     "megatron_polar/convert/tokenizer.py",
