@@ -60,7 +60,7 @@ def test_every_stage_runs_and_the_figures_have_their_shape(finished):
     assert math.isfinite(figures["scaling"]["exponent"])
     assert len(figures["scaling"]["ci95"]) == 2
     assert figures["zero_shot"]["rmb"]["num_pairs"] == 4
-    assert figures["policies"]["seen"] == len(figures["policies"]["seen_models"]) + 8
+    assert figures["policies"]["seen"] == len(figures["policies"]["seen_models"]) + 9
     assert all(len(digest) == 64 for digest in figures["data"].values())
     assert set(figures["commands"]) == {
         p.relative_to(finished / "done").with_suffix("").as_posix() for p in (finished / "done").rglob("*.json")
@@ -255,16 +255,38 @@ def test_the_loss_is_the_papers():
 # --- sources ---------------------------------------------------------------------------------------------------------
 
 
-def test_writers_slip_where_the_problem_states_nothing():
-    slip = study_module("sources").slip
-    question, solution = "Ann has 48 clips.", "48/2 = <<48/2=24>>24 clips for $1.50, 1,024 in all.\n#### 24"
-    assert slip(solution, question=question, writer="exact") == solution
-    assert (
-        slip(solution, question=question, writer="doubles")
-        == "48/4 = <<48/4=48>>48 clips for $1.50, 1,024 in all.\n#### 48"
-    )
-    texts = {slip(solution, question=question, writer=writer) for writer in study_module("sources").SLIPS}
-    assert len(texts) == len(study_module("sources").SLIPS)
+def test_writers_err_each_in_a_way_of_its_own():
+    sources = study_module("sources")
+    solution = "48/2 = <<48/2=24>>24 clips for $1.50, 1,024 in all.\n#### 24"
+    problems = [{"question": "Ann has 48 clips.", "answer": solution}]
+    problems += [{"question": f"Problem {i}.", "answer": f"It is {i}."} for i in range(12)]
+    said = {writer: sources.solutions(problems, writer=writer) for writer in sources.WRITERS}
+    assert said["exact"] == [problem["answer"] for problem in problems]
+    assert said["doubles"][0] == "48/4 = <<48/4=48>>48 clips for $1.50, 1,024 in all.\n#### 48"
+    assert said["mix-up-2"][:2] == ["It is 1.", "It is 2."]
+    assert len({tuple(texts) for texts in said.values()}) == len(sources.WRITERS) == 13
+    assert set(sources.UNSEEN_WRITERS) < set(sources.WRITERS)
+
+
+def test_characters_that_only_python_takes_for_line_ends_cut_no_line(tmp_path):
+    """Published answers hold U+2028; JSON leaves it as it is."""
+    text = "one\u2028two\x85three"
+    shard = tmp_path / "alpaca-train/trajectories-00000.jsonl"
+    shard.parent.mkdir()
+    line = {"prompt": "p", "trajectories": [{"policy": "a@n3", "text": text}]}
+    shard.write_text(json.dumps(line, ensure_ascii=False) + "\n")
+    assert list(study_module("texts").groups(shard.parent)) == [("p", {"a@n3": [text]})]
+    path = tmp_path / "base.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{text} {i}"}, ensure_ascii=False) + "\n" for i in range(50)))
+
+    class Letters:
+        bos_id = 0
+
+        def encode(self, text):
+            return [ord(letter) for letter in text]
+
+    rows, held_out = study_module("base_model").read_rows(path, Letters(), context=16, seed=1)
+    assert sum(row.tolist().count(0x2028) for row in (*rows, *held_out)) == 50
 
 
 def test_the_models_left_out_depend_on_their_names_alone():

@@ -14,6 +14,7 @@ from scipy import stats
 from stages import ARMS, BASE, RANDOM, TASKS, FineTuningRun, PretrainRun, Study
 
 from megatron_polar.config.presets import Architecture
+from megatron_polar.data.lines import read_jsonl
 from megatron_polar.score.suites import load_suite
 
 REPLICATES = 4000
@@ -42,7 +43,7 @@ class Scored:
 def read_scored(directory: Path, *, suite: str, data: Path, limit: int | None = None) -> Scored:
     """The rewards of an evaluation, joined with the prompts of its data (pairs of one prompt are not independent)."""
     prompt_of = _prompts(suite, data, limit)
-    lines = [json.loads(line) for line in (directory / "rewards.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for _, line in read_jsonl(directory / "rewards.jsonl")]
     margins = [line["rewards"][0] - line["rewards"][1] for line in lines]
     prompts = tuple(prompt_of[line["identifier"]] for line in lines)
     return Scored(np.array(margins), prompts, tuple(line["category"] for line in lines))
@@ -154,7 +155,7 @@ def pretraining(study: Study) -> dict:
 
 def learning_curve(run: Path) -> list[tuple[int, float]]:
     """Steps and held-out accuracy inside the training loop."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for _, line in read_jsonl(run / "metrics.jsonl")]
     return [(r["iteration"], r["validation/rm/accuracy"]) for r in rows if "validation/rm/accuracy" in r]
 
 

@@ -67,7 +67,7 @@ def _policies(figures: dict) -> Iterator[str]:
             f"""- {len(found["seen_models"])} + {len(found["unseen_models"])} models of AlpacaEval; unseen:
             {", ".join(found["unseen_models"])}.""",
             f"""- {len(found["seen_writers"])} + {len(found["unseen_writers"])} writers of GSM8K solutions: the
-            published one, and others that miscalculate in ways of their own; unseen:
+            published one, others that miscalculate, and others that solve another problem; unseen:
             {", ".join(found["unseen_writers"])}.""",
         )
     )
