@@ -22,7 +22,6 @@ from sizes import SIZES, Size
 from megatron_polar.data.lines import read_jsonl
 from megatron_polar.data.public import gsm8k_preferences, write_records
 from megatron_polar.errors import UserError
-from megatron_polar.policies.imitation import split_tokens
 
 NUM_UNSEEN_MODELS = 8
 HELD_OUT_ONE_IN = 6
@@ -47,7 +46,6 @@ EXACT = "exact"
 WRITERS = (EXACT, *SLIPS, *MIX_UPS)
 UNSEEN_WRITERS = ("two-more", "reverses", "mix-up-7", "mix-up-11")
 _WHOLE_NUMBER = re.compile(r"(?<![\d.,])\d+(?!\d|[.,]\d)")
-UNSEEN_SLIPS = ("two-more", "triples", "reverses", "adds-hundred")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
