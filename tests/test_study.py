@@ -296,3 +296,39 @@ def test_the_models_left_out_depend_on_their_names_alone():
     assert (len(seen), len(unseen)) == (32, 8)
     assert split(reversed(names)) == (seen, unseen)
     assert len(split(names[:6])[1]) == 2
+
+
+# --- a report on a part ----------------------------------------------------------------------------------------------
+
+
+def test_a_part_is_reported_as_a_part(finished, tmp_path):
+    """What has not been run is not measured, on the page and in the figures; what has been is as it was."""
+    done, aside = finished / "done/evaluate", tmp_path / "aside"
+    whole = json.loads((finished / "docs/study.json").read_text())
+    lost = ["finetune/gsm8k/neither-seed1/heldout", "pretrain/a-base-k4-d1-seed1/seen"]
+    lost += [f"pretrain/{shape}-base-k2-d1-seed1/real" for shape in "cd"]
+    lost += ["pretrain/a-base-k2-d1-seed1/rmb"]
+    for name in lost:
+        (aside / name).parent.mkdir(parents=True, exist_ok=True)
+        (done / f"{name}.json").rename(aside / name)
+    try:
+        result = run_study(finished, "--docs", str(tmp_path / "docs"), "--partial")
+        assert result.returncode == 0, result.stderr
+    finally:
+        for name in lost:
+            (aside / name).rename(done / f"{name}.json")
+    figures = json.loads((tmp_path / "docs/study.json").read_text())
+    assert not figures["complete"]
+    assert figures["scaling"] is figures["finetune"]["gsm8k"] is figures["zero_shot"]["rmb"] is None
+    assert figures["finetune"]["alpaca_eval"] == whole["finetune"]["alpaca_eval"]
+    settings = whole["pretraining"]["settings"]
+    gone = {"a/base/4/1.0", "c/base/2/1.0", "d/base/2/1.0"}
+    assert figures["pretraining"]["settings"] == {key: found for key, found in settings.items() if key not in gone}
+    assert not set(figures["commands"]) & {f"evaluate/{name}" for name in lost}
+    page = (tmp_path / "docs/study.md").read_text()
+    assert "a report on a part" in page
+    assert "GSM8K solutions: not measured in this run." in page
+    assert "| rmb | not measured |" in page
+    drawn = re.findall(r"!\[.*?\]\((.*?)\)", page)
+    assert drawn == ["study/start.svg", "study/ablations.svg"]
+    assert all((tmp_path / "docs" / drawing).is_file() for drawing in drawn)

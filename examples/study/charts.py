@@ -20,7 +20,9 @@ def draw(figures: dict, directory: Path) -> list[str]:
     )
     matplotlib.rcParams.update({"axes.spines.right": False, "figure.constrained_layout.use": True})
     directory.mkdir(parents=True, exist_ok=True)
-    plots = {"start": _start, "ablations": _ablations, "scaling": _scaling, "finetune": _finetune}
+    plots = {"start": _start, "ablations": _ablations} if figures["pretraining"]["settings"] else {}
+    plots |= {"scaling": _scaling} if figures["scaling"] else {}
+    plots |= {"finetune": _finetune} if all(figures["finetune"].values()) else {}
     for name, plot in plots.items():
         figure = plot(figures, plt)
         figure.savefig(directory / f"{name}.svg", metadata={"Date": None})

@@ -67,12 +67,18 @@ class Study:
     docs: Path
     digests: tuple[tuple[str, str], ...]
     """Name and SHA-256 of every public file."""
+    done: frozenset[str] | None = None
+    """For a report on what there is: the jobs whose outputs count. None: every job."""
 
     @cached_property
     def jobs(self) -> dict[str, Job]:
         """All jobs, in an order in which needs come first."""
         parts = (self._policies(), self._base(), self._pretrain(), self._finetune(), self._report())
         return {job.name: job for part in parts for job in part}
+
+    def has(self, *names: str) -> bool:
+        """Whether the outputs of these jobs can be reported."""
+        return self.done is None or self.done.issuperset(names)
 
     # --- which runs there are ----------------------------------------------------------------------------------------
 
