@@ -121,7 +121,7 @@ CPU = Size(
     alpaca=FineTuning(lr=5.0e-4, num_epochs=0.2, max_response_length=128, max_sequence_length=640),
     finetune_batch_size=32,
     preference_limit=None,
-    rmb_limit=3000,
+    rmb_limit=2000,
     device="cpu",
     parallel_jobs=2,
     forks=True,

@@ -84,20 +84,20 @@ class Study:
 
     @cached_property
     def pretrain_runs(self) -> list[PretrainRun]:
-        """The runs without repetition: scaling, random start, K, data."""
+        """The runs without repetition: scaling, random start, data, K."""
         size, main = self.size, self.size.main_shape
         runs = [PretrainRun(s, BASE, 2, 1.0, seed) for s in size.shapes for seed in _seeds(size.scaling_seeds)]
         runs += [PretrainRun(s, RANDOM, 2, 1.0, seed) for s, n in size.random_seeds.items() for seed in _seeds(n)]
         ablation = _seeds(size.ablation_seeds)
-        runs += [PretrainRun(main, BASE, k, 1.0, seed) for k in size.candidates for seed in ablation]
         runs += [PretrainRun(main, BASE, 2, share, seed) for share in size.data_shares for seed in ablation]
+        runs += [PretrainRun(main, BASE, k, 1.0, seed) for k in size.candidates for seed in ablation]
         return list(dict.fromkeys(runs))
 
     @cached_property
     def finetune_runs(self) -> list[FineTuningRun]:
         """Every task, arm and seed."""
         seeds = _seeds(self.size.finetune_seeds)
-        return [FineTuningRun(task, arm, seed) for task in TASKS for arm in ARMS for seed in seeds]
+        return [FineTuningRun(task, arm, seed) for task in TASKS for seed in seeds for arm in ARMS]
 
     def pretrained(self, seed: int) -> str:
         """The pre-trained run that fine-tuning with this seed starts from."""
@@ -265,11 +265,6 @@ class Study:
                     source = folder / task / scheme / f"{name}.jsonl"
                     where = f"datasets/{task}-{scheme}-{name}"
                     yield self._preprocess(where, source, "inputs", stage="finetune", cut=settings.max_response_length)
-        for one in self.finetune_runs:
-            scheme, fold = ARMS[one.arm][1], f"fold{self.fold(one.seed)}_" if one.task == "gsm8k" else ""
-            yield self._finetune_job(one, dataset=f"datasets/{one.task}-{scheme}-{fold}train")
-            data = folder / one.task / scheme / f"{fold}heldout.jsonl"
-            yield self._evaluate("finetune", one.name, "heldout", suite="preferences", data=data, seconds=60)
         for seed in _seeds(size.scaling_seeds):  # what pre-training alone knows
             name, zero_shot = self.pretrained(seed), folder / "alpaca_eval/reference/heldout.jsonl"
             sets = {"rmb": ("rmb", self.data / "rmb/RMB_dataset", size.rmb_limit)}
@@ -280,6 +275,11 @@ class Study:
                     "pretrain", name, what, suite=suite, data=data, needs=("inputs",), limit=limit, seconds=60
                 )
                 yield _in_stage("finetune", job)
+        for one in self.finetune_runs:
+            scheme, fold = ARMS[one.arm][1], f"fold{self.fold(one.seed)}_" if one.task == "gsm8k" else ""
+            yield self._finetune_job(one, dataset=f"datasets/{one.task}-{scheme}-{fold}train")
+            data = folder / one.task / scheme / f"{fold}heldout.jsonl"
+            yield self._evaluate("finetune", one.name, "heldout", suite="preferences", data=data, seconds=60)
 
     @property
     def tasks(self) -> dict[str, FineTuning]:
