@@ -254,7 +254,7 @@ def zero_shot(study: Study) -> dict:
     }
     figures = {}
     for what, (suite, data, limit) in sets.items():
-        names = [study.pretrained(seed) for seed in range(1, study.size.scaling_seeds + 1)]
+        names = [study.pretrained(seed) for seed in range(1, study.size.base_seeds[study.size.main_shape] + 1)]
         names = [name for name in names if study.has(f"evaluate/pretrain/{name}/{what}")]
         if not names:
             figures[what] = None

@@ -55,7 +55,7 @@ class Size:
     max_tokens_per_micro_batch: int
     precision: str
     validation_comparisons: int
-    scaling_seeds: int
+    base_seeds: dict[str, int]
     random_seeds: dict[str, int]
     candidates: tuple[int, ...]
     data_shares: tuple[float, ...]
@@ -109,7 +109,7 @@ CPU = Size(
     max_tokens_per_micro_batch=4096,
     precision="fp32",
     validation_comparisons=192,
-    scaling_seeds=2,
+    base_seeds={"xs": 2, "s": 2, "m": 2, "l": 1},
     random_seeds={"xs": 1, "m": 2},
     candidates=(2, 4, 8),
     data_shares=(0.25, 0.5),
@@ -158,7 +158,7 @@ GPU = Size(
     max_tokens_per_micro_batch=32768,
     precision="bf16",
     validation_comparisons=512,
-    scaling_seeds=3,
+    base_seeds={"xs": 3, "s": 3, "m": 3, "l": 3, "xl": 3},
     random_seeds={"xs": 1, "s": 1, "m": 1, "l": 3, "xl": 1},
     candidates=(2, 4, 8),
     data_shares=(0.0625, 0.125, 0.25, 0.5),
@@ -206,7 +206,7 @@ SMOKE = Size(
     max_tokens_per_micro_batch=2048,
     precision="fp32",
     validation_comparisons=4,
-    scaling_seeds=1,
+    base_seeds={"a": 1, "b": 1, "c": 1, "d": 1},
     random_seeds={"a": 1},
     candidates=(2, 4),
     data_shares=(0.5,),

@@ -86,7 +86,7 @@ class Study:
     def pretrain_runs(self) -> list[PretrainRun]:
         """The runs without repetition: scaling, random start, data, K."""
         size, main = self.size, self.size.main_shape
-        runs = [PretrainRun(s, BASE, 2, 1.0, seed) for s in size.shapes for seed in _seeds(size.scaling_seeds)]
+        runs = [PretrainRun(s, BASE, 2, 1.0, seed) for s, n in size.base_seeds.items() for seed in _seeds(n)]
         runs += [PretrainRun(s, RANDOM, 2, 1.0, seed) for s, n in size.random_seeds.items() for seed in _seeds(n)]
         ablation = _seeds(size.ablation_seeds)
         runs += [PretrainRun(main, BASE, 2, share, seed) for share in size.data_shares for seed in ablation]
@@ -101,7 +101,8 @@ class Study:
 
     def pretrained(self, seed: int) -> str:
         """The pre-trained run that fine-tuning with this seed starts from."""
-        return PretrainRun(self.size.main_shape, BASE, 2, 1.0, (seed - 1) % self.size.scaling_seeds + 1).name
+        main = self.size.main_shape
+        return PretrainRun(main, BASE, 2, 1.0, (seed - 1) % self.size.base_seeds[main] + 1).name
 
     def fold(self, seed: int) -> int:
         """The fold of GSM8K that fine-tuning with this seed holds out."""
@@ -265,7 +266,7 @@ class Study:
                     source = folder / task / scheme / f"{name}.jsonl"
                     where = f"datasets/{task}-{scheme}-{name}"
                     yield self._preprocess(where, source, "inputs", stage="finetune", cut=settings.max_response_length)
-        for seed in _seeds(size.scaling_seeds):  # what pre-training alone knows
+        for seed in _seeds(size.base_seeds[size.main_shape]):  # what pre-training alone knows
             name, zero_shot = self.pretrained(seed), folder / "alpaca_eval/reference/heldout.jsonl"
             sets = {"rmb": ("rmb", self.data / "rmb/RMB_dataset", size.rmb_limit)}
             sets["gsm8k"] = ("gsm8k-all", self.data / "gsm8k/example_model_solutions.jsonl", None)
