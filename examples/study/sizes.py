@@ -117,7 +117,7 @@ CPU = Size(
     finetune_seeds=3,
     gsm8k_folds=3,
     gsm8k_pairs=4,
-    gsm8k=FineTuning(lr=5.0e-4, num_epochs=1.0, max_response_length=256, max_sequence_length=1024),
+    gsm8k=FineTuning(lr=5.0e-4, num_epochs=2.0, max_response_length=256, max_sequence_length=1024),
     alpaca=FineTuning(lr=5.0e-4, num_epochs=0.2, max_response_length=128, max_sequence_length=640),
     finetune_batch_size=32,
     preference_limit=None,
