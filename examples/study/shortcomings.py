@@ -36,8 +36,12 @@ def _pretraining(figures: dict) -> Iterator[str]:
     for name in ("seen", "unseen", "real"):
         found = base[name]
         if found["ci95"][0] <= found["word_overlap"]:
+            verdict = "does not clearly beat" if found["ci95"][1] >= found["word_overlap"] else "is clearly worse than"
             both = f"{interval(found)} against {found['word_overlap']:.3f}"
-            yield f"Set `{name}`: the pre-trained main size does not clearly beat counting shared words ({both})."
+            yield f"Set `{name}`: the pre-trained main size {verdict} counting shared words ({both})."
+    for name in ("seen", "unseen", "real"):
+        if base[name]["ci95"][0] <= 0.5:
+            yield f"Set `{name}`: the pre-trained main size is not clearly above chance ({interval(base[name])})."
     keys = figures["pretraining"]["tables"]["candidates"]
     first, last = settings[keys[0]], settings[keys[-1]]
     if first is not last and last["seen"]["ci95"][0] <= first["seen"]["ci95"][1]:
@@ -48,7 +52,12 @@ def _pretraining(figures: dict) -> Iterator[str]:
 def _scaling(found: dict) -> Iterator[str]:
     if found["ci95"][0] <= 0:
         span = f"{found['ci95'][0]:.4f} to {found['ci95'][1]:.4f}"
-        yield f"The loss does not clearly fall with size: exponent {found['exponent']:.4f} ({span})."
+        between = [sum(losses) / len(losses) for losses in found["losses"]]
+        seeds = max(max(losses) - min(losses) for losses in found["losses"])
+        yield (
+            f"The loss does not clearly fall with size: exponent {found['exponent']:.4f} ({span}). The seeds of one size "
+            f"are up to {seeds:.3f} apart, the means of the sizes {max(between) - min(between):.3f}."
+        )
     elif found["r2"] < _STRAIGHT:
         yield f"Losses lie on a power law only roughly: R² {found['r2']:.3f}."
 
