@@ -55,8 +55,8 @@ def _scaling(found: dict) -> Iterator[str]:
         between = [sum(losses) / len(losses) for losses in found["losses"]]
         seeds = max(max(losses) - min(losses) for losses in found["losses"])
         yield (
-            f"The loss does not clearly fall with size: exponent {found['exponent']:.4f} ({span}). The seeds of one size "
-            f"are up to {seeds:.3f} apart, the means of the sizes {max(between) - min(between):.3f}."
+            f"The loss does not clearly fall with size: exponent {found['exponent']:.4f} ({span}). The seeds of one "
+            f"size are up to {seeds:.3f} apart, the means of the sizes {max(between) - min(between):.3f}."
         )
     elif found["r2"] < _STRAIGHT:
         yield f"Losses lie on a power law only roughly: R² {found['r2']:.3f}."
