@@ -165,7 +165,8 @@ def _scaling(figures: dict) -> Iterator[str]:
         ({bare["ci95"][0]:.4f} to {bare["ci95"][1]:.4f}), R² {bare["r2"]:.3f}. L is the loss on new prompts of seen
         policies; one that knows nothing has 0.693.
         All sizes saw the same comparisons and base models the same tokens: data
-        are fixed, not plentiful as in the paper. Levels cannot be compared, since other policies are harder or easier to tell apart.""")
+        are fixed, not plentiful as in the paper. Levels cannot be compared, since other policies are harder or
+        easier to tell apart.""")
 
 
 def _finetune(figures: dict) -> Iterator[str]:

@@ -97,7 +97,7 @@ class Study:
     def finetune_runs(self) -> list[FineTuningRun]:
         """Every task, arm and seed."""
         seeds = _seeds(self.size.finetune_seeds)
-        return [FineTuningRun(task, arm, seed) for task in TASKS for seed in seeds for arm in ARMS]
+        return [FineTuningRun(task, arm, seed) for seed in seeds for task in TASKS for arm in ARMS]
 
     def pretrained(self, seed: int) -> str:
         """The pre-trained run that fine-tuning with this seed starts from."""
