@@ -332,3 +332,46 @@ def test_a_part_is_reported_as_a_part(finished, tmp_path):
     drawn = re.findall(r"!\[.*?\]\((.*?)\)", page)
     assert drawn == ["study/start.svg", "study/ablations.svg"]
     assert all((tmp_path / "docs" / drawing).is_file() for drawing in drawn)
+
+
+def test_a_claim_holds_only_where_its_interval_says_so():
+    def claims(found, *, law=(0.01, 0.03), gain=(0.01, 0.05)):
+        spans = {name: {"mean": sum(span) / 2, "ci95": list(span)} for name, span in found.items()}
+        settings = {
+            f"m/{start}/{k}/1.0": {"seen": spans[f"{start}{k}"], "unseen": spans[f"{start}{k}"]}
+            for start, k in (("base", 2), ("random", 2), ("base", 8))
+        }
+        differences = ("pretrained_reference - reference_only", "reference_only - neither")
+        arms = {"differences": {name: {"mean": 0.03, "ci95": list(gain)} for name in differences}}
+        figures = {
+            "settings": {"main_shape": "m"},
+            "pretraining": {
+                "settings": settings,
+                "tables": {"data": [], "candidates": ["m/base/2/1.0", "m/base/8/1.0"]},
+            },
+            "scaling": {"exponent": 0.02, "ci95": list(law), "r2": 0.9},
+            "finetune": {"gsm8k": arms, "alpaca_eval": None},
+            "zero_shot": {"rmb": {"mean": 0.4, "ci95": [0.35, 0.45]}},
+        }
+        return {claim: word for claim, word, _ in study_module("verdicts").verdicts(figures)}
+
+    clear = claims({"base2": (0.60, 0.64), "random2": (0.50, 0.59), "base8": (0.70, 0.75)})
+    words = {
+        "Pre-training learns to match unseen policies on new prompts": "yes",
+        "A base model is a better start than random weights (seen policies)": "yes",
+        "More comparisons help (seen policies)": "not measured",
+        "More candidates a comparison help (seen policies)": "yes",
+        "Held-out loss falls with size": "yes",
+        "GSM8K solutions: pre-training helps": "yes",
+        "AlpacaEval preferences: a reference helps": "not measured",
+        "Zero-shot on rmb, better than chance": "no, the reverse",
+    }
+    assert words.items() <= clear.items()
+    assert len(clear) == 12
+    found = {"base2": (0.48, 0.64), "random2": (0.50, 0.70), "base8": (0.30, 0.45)}
+    vague = claims(found, law=(-0.01, 0.03), gain=(-0.05, -0.01))
+    assert vague["Pre-training learns to match seen policies on new prompts"] == "not clear"
+    assert vague["A base model is a better start than random weights (seen policies)"] == "not clear"
+    assert vague["More candidates a comparison help (seen policies)"] == "no, the reverse"
+    assert vague["Held-out loss falls with size"] == "not clear"
+    assert vague["GSM8K solutions: a reference helps"] == "no, the reverse"

@@ -5,6 +5,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from shortcomings import TASK_TITLES, interval, shortcomings
+from verdicts import verdicts
 
 SETS = {
     "seen": "seen policies, new prompts",
@@ -21,7 +22,7 @@ ARM_TITLES = {
 
 def write_page(figures: dict, *, rft: str) -> str:
     """The whole page; `rft`: the text about reinforcement fine-tuning, empty where that was not run."""
-    before = (_head, _policies, _base, _start, _ablations, _scaling, _finetune, _zero_shot)
+    before = (_head, _verdicts, _policies, _base, _start, _ablations, _scaling, _finetune, _zero_shot)
     blocks = [block for part in before for block in part(figures)]
     blocks += ["## Reinforcement fine-tuning", rft or "Not part of this run."]
     blocks += [block for part in (_failures, _repeat) for block in part(figures)]
@@ -53,6 +54,13 @@ def _head(figures: dict) -> Iterator[str]:
         change, not what other seeds would.""")
     if not figures["complete"]:
         yield "**This is a report on a part of the study**: the rest had not been run when it was written."
+
+
+def _verdicts(figures: dict) -> Iterator[str]:
+    yield "## In short"
+    yield _paragraph("""A claim holds where its interval lies on the right side altogether; for two settings, where
+        their intervals do not overlap.""")
+    yield _table(("claim", "holds here", "figures"), list(verdicts(figures)))
 
 
 def _policies(figures: dict) -> Iterator[str]:

@@ -317,7 +317,7 @@ class Study:
         needs = tuple(job.name for part in (self._pretrain(), self._finetune()) for job in part)
         rft = self.run / "rft" / "rft.json"  # made by hand: rft.py --output RUN/rft
         reads = (("rft", hashlib.sha256(rft.read_bytes()).hexdigest()),) if rft.is_file() else ()
-        modules = ("figures.py", "charts.py", "page.py", "shortcomings.py")
+        modules = ("figures.py", "charts.py", "page.py", "shortcomings.py", "verdicts.py")
         reads += tuple((name, hashlib.sha256((HERE / name).read_bytes()).hexdigest()) for name in modules)
         yield Job("report", "report", words, self.run / "report", needs, seconds=20, reads=reads)
 
