@@ -47,7 +47,8 @@ def _head(figures: dict) -> Iterator[str]:
     yield _paragraph("""Made by `python examples/study/run.py`; every figure of this page is in
         [study.json](study.json), with the SHA-256 of every public file, all settings, seeds and commands.""")
     yield _paragraph(f"""Ran on {machine["processor"]} ({machine["device"]}), {machine["parallel_jobs"]} jobs at a time
-        with {machine["threads_a_job"]} thread each. The jobs took {minutes:.0f} minutes, added up{used}. Versions:
+        with {machine["threads_a_job"]} thread each. The jobs took {minutes:.0f} minutes, added up{used}; one that was
+        interrupted counts from where it went on. Versions:
         {", ".join(f"{name} {version}" for name, version in figures["versions"].items())}.""")
     yield _paragraph("""Accuracies are shares of right pairs on held-out data; 0.5 is chance. Brackets are 95 %
         intervals of a bootstrap over prompts (or problems), pooled over seeds: they say what other prompts would
