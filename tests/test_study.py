@@ -60,7 +60,7 @@ def test_every_stage_runs_and_the_figures_have_their_shape(finished):
     assert math.isfinite(figures["scaling"]["exponent"])
     assert len(figures["scaling"]["ci95"]) == 2
     assert figures["zero_shot"]["rmb"]["num_pairs"] == 4
-    assert figures["policies"]["seen"] == len(figures["policies"]["seen_models"]) + 8
+    assert figures["policies"]["seen"] == len(figures["policies"]["seen_models"]) + 9
     assert all(len(digest) == 64 for digest in figures["data"].values())
     assert set(figures["commands"]) == {
         p.relative_to(finished / "done").with_suffix("").as_posix() for p in (finished / "done").rglob("*.json")
@@ -255,16 +255,38 @@ def test_the_loss_is_the_papers():
 # --- sources ---------------------------------------------------------------------------------------------------------
 
 
-def test_writers_slip_where_the_problem_states_nothing():
-    slip = study_module("sources").slip
-    question, solution = "Ann has 48 clips.", "48/2 = <<48/2=24>>24 clips for $1.50, 1,024 in all.\n#### 24"
-    assert slip(solution, question=question, writer="exact") == solution
-    assert (
-        slip(solution, question=question, writer="doubles")
-        == "48/4 = <<48/4=48>>48 clips for $1.50, 1,024 in all.\n#### 48"
-    )
-    texts = {slip(solution, question=question, writer=writer) for writer in study_module("sources").SLIPS}
-    assert len(texts) == len(study_module("sources").SLIPS)
+def test_writers_err_each_in_a_way_of_its_own():
+    sources = study_module("sources")
+    solution = "48/2 = <<48/2=24>>24 clips for $1.50, 1,024 in all.\n#### 24"
+    problems = [{"question": "Ann has 48 clips.", "answer": solution}]
+    problems += [{"question": f"Problem {i}.", "answer": f"It is {i}."} for i in range(12)]
+    said = {writer: sources.solutions(problems, writer=writer) for writer in sources.WRITERS}
+    assert said["exact"] == [problem["answer"] for problem in problems]
+    assert said["doubles"][0] == "48/4 = <<48/4=48>>48 clips for $1.50, 1,024 in all.\n#### 48"
+    assert said["mix-up-2"][:2] == ["It is 1.", "It is 2."]
+    assert len({tuple(texts) for texts in said.values()}) == len(sources.WRITERS) == 13
+    assert set(sources.UNSEEN_WRITERS) < set(sources.WRITERS)
+
+
+def test_characters_that_only_python_takes_for_line_ends_cut_no_line(tmp_path):
+    """Published answers hold U+2028; JSON leaves it as it is."""
+    text = "one\u2028two\x85three"
+    shard = tmp_path / "alpaca-train/trajectories-00000.jsonl"
+    shard.parent.mkdir()
+    line = {"prompt": "p", "trajectories": [{"policy": "a@n3", "text": text}]}
+    shard.write_text(json.dumps(line, ensure_ascii=False) + "\n")
+    assert list(study_module("texts").groups(shard.parent)) == [("p", {"a@n3": [text]})]
+    path = tmp_path / "base.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{text} {i}"}, ensure_ascii=False) + "\n" for i in range(50)))
+
+    class Letters:
+        bos_id = 0
+
+        def encode(self, text):
+            return [ord(letter) for letter in text]
+
+    rows, held_out = study_module("base_model").read_rows(path, Letters(), context=16, seed=1)
+    assert sum(row.tolist().count(0x2028) for row in (*rows, *held_out)) == 50
 
 
 def test_the_models_left_out_depend_on_their_names_alone():
@@ -274,3 +296,82 @@ def test_the_models_left_out_depend_on_their_names_alone():
     assert (len(seen), len(unseen)) == (32, 8)
     assert split(reversed(names)) == (seen, unseen)
     assert len(split(names[:6])[1]) == 2
+
+
+# --- a report on a part ----------------------------------------------------------------------------------------------
+
+
+def test_a_part_is_reported_as_a_part(finished, tmp_path):
+    """What has not been run is not measured, on the page and in the figures; what has been is as it was."""
+    done, aside = finished / "done/evaluate", tmp_path / "aside"
+    whole = json.loads((finished / "docs/study.json").read_text())
+    lost = ["finetune/gsm8k/neither-seed1/heldout", "pretrain/a-base-k4-d1-seed1/seen"]
+    lost += [f"pretrain/{shape}-base-k2-d1-seed1/real" for shape in "cd"]
+    lost += ["pretrain/a-base-k2-d1-seed1/rmb"]
+    for name in lost:
+        (aside / name).parent.mkdir(parents=True, exist_ok=True)
+        (done / f"{name}.json").rename(aside / name)
+    try:
+        result = run_study(finished, "--docs", str(tmp_path / "docs"), "--partial")
+        assert result.returncode == 0, result.stderr
+    finally:
+        for name in lost:
+            (aside / name).rename(done / f"{name}.json")
+    figures = json.loads((tmp_path / "docs/study.json").read_text())
+    assert not figures["complete"]
+    assert figures["scaling"] is figures["finetune"]["gsm8k"] is figures["zero_shot"]["rmb"] is None
+    assert figures["finetune"]["alpaca_eval"] == whole["finetune"]["alpaca_eval"]
+    settings = whole["pretraining"]["settings"]
+    gone = {"a/base/4/1.0", "c/base/2/1.0", "d/base/2/1.0"}
+    assert figures["pretraining"]["settings"] == {key: found for key, found in settings.items() if key not in gone}
+    assert not set(figures["commands"]) & {f"evaluate/{name}" for name in lost}
+    page = (tmp_path / "docs/study.md").read_text()
+    assert "a report on a part" in page
+    assert "GSM8K solutions: not measured in this run." in page
+    assert "| rmb | not measured |" in page
+    drawn = re.findall(r"!\[.*?\]\((.*?)\)", page)
+    assert drawn == ["study/start.svg", "study/ablations.svg"]
+    assert all((tmp_path / "docs" / drawing).is_file() for drawing in drawn)
+
+
+def test_a_claim_holds_only_where_its_interval_says_so():
+    def claims(found, *, law=(0.01, 0.03), gain=(0.01, 0.05)):
+        spans = {name: {"mean": sum(span) / 2, "ci95": list(span)} for name, span in found.items()}
+        settings = {
+            f"m/{start}/{k}/1.0": {"seen": spans[f"{start}{k}"], "unseen": spans[f"{start}{k}"]}
+            for start, k in (("base", 2), ("random", 2), ("base", 8))
+        }
+        differences = ("pretrained_reference - reference_only", "reference_only - neither")
+        arms = {"differences": {name: {"mean": 0.03, "ci95": list(gain)} for name in differences}}
+        figures = {
+            "settings": {"main_shape": "m"},
+            "pretraining": {
+                "settings": settings,
+                "tables": {"data": [], "candidates": ["m/base/2/1.0", "m/base/8/1.0"]},
+            },
+            "scaling": {"exponent": 0.02, "ci95": list(law), "r2": 0.9},
+            "finetune": {"gsm8k": arms, "alpaca_eval": None},
+            "zero_shot": {"rmb": {"mean": 0.4, "ci95": [0.35, 0.45]}},
+        }
+        return {claim: word for claim, word, _ in study_module("verdicts").verdicts(figures)}
+
+    clear = claims({"base2": (0.60, 0.64), "random2": (0.50, 0.59), "base8": (0.70, 0.75)})
+    words = {
+        "Pre-training learns to match unseen policies on new prompts": "yes",
+        "A base model is a better start than random weights (seen policies)": "yes",
+        "More comparisons help (seen policies)": "not measured",
+        "More candidates a comparison help (seen policies)": "yes",
+        "Held-out loss falls with size": "yes",
+        "GSM8K solutions: pre-training helps": "yes",
+        "AlpacaEval preferences: a reference helps": "not measured",
+        "Zero-shot on rmb, better than chance": "no, the reverse",
+    }
+    assert words.items() <= clear.items()
+    assert len(clear) == 12
+    found = {"base2": (0.48, 0.64), "random2": (0.50, 0.70), "base8": (0.30, 0.45)}
+    vague = claims(found, law=(-0.01, 0.03), gain=(-0.05, -0.01))
+    assert vague["Pre-training learns to match seen policies on new prompts"] == "not clear"
+    assert vague["A base model is a better start than random weights (seen policies)"] == "not clear"
+    assert vague["More candidates a comparison help (seen policies)"] == "no, the reverse"
+    assert vague["Held-out loss falls with size"] == "not clear"
+    assert vague["GSM8K solutions: a reference helps"] == "no, the reverse"

@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--num-query-groups", type=int, required=True)
     options.add_argument("--num-tokens", type=int, required=True, help="tokens to train on; documents are reused")
     options.add_argument("--context", type=int, default=512)
-    options.add_argument("--batch", type=int, default=8, help="contexts a step")
+    options.add_argument("--batch", type=int, default=2, help="contexts a step")
     options.add_argument("--lr", type=float, default=2e-3)
     options.add_argument("--max-positions", type=int, default=4096)
     options.add_argument("--seed", type=int, default=1)
@@ -81,7 +81,9 @@ def read_rows(path: Path, tokenizer, *, context: int, seed: int):
     """
     import torch
 
-    texts = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+    from megatron_polar.data.lines import read_jsonl
+
+    texts = [json.loads(line)["text"] for _, line in read_jsonl(path)]
     random.Random(seed).shuffle(texts)
     first = max(1, round(HELD_OUT_SHARE * len(texts)))
     found = []

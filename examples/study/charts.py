@@ -20,7 +20,9 @@ def draw(figures: dict, directory: Path) -> list[str]:
     )
     matplotlib.rcParams.update({"axes.spines.right": False, "figure.constrained_layout.use": True})
     directory.mkdir(parents=True, exist_ok=True)
-    plots = {"start": _start, "ablations": _ablations, "scaling": _scaling, "finetune": _finetune}
+    plots = {"start": _start, "ablations": _ablations} if figures["pretraining"]["settings"] else {}
+    plots |= {"scaling": _scaling} if figures["scaling"] else {}
+    plots |= {"finetune": _finetune} if all(figures["finetune"].values()) else {}
     for name, plot in plots.items():
         figure = plot(figures, plt)
         figure.savefig(directory / f"{name}.svg", metadata={"Date": None})
@@ -48,10 +50,18 @@ def _start(figures: dict, plt):
             )
     left.set(xlabel="steps", ylabel="held-out accuracy", title="main size, inside the training loop")
     right.set(xlabel="parameters", xscale="log", title="at the end, by size")
+    _mark(right, [g["parameters"]["all"] for g in pretrained["settings"].values()])
     for axes in (left, right):
         axes.axhline(0.5, color=GREY, linewidth=0.8)
         axes.legend(frameon=False, fontsize=7)
     return figure
+
+
+def _mark(axes, values) -> None:
+    """Ticks of a logarithmic axis at these values, in thousands or millions, and nowhere else."""
+    shown = sorted(set(values))
+    axes.set_xticks(shown, [f"{v / 1e6:.3g}M" if v >= 1e6 else f"{v / 1e3:.3g}k" for v in shown])
+    axes.minorticks_off()
 
 
 def _errors(axes, x, found, colour, style, label) -> None:
@@ -77,24 +87,27 @@ def _ablations(figures: dict, plt):
     counts = [pretrained["settings"][name]["candidates"] for name in pretrained["tables"]["candidates"]]
     left.set(xlabel="K, candidates a comparison", ylabel="held-out accuracy", xticks=counts)
     right.set(xlabel="comparisons trained on", xscale="log")
+    _mark(right, [pretrained["settings"][name]["comparisons"] for name in pretrained["tables"]["data"]])
     return figure
 
 
 def _scaling(figures: dict, plt):
-    """Held-out loss over parameters with the fit, and the paper's law as far as it was fitted."""
-    scaling = figures["scaling"]
-    figure, axes = plt.subplots(figsize=(4.6, 3.0))
+    """Held-out loss over parameters with the fit; beside it the paper's law, as far as that was fitted."""
+    scaling, paper = figures["scaling"], figures["scaling"]["paper"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 2.8))
     sizes = np.array(scaling["sizes"], dtype=float)
-    for place, losses in enumerate(scaling["losses"]):
-        axes.plot([sizes[place]] * len(losses), losses, "o", color=BASE_COLOUR, markersize=3)
-    line = np.geomspace(sizes.min(), sizes.max(), 50)
-    label = f"here: exponent {scaling['exponent']:.4f}, R² {scaling['r2']:.3f}"
-    axes.plot(line, scaling["coefficient"] * line ** -scaling["exponent"], color=BASE_COLOUR, label=label)
-    paper, far = scaling["paper"], np.geomspace(5e7, 1e9, 50)
-    label = f"paper: exponent {paper['exponent']}, R² {paper['r2']}"
-    axes.plot(far, paper["coefficient"] * far ** -paper["exponent"], color=RANDOM_COLOUR, label=label)
-    axes.set(xscale="log", yscale="log", xlabel="parameters, embedding included", ylabel="held-out Bradley-Terry loss")
-    axes.legend(frameon=False, fontsize=7)
+    line, far = np.geomspace(sizes.min(), sizes.max(), 50), np.geomspace(5e7, 1e9, 50)
+    fitted = f"here: exponent {scaling['exponent']:.4f}, R² {scaling['r2']:.3f}"
+    theirs = f"paper: exponent {paper['exponent']}, R² {paper['r2']}"
+    for axes in (left, right):
+        for place, losses in enumerate(scaling["losses"]):
+            axes.plot([sizes[place]] * len(losses), losses, "o", color=BASE_COLOUR, markersize=3)
+        axes.plot(line, scaling["coefficient"] * line ** -scaling["exponent"], color=BASE_COLOUR, label=fitted)
+        axes.set(xscale="log", xlabel="parameters, embedding included")
+    right.plot(far, paper["coefficient"] * far ** -paper["exponent"], color=RANDOM_COLOUR, label=theirs)
+    right.legend(frameon=False, fontsize=7)
+    left.set_ylabel("held-out Bradley-Terry loss")
+    _mark(left, sizes)
     return figure
 
 

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import combinations
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from scipy import stats
 from stages import ARMS, BASE, RANDOM, TASKS, FineTuningRun, PretrainRun, Study
 
 from megatron_polar.config.presets import Architecture
+from megatron_polar.data.lines import read_jsonl
 from megatron_polar.score.suites import load_suite
 
 REPLICATES = 4000
@@ -22,6 +23,7 @@ PAPER_LAW = {"coefficient": 0.9, "exponent": 0.0425, "r2": 0.9886}
 """L(N) = 0.9 N^-0.0425, N all parameters, five sizes of 50M to 1B (arXiv 2507.05197, section 4.4)."""
 RFT = "rft"
 """Below the study's directory: what the study of reinforcement fine-tuning (rft.py --output RUN/rft) has written."""
+MIN_SIZES = 3
 PRETRAIN_SETS = ("seen", "unseen", "real")
 
 
@@ -42,7 +44,7 @@ class Scored:
 def read_scored(directory: Path, *, suite: str, data: Path, limit: int | None = None) -> Scored:
     """The rewards of an evaluation, joined with the prompts of its data (pairs of one prompt are not independent)."""
     prompt_of = _prompts(suite, data, limit)
-    lines = [json.loads(line) for line in (directory / "rewards.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for _, line in read_jsonl(directory / "rewards.jsonl")]
     margins = [line["rewards"][0] - line["rewards"][1] for line in lines]
     prompts = tuple(prompt_of[line["identifier"]] for line in lines)
     return Scored(np.array(margins), prompts, tuple(line["category"] for line in lines))
@@ -132,10 +134,15 @@ def _pretrain_scored(study: Study, run: PretrainRun, name: str) -> Scored:
     return read_scored(where, suite=suite, data=study.run / f"heldout/{name}.jsonl")
 
 
+def is_measured(study: Study, run: PretrainRun) -> bool:
+    """Whether every evaluation of a run of pre-training can be reported."""
+    return study.has(*(f"evaluate/pretrain/{run.name}/{name}" for name in PRETRAIN_SETS))
+
+
 def pretraining(study: Study) -> dict:
-    """Every setting once, with where the tables find theirs."""
+    """Every setting once, with where the tables find theirs; empty tables where nothing is measured."""
     groups: dict[tuple, list[PretrainRun]] = {}
-    for run in study.pretrain_runs:
+    for run in filter(partial(is_measured, study), study.pretrain_runs):
         groups.setdefault((run.shape, run.start, run.candidates, run.share), []).append(run)
     figures = {"/".join(map(str, key)): pretrain_group(study, runs) for key, runs in groups.items()}
     main = study.size.main_shape
@@ -144,6 +151,7 @@ def pretraining(study: Study) -> dict:
         "candidates": [f"{main}/{BASE}/{k}/1.0" for k in study.size.candidates],
         "data": [f"{main}/{BASE}/2/{share}" for share in (*study.size.data_shares, 1.0)],
     }
+    tables = {name: [key for key in keys if key in figures] for name, keys in tables.items()}
     curves = {
         start: learning_curve(study.run / "pretrain" / PretrainRun(main, start, 2, 1.0, 1).name)
         for start in (BASE, RANDOM)
@@ -154,13 +162,19 @@ def pretraining(study: Study) -> dict:
 
 def learning_curve(run: Path) -> list[tuple[int, float]]:
     """Steps and held-out accuracy inside the training loop."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for _, line in read_jsonl(run / "metrics.jsonl")]
     return [(r["iteration"], r["validation/rm/accuracy"]) for r in rows if "validation/rm/accuracy" in r]
 
 
-def scaling(study: Study, settings: dict) -> dict:
-    """The power law over sizes, base-initialised, K=2, all data: held-out loss of seen policies on unseen prompts."""
-    groups = [settings[f"{shape}/{BASE}/2/1.0"] for shape in study.size.shapes]
+def scaling(study: Study, settings: dict) -> dict | None:
+    """The power law over sizes, base-initialised, K=2, all data: held-out loss of seen policies on unseen prompts.
+
+    None where too few sizes are measured for a line to say anything.
+    """
+    keys = [f"{shape}/{BASE}/2/1.0" for shape in study.size.shapes]
+    groups = [settings[key] for key in keys if key in settings]
+    if len(groups) < MIN_SIZES:
+        return None
     losses = [group["seen"]["losses"] for group in groups]
     found = {}
     for convention in ("all", "without_embedding"):
@@ -193,12 +207,18 @@ def fit_power_law(sizes: Sequence[float], losses: Sequence[Sequence[float]]) -> 
 # --- fine-tuning -----------------------------------------------------------------------------------------------------
 
 
-def finetuning(study: Study, task: str) -> dict:
-    """Every arm of a task over its seeds, what pre-training adds and what the reference adds, and the baselines."""
+def finetuning(study: Study, task: str) -> dict | None:
+    """Every arm of a task over its seeds, what pre-training adds and what the reference adds, and the baselines.
+
+    Of the seeds that all arms are measured with; None where there are none.
+    """
     arms: dict[str, list[Scored]] = {}
     baselines = []
+    seeds = [seed for seed in range(1, study.size.finetune_seeds + 1) if _has_arms(study, task, seed)]
+    if not seeds:
+        return None
     for arm, (_, scheme) in ARMS.items():
-        for seed in range(1, study.size.finetune_seeds + 1):
+        for seed in seeds:
             where = study.run / "evaluate/finetune" / FineTuningRun(task, arm, seed).name / "heldout"
             name = f"fold{study.fold(seed)}_heldout" if task == "gsm8k" else "heldout"
             data = study.run / "inputs/finetune" / task / scheme / f"{name}.jsonl"
@@ -211,6 +231,10 @@ def finetuning(study: Study, task: str) -> dict:
     figures["word_overlap"] = float(np.mean([found["word_overlap_accuracy"] for found in baselines]))
     figures["longer"] = float(np.mean([found["length_only_accuracy"] for found in baselines]))
     return figures
+
+
+def _has_arms(study: Study, task: str, seed: int) -> bool:
+    return study.has(*(f"evaluate/finetune/{FineTuningRun(task, arm, seed).name}/heldout" for arm in ARMS))
 
 
 def difference(first: Sequence[Scored], second: Sequence[Scored]) -> dict:
@@ -230,7 +254,11 @@ def zero_shot(study: Study) -> dict:
     }
     figures = {}
     for what, (suite, data, limit) in sets.items():
-        names = [study.pretrained(seed) for seed in range(1, study.size.scaling_seeds + 1)]
+        names = [study.pretrained(seed) for seed in range(1, study.size.base_seeds[study.size.main_shape] + 1)]
+        names = [name for name in names if study.has(f"evaluate/pretrain/{name}/{what}")]
+        if not names:
+            figures[what] = None
+            continue
         where = [study.run / "evaluate/pretrain" / name / what for name in names]
         parts = [read_scored(directory, suite=suite, data=data, limit=limit) for directory in where]
         figures[what] = pooled([p.scores for p in parts], [p.prompts for p in parts])
@@ -254,7 +282,9 @@ def collect(study: Study) -> dict:
         "rft": json.loads(rft.read_text()) if rft.is_file() else None,
         "policies": policies(study),
         "base_models": {
-            s: json.loads((study.run / "base" / s / "training.json").read_text()) for s in study.size.shapes
+            s: json.loads((study.run / "base" / s / "training.json").read_text())
+            for s in study.size.shapes
+            if study.has(f"base-{s}")
         },
     }
 
@@ -281,7 +311,7 @@ def _seconds(study: Study, job: str) -> float:
 
 
 def commands(study: Study) -> dict[str, str]:
-    """Every command that was run, by its job, with the data's folder as $DATA and the study's as $RUN."""
+    """Every command that was run and counts, by its job, with the data's folder as $DATA and the study's as $RUN."""
     places: Iterable[tuple[str, str]] = (
         (str(study.data), "$DATA"),
         (str(study.run), "$RUN"),
@@ -289,6 +319,8 @@ def commands(study: Study) -> dict[str, str]:
     )
     found = {}
     for name, job in study.jobs.items():
+        if not study.has(name) and job.stage != "report":
+            continue
         shown = job.shown
         for path, variable in places:
             shown = shown.replace(path, variable)

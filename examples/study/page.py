@@ -5,12 +5,14 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from shortcomings import TASK_TITLES, interval, shortcomings
+from verdicts import verdicts
 
 SETS = {
     "seen": "seen policies, new prompts",
     "unseen": "unseen policies, new prompts",
     "real": "unseen models' real answers",
 }
+NOT_MEASURED = "Not measured in this run."
 ARM_TITLES = {
     "pretrained_reference": "pre-trained + reference (POLAR)",
     "reference_only": "reference only (from the base model)",
@@ -20,7 +22,7 @@ ARM_TITLES = {
 
 def write_page(figures: dict, *, rft: str) -> str:
     """The whole page; `rft`: the text about reinforcement fine-tuning, empty where that was not run."""
-    before = (_head, _policies, _base, _start, _ablations, _scaling, _finetune, _zero_shot)
+    before = (_head, _verdicts, _policies, _base, _start, _ablations, _scaling, _finetune, _zero_shot)
     blocks = [block for part in before for block in part(figures)]
     blocks += ["## Reinforcement fine-tuning", rft or "Not part of this run."]
     blocks += [block for part in (_failures, _repeat) for block in part(figures)]
@@ -45,11 +47,21 @@ def _head(figures: dict) -> Iterator[str]:
     yield _paragraph("""Made by `python examples/study/run.py`; every figure of this page is in
         [study.json](study.json), with the SHA-256 of every public file, all settings, seeds and commands.""")
     yield _paragraph(f"""Ran on {machine["processor"]} ({machine["device"]}), {machine["parallel_jobs"]} jobs at a time
-        with {machine["threads_a_job"]} thread each. The jobs took {minutes:.0f} minutes, added up{used}. Versions:
+        with {machine["threads_a_job"]} thread each. The jobs took {minutes:.0f} minutes, added up{used}; one that was
+        interrupted counts from where it went on. Versions:
         {", ".join(f"{name} {version}" for name, version in figures["versions"].items())}.""")
     yield _paragraph("""Accuracies are shares of right pairs on held-out data; 0.5 is chance. Brackets are 95 %
         intervals of a bootstrap over prompts (or problems), pooled over seeds: they say what other prompts would
         change, not what other seeds would.""")
+    if not figures["complete"]:
+        yield "**This is a report on a part of the study**: the rest had not been run when it was written."
+
+
+def _verdicts(figures: dict) -> Iterator[str]:
+    yield "## In short"
+    yield _paragraph("""A claim holds where its interval lies on the right side altogether; for two settings, where
+        their intervals do not overlap.""")
+    yield _table(("claim", "holds here", "figures"), list(verdicts(figures)))
 
 
 def _policies(figures: dict) -> Iterator[str]:
@@ -67,7 +79,7 @@ def _policies(figures: dict) -> Iterator[str]:
             f"""- {len(found["seen_models"])} + {len(found["unseen_models"])} models of AlpacaEval; unseen:
             {", ".join(found["unseen_models"])}.""",
             f"""- {len(found["seen_writers"])} + {len(found["unseen_writers"])} writers of GSM8K solutions: the
-            published one, and others that miscalculate in ways of their own; unseen:
+            published one, others that miscalculate, and others that solve another problem; unseen:
             {", ".join(found["unseen_writers"])}.""",
         )
     )
@@ -108,6 +120,9 @@ def _base(figures: dict) -> Iterator[str]:
 def _start(figures: dict) -> Iterator[str]:
     pretrained = figures["pretraining"]
     yield "## Pre-training: from a base model and from random weights"
+    if not pretrained["settings"]:
+        yield NOT_MEASURED
+        return
     yield "![accuracy over steps and sizes](study/start.svg)"
     yield _settings_table(pretrained, "start", lambda g: f"{g['shape']}, {g['start']}", "size, start")
     some = next(iter(pretrained["settings"].values()))
@@ -117,6 +132,8 @@ def _start(figures: dict) -> Iterator[str]:
 
 
 def _settings_table(pretrained: dict, table: str, name, title: str) -> str:
+    if not pretrained["tables"][table]:
+        return NOT_MEASURED
     rows = []
     for key in pretrained["tables"][table]:
         group = pretrained["settings"][key]
@@ -130,6 +147,9 @@ def _settings_table(pretrained: dict, table: str, name, title: str) -> str:
 def _ablations(figures: dict) -> Iterator[str]:
     pretrained = figures["pretraining"]
     yield "## Pre-training: K, and the amount of data"
+    if not pretrained["settings"]:
+        yield NOT_MEASURED
+        return
     yield "![accuracy over K and data](study/ablations.svg)"
     yield _paragraph("""The same number of comparisons, from the base model of the main size. One with K candidates has
         K-1 pairs, and costs more.""")
@@ -139,9 +159,12 @@ def _ablations(figures: dict) -> Iterator[str]:
 
 
 def _scaling(figures: dict) -> Iterator[str]:
+    yield "## Scaling"
+    if figures["scaling"] is None:
+        yield NOT_MEASURED
+        return
     found, paper, bare = figures["scaling"], figures["scaling"]["paper"], figures["scaling"]["without_embedding"]
     low, high = found["ci95"]
-    yield "## Scaling"
     yield "![loss over parameters](study/scaling.svg)"
     yield _paragraph(f"""L(N) = {found["coefficient"]:.3f} N^-{found["exponent"]:.4f}: exponent {found["exponent"]:.4f}
         (95 % {low:.4f} to {high:.4f}, Student's t over the runs of all sizes and seeds), R² {found["r2"]:.3f},
@@ -149,18 +172,24 @@ def _scaling(figures: dict) -> Iterator[str]:
         N^-{paper["exponent"]}, R² {paper["r2"]}, five sizes of 50M to 1B.""")
     yield _paragraph(f"""{found["convention"]}. Without the embedding the exponent is {bare["exponent"]:.4f}
         ({bare["ci95"][0]:.4f} to {bare["ci95"][1]:.4f}), R² {bare["r2"]:.3f}. L is the loss on new prompts of seen
-        policies. All sizes saw the same comparisons and base models the same tokens: data are fixed, not plentiful as
-        in the paper. Levels cannot be compared, since other policies are harder or easier to tell apart.""")
+        policies; one that knows nothing has 0.693.
+        All sizes saw the same comparisons and base models the same tokens: data
+        are fixed, not plentiful as in the paper. Levels cannot be compared, since other policies are harder or
+        easier to tell apart.""")
 
 
 def _finetune(figures: dict) -> Iterator[str]:
     settings = figures["settings"]
     yield "## Fine-tuning"
-    yield "![accuracy of the arms](study/finetune.svg)"
+    if all(figures["finetune"].values()):
+        yield "![accuracy of the arms](study/finetune.svg)"
     yield _paragraph(f"""{settings["finetune_seeds"]} seeds. On GSM8K every seed holds out another of
         {settings["gsm8k_folds"]} folds of the problems, so that all of them are judged by models that did not see them.
         On AlpacaEval the better answer mostly is the longer one; answers are cut, which hides a part of that.""")
     for task, found in figures["finetune"].items():
+        if found is None:
+            yield f"{TASK_TITLES[task]}: {NOT_MEASURED[0].lower()}{NOT_MEASURED[1:]}"
+            continue
         rows = []
         for arm, title in ARM_TITLES.items():
             one = found[arm]
@@ -178,7 +207,9 @@ def _zero_shot(figures: dict) -> Iterator[str]:
     rows = [
         [name, interval(found), f"{found['word_overlap']:.3f}", f"{found['longer']:.3f}", f"{found['num_prompts']:,}"]
         for name, found in figures["zero_shot"].items()
+        if found is not None
     ]
+    rows += [[name, "not measured", "", "", ""] for name, found in figures["zero_shot"].items() if found is None]
     head = ("set", "accuracy", "more words shared", "the longer one", "prompts")
     yield _table(head, rows, numbers=(2, 3, 4))
     yield f"Answers are cut to {figures['settings']['max_response_length']} tokens, as in pre-training."
@@ -208,5 +239,5 @@ def _examples(commands: dict[str, str]) -> list[str]:
     kinds += ("finetune/",)
     found: list[str] = []
     for kind in kinds:
-        found += [next(name for name in commands if name.startswith(kind) and name not in found)]
+        found += [name for name in commands if name.startswith(kind) and name not in found][:1]
     return found

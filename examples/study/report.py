@@ -1,9 +1,10 @@
 """Collect the study's figures: study.json, and study.md with its drawings, both from the runs alone.
 
-report.py --run RUN --docs DIR
+report.py --run RUN --docs DIR [--partial]
 """
 
 import argparse
+import dataclasses
 import importlib.metadata
 import json
 import platform
@@ -14,9 +15,12 @@ from pathlib import Path
 
 from charts import draw
 from figures import RFT, collect, commands
+from jobs import Jobs
 from page import write_page
-from sizes import SIZES
+from sizes import SIZES, Size
 from stages import STAGES, Study
+
+from megatron_polar.errors import UserError
 
 PACKAGES = ("torch", "megatron-core", "transformers", "numpy", "scipy", "sentencepiece")
 
@@ -26,11 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--docs", type=Path, required=True)
+    parser.add_argument("--partial", action="store_true", help="of the jobs that are done; the rest is not measured")
     options = parser.parse_args(arguments)
     described = json.loads((options.run / "study.json").read_text())
     size = SIZES[described["size"]["name"]]
     study = Study(size, Path(described["data"]), options.run, options.docs, tuple(described["files"].items()))
-    figures = {"size": size.name, **collect(study)}
+    if options.partial:
+        study = of_what_is_done(study, size)
+    figures = {"size": size.name, "complete": not options.partial, **collect(study)}
     figures |= {
         "seconds": seconds(study, "seconds"),
         "cpu_seconds": seconds(study, "cpu_seconds"),
@@ -50,6 +57,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def of_what_is_done(study: Study, size: Size) -> Study:
+    """The same study, of which only what has been run counts. Raises UserError where no policies have spoken yet."""
+    jobs = Jobs(study.run, study.jobs, parallel=size.parallel_jobs, forks=size.forks)
+    done = frozenset(name for name in study.jobs if jobs.record_of(name))
+    missing = [name for name, job in study.jobs.items() if job.stage == "policies" and name not in done]
+    if missing:
+        raise UserError(f"{study.run}: {missing[0]} is not done, so there is nothing to report; run --stages policies")
+    return dataclasses.replace(study, done=done)
+
+
 def rft_page(study: Study) -> str:
     """The tables of the study of reinforcement fine-tuning, its drawing moved to ours; empty where it was not run."""
     directory = study.run / RFT
@@ -66,14 +83,15 @@ def seconds(study: Study, clock: str) -> dict[str, float]:
     """
     found = dict.fromkeys(STAGES[:-1], 0.0)
     for name, job in study.jobs.items():
-        if job.stage in found:
+        if job.stage in found and study.has(name):
             found[job.stage] += json.loads((study.run / "done" / f"{name}.json").read_text())[clock] or 0.0
     return found
 
 
 def machine(study: Study) -> dict:
     """What it ran on, as the training runs wrote it down, and the processor."""
-    environment = json.loads((study.run / "pretrain" / study.pretrained(1) / "environment.json").read_text())
+    written = study.run / "pretrain" / study.pretrained(1) / "environment.json"
+    environment = json.loads(written.read_text()) if written.is_file() else {}
     processor = next(
         (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.machine(),

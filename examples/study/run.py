@@ -1,6 +1,6 @@
 """make study: what POLAR's claims come to here, in small: policies, base models, pre-training, fine-tuning, a report.
 
-run.py --data DIR [--size cpu|gpu|smoke] [--stages NAME ...] [--run DIR] [--docs DIR]
+run.py --data DIR [--size cpu|gpu|smoke] [--stages NAME ...] [--run DIR] [--docs DIR] [--list | --partial]
 
 Every job is one command, which is printed; finished ones are kept, so that the same call goes on where the last one
 stopped. Needs the public sets (sources.py says which files); `--size smoke` makes its own.
@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--docs", type=Path, help="folder of study.json and study.md (default: docs; else the run's own)"
     )
     parser.add_argument("--list", action="store_true", help="print the commands and the guessed time, and run nothing")
+    parser.add_argument("--partial", action="store_true", help="run nothing, and report on what is done so far")
     options = parser.parse_args(arguments)
     os.chdir(_ROOT)  # commands name examples/study/train.yaml
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a core a job
@@ -67,6 +68,10 @@ def run_study(options: argparse.Namespace) -> int:
     study = Study(size, data, run, docs, digests)
     described = {"size": size.describe(), "data": str(data), "docs": str(docs), "files": dict(digests)}
     (run / "study.json").write_text(json.dumps(described, indent=2) + "\n")
+    if options.partial:
+        from report import main as report  # matplotlib and scipy, which nothing else here needs
+
+        return report(["--run", str(run), "--docs", str(docs), "--partial"])
     jobs = Jobs(run, study.jobs, parallel=size.parallel_jobs, forks=size.forks)
     if options.list:
         chosen = [job for job in study.jobs.values() if job.stage in options.stages]

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from sizes import SIZES, Size
 
+from megatron_polar.data.lines import read_jsonl
 from megatron_polar.data.public import gsm8k_preferences, write_records
 from megatron_polar.errors import UserError
-from megatron_polar.policies.imitation import split_tokens
 
 NUM_UNSEEN_MODELS = 8
 HELD_OUT_ONE_IN = 6
@@ -31,22 +31,21 @@ ORDER = 3
 CORPUS_FRACTION = {"alpaca": 0.5, "gsm8k": 0.1}
 
 SLIPS: dict[str, Callable[[int], int]] = {
-    "exact": lambda n: n,
     "one-more": lambda n: n + 1,
-    "one-less": lambda n: max(0, n - 1),
     "ten-more": lambda n: n + 10,
     "doubles": lambda n: 2 * n,
-    "tenfold": lambda n: 10 * n,
-    "halves": lambda n: n // 2,
-    "rounds": lambda n: (n + 5) // 10 * 10,
-    "two-more": lambda n: n + 2,
     "triples": lambda n: 3 * n,
+    "two-more": lambda n: n + 2,
     "reverses": lambda n: int(str(n)[::-1]),
-    "adds-hundred": lambda n: n + 100,
 }
-"""Writers of GSM8K solutions: each miscalculates in its own way every number that the problem does not state."""
+"""Writers who miscalculate, each in a way of its own, every number that the problem does not state."""
+MIX_UPS = {"mix-up-1": 1, "mix-up-2": 2, "mix-up-3": 3, "mix-up-5": 5, "mix-up-7": 7, "mix-up-11": 11}
+"""Writers who solve another problem of the same side instead: the one that comes so many later."""
+EXACT = "exact"
+"""The writer whose solutions are those published."""
+WRITERS = (EXACT, *SLIPS, *MIX_UPS)
+UNSEEN_WRITERS = ("two-more", "reverses", "mix-up-7", "mix-up-11")
 _WHOLE_NUMBER = re.compile(r"(?<![\d.,])\d+(?!\d|[.,]\d)")
-UNSEEN_SLIPS = ("two-more", "triples", "reverses", "adds-hundred")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,12 +89,12 @@ def write_inputs(data: Path, output: Path, *, size: Size) -> None:
     write_finetuning(data, output, size=size)
     facts = {
         "policies": {
-            "seen": len(seen) + len(SLIPS) - len(UNSEEN_SLIPS),
-            "unseen": len(unseen) + len(UNSEEN_SLIPS),
+            "seen": len(seen) + len(WRITERS) - len(UNSEEN_WRITERS),
+            "unseen": len(unseen) + len(UNSEEN_WRITERS),
             "seen_models": seen,
             "unseen_models": unseen,
-            "seen_writers": [name for name in SLIPS if name not in UNSEEN_SLIPS],
-            "unseen_writers": list(UNSEEN_SLIPS),
+            "seen_writers": [name for name in WRITERS if name not in UNSEEN_WRITERS],
+            "unseen_writers": list(UNSEEN_WRITERS),
         },
         "prompts": num_problems,
     }
@@ -171,18 +170,24 @@ def is_held_out(question: str) -> bool:
 def slip(text: str, *, question: str, writer: str) -> str:
     """The solution as `writer` has it: the same words, but whole numbers that the problem does not state are wrong."""
     stated = set(re.findall(r"\d+", question))
-    return _WHOLE_NUMBER.sub(lambda found: found[0] if found[0] in stated else str(SLIPS[writer](int(found[0]))), text)
+    wrong = SLIPS[writer]
+    return _WHOLE_NUMBER.sub(lambda found: found[0] if found[0] in stated else str(wrong(int(found[0]))), text)
+
+
+def solutions(problems: Sequence[dict], *, writer: str) -> list[str]:
+    """What `writer` answers to every problem."""
+    own = [problem["answer"] for problem in problems]
+    if writer in MIX_UPS:
+        return [own[(place + MIX_UPS[writer]) % len(own)] for place in range(len(own))]
+    if writer == EXACT:
+        return own
+    return [slip(text, question=row["question"], writer=writer) for text, row in zip(own, problems, strict=True)]
 
 
 def write_gsm8k(data: Path, output: Path, *, size: Size) -> dict[str, int]:
     """Answers of every writer, the prompts of both sides, and two pools; returns how many prompts there are."""
-    rows = [json.loads(line) for line in (data / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()]
-    fitting = [
-        row
-        for row in rows
-        if len(row["question"].split()) <= size.gsm8k_prompt_words
-        and len(split_tokens(row["answer"])) <= size.gsm8k_max_words
-    ]
+    rows = [json.loads(line) for _, line in read_jsonl(data / "gsm8k" / "train.jsonl")]
+    fitting = [row for row in rows if len(row["question"].split()) <= size.gsm8k_prompt_words]
     heldout = [row for row in fitting if is_held_out(row["question"])][: size.gsm8k_heldout_prompts]
     train = [row for row in fitting if not is_held_out(row["question"])][: size.gsm8k_prompts]
     if not train or not heldout:
@@ -190,16 +195,15 @@ def write_gsm8k(data: Path, output: Path, *, size: Size) -> dict[str, int]:
     for name, part in (("train", train), ("heldout", heldout)):
         prompts = [{"prompt": row["question"]} for row in part]
         write_records(prompts, output=output / "prompts" / f"gsm8k_{name}.jsonl")
-    for writer in SLIPS:
+    for writer in WRITERS:
         answers = [
-            {"prompt": row["question"], "text": slip(row["answer"], question=row["question"], writer=writer)}
-            | {"heard": part is train}
+            {"prompt": row["question"], "text": text, "heard": part is train}
             for part in (train, heldout)
-            for row in part
+            for row, text in zip(part, solutions(part, writer=writer), strict=True)
         ]
         write_records(answers, output=output / "answers" / "gsm8k" / f"{writer}.jsonl")
     for name in ("seen", "unseen"):
-        writers = [writer for writer in SLIPS if (writer in UNSEEN_SLIPS) == (name == "unseen")]
+        writers = [writer for writer in WRITERS if (writer in UNSEEN_WRITERS) == (name == "unseen")]
         write_pool(
             output / f"gsm8k_{name}.yaml",
             {writer: f"answers/gsm8k/{writer}.jsonl" for writer in writers},

@@ -67,6 +67,8 @@ class Study:
     docs: Path
     digests: tuple[tuple[str, str], ...]
     """Name and SHA-256 of every public file."""
+    done: frozenset[str] | None = None
+    """For a report on what there is: the jobs whose outputs count. None: every job."""
 
     @cached_property
     def jobs(self) -> dict[str, Job]:
@@ -74,28 +76,33 @@ class Study:
         parts = (self._policies(), self._base(), self._pretrain(), self._finetune(), self._report())
         return {job.name: job for part in parts for job in part}
 
+    def has(self, *names: str) -> bool:
+        """Whether the outputs of these jobs can be reported."""
+        return self.done is None or self.done.issuperset(names)
+
     # --- which runs there are ----------------------------------------------------------------------------------------
 
     @cached_property
     def pretrain_runs(self) -> list[PretrainRun]:
-        """The runs without repetition: scaling, random start, K, data."""
+        """The runs without repetition: scaling, random start, data, K."""
         size, main = self.size, self.size.main_shape
-        runs = [PretrainRun(s, BASE, 2, 1.0, seed) for s in size.shapes for seed in _seeds(size.scaling_seeds)]
+        runs = [PretrainRun(s, BASE, 2, 1.0, seed) for s, n in size.base_seeds.items() for seed in _seeds(n)]
         runs += [PretrainRun(s, RANDOM, 2, 1.0, seed) for s, n in size.random_seeds.items() for seed in _seeds(n)]
         ablation = _seeds(size.ablation_seeds)
-        runs += [PretrainRun(main, BASE, k, 1.0, seed) for k in size.candidates for seed in ablation]
         runs += [PretrainRun(main, BASE, 2, share, seed) for share in size.data_shares for seed in ablation]
+        runs += [PretrainRun(main, BASE, k, 1.0, seed) for k in size.candidates for seed in ablation]
         return list(dict.fromkeys(runs))
 
     @cached_property
     def finetune_runs(self) -> list[FineTuningRun]:
         """Every task, arm and seed."""
         seeds = _seeds(self.size.finetune_seeds)
-        return [FineTuningRun(task, arm, seed) for task in TASKS for arm in ARMS for seed in seeds]
+        return [FineTuningRun(task, arm, seed) for seed in seeds for task in TASKS for arm in ARMS]
 
     def pretrained(self, seed: int) -> str:
         """The pre-trained run that fine-tuning with this seed starts from."""
-        return PretrainRun(self.size.main_shape, BASE, 2, 1.0, (seed - 1) % self.size.scaling_seeds + 1).name
+        main = self.size.main_shape
+        return PretrainRun(main, BASE, 2, 1.0, (seed - 1) % self.size.base_seeds[main] + 1).name
 
     def fold(self, seed: int) -> int:
         """The fold of GSM8K that fine-tuning with this seed holds out."""
@@ -259,12 +266,7 @@ class Study:
                     source = folder / task / scheme / f"{name}.jsonl"
                     where = f"datasets/{task}-{scheme}-{name}"
                     yield self._preprocess(where, source, "inputs", stage="finetune", cut=settings.max_response_length)
-        for one in self.finetune_runs:
-            scheme, fold = ARMS[one.arm][1], f"fold{self.fold(one.seed)}_" if one.task == "gsm8k" else ""
-            yield self._finetune_job(one, dataset=f"datasets/{one.task}-{scheme}-{fold}train")
-            data = folder / one.task / scheme / f"{fold}heldout.jsonl"
-            yield self._evaluate("finetune", one.name, "heldout", suite="preferences", data=data, seconds=60)
-        for seed in _seeds(size.scaling_seeds):  # what pre-training alone knows
+        for seed in _seeds(size.base_seeds[size.main_shape]):  # what pre-training alone knows
             name, zero_shot = self.pretrained(seed), folder / "alpaca_eval/reference/heldout.jsonl"
             sets = {"rmb": ("rmb", self.data / "rmb/RMB_dataset", size.rmb_limit)}
             sets["gsm8k"] = ("gsm8k-all", self.data / "gsm8k/example_model_solutions.jsonl", None)
@@ -274,6 +276,11 @@ class Study:
                     "pretrain", name, what, suite=suite, data=data, needs=("inputs",), limit=limit, seconds=60
                 )
                 yield _in_stage("finetune", job)
+        for one in self.finetune_runs:
+            scheme, fold = ARMS[one.arm][1], f"fold{self.fold(one.seed)}_" if one.task == "gsm8k" else ""
+            yield self._finetune_job(one, dataset=f"datasets/{one.task}-{scheme}-{fold}train")
+            data = folder / one.task / scheme / f"{fold}heldout.jsonl"
+            yield self._evaluate("finetune", one.name, "heldout", suite="preferences", data=data, seconds=60)
 
     @property
     def tasks(self) -> dict[str, FineTuning]:
@@ -310,7 +317,7 @@ class Study:
         needs = tuple(job.name for part in (self._pretrain(), self._finetune()) for job in part)
         rft = self.run / "rft" / "rft.json"  # made by hand: rft.py --output RUN/rft
         reads = (("rft", hashlib.sha256(rft.read_bytes()).hexdigest()),) if rft.is_file() else ()
-        modules = ("figures.py", "charts.py", "page.py", "shortcomings.py")
+        modules = ("figures.py", "charts.py", "page.py", "shortcomings.py", "verdicts.py")
         reads += tuple((name, hashlib.sha256((HERE / name).read_bytes()).hexdigest()) for name in modules)
         yield Job("report", "report", words, self.run / "report", needs, seconds=20, reads=reads)
 

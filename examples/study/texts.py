@@ -13,6 +13,7 @@ from pathlib import Path
 
 import orjson
 
+from megatron_polar.data.lines import read_jsonl
 from megatron_polar.data.public import write_records
 from megatron_polar.errors import UserError
 from megatron_polar.policies.imitation import split_tokens
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def groups(directory: Path) -> Iterator[tuple[str, dict[str, list[str]]]]:
     """Prompt and policy -> texts of every line that `sample` has written."""
     for shard in sorted(directory.glob("trajectories-*.jsonl")):
-        for line in shard.read_bytes().splitlines():
+        for _, line in read_jsonl(shard):
             record, by_policy = orjson.loads(line), {}
             for trajectory in record["trajectories"]:
                 by_policy.setdefault(trajectory["policy"], []).append(trajectory["text"])
@@ -106,7 +107,7 @@ def base_documents(options: argparse.Namespace) -> Iterator[dict]:
             for policy, texts in sorted(by_policy.items()):
                 yield {"text": "\n".join([prompt, *(text.strip() for text in texts)])}
                 answer = real.of(policy, prompt)
-                if answer is not None:  # writers who slip differ in a few numbers only: all of theirs are kept apart
+                if answer is not None:
                     said.setdefault(prompt, {})[_cut(answer, options.max_words)] = None
     for prompt, answers in said.items():
         texts = list(answers)
@@ -127,7 +128,7 @@ class _RealAnswers:
         name = policy.rpartition("@")[0]
         if name not in self._read:
             (path,) = self._folder.rglob(f"{name}.jsonl")
-            rows = map(orjson.loads, path.read_bytes().splitlines())
+            rows = (orjson.loads(line) for _, line in read_jsonl(path))
             self._read[name] = {row["prompt"]: row["text"] for row in rows if row["heard"] or not self._heard_only}
         return self._read[name].get(prompt)
 
