@@ -12,7 +12,7 @@ from megatron.core.utils import unwrap_model
 from megatron_polar.config.presets import Architecture, architecture_of, padded_vocab_size
 from megatron_polar.config.schema import RunConfig, TrainSection
 from megatron_polar.errors import UserError
-from megatron_polar.model.attention import attention_class
+from megatron_polar.model.attention import SharedPrefixAttention, attention_class
 from megatron_polar.model.gradient_fusion import (
     GradientFusion,
     fuse_transformer_engine_layers,
@@ -97,42 +97,67 @@ def build_model(
         fuse_gradients=fusion.megatron,
         keep_weights_in_fp8=config.train.fp8_param_gather and for_training,
     )
-    metadata = {"dp_cp_group": topology.groups.dp_cp}
     chunks, reward_rows = [], config.model.last_layer == "reward_rows"
     for vp_stage in [None] if topology.vpp_size is None else range(topology.vpp_size):
-        is_last = topology.is_last_stage and vp_stage in (None, (topology.vpp_size or 1) - 1)
-        model = RewardModel(
-            transformer_config,
-            groups=topology.groups,
-            transformer_layer_spec=block_spec(
-                transformer_config,
-                transformer_impl=impl,
-                attention=attention,
-                vp_stage=vp_stage,
-                reward_rows=reward_rows and is_last,
-            ),
+        model = _make_chunk(
+            config,
+            transformer_config=transformer_config,
+            topology=topology,
+            device=device,
             vocab_size=rows,
-            max_sequence_length=config.data.max_sequence_length,
-            pre_process=topology.is_first_stage and vp_stage in (None, 0),
-            post_process=is_last,
-            share_embeddings_and_output_weights=False,
-            rotary_base=architecture.rotary_base,
-            rope_scaling=architecture.rope_scaling_factor is not None,
-            rope_scaling_factor=architecture.rope_scaling_factor or 1.0,
+            transformer_impl=impl,
+            attention=attention,
             vp_stage=vp_stage,
         )
         if fusion.transformer_engine:
             fuse_transformer_engine_layers(model)
-        model.to(device.torch_device)
-        initialize_weights(
-            model,
-            seed=config.run.seed,
-            architecture=architecture,
-            reward_head_std=config.model.reward_head_init_std,
-            metadata=metadata,
-        )
         chunks.append(_wrap(model, config=config, transformer_config=transformer_config, for_training=for_training))
     return BuiltModel(chunks, transformer_config, architecture, rows, impl, attention.__name__, reward_rows, fusion)
+
+
+def _make_chunk(
+    config: RunConfig,
+    *,
+    transformer_config: TransformerConfig,
+    topology: Topology,
+    device: Device,
+    vocab_size: int,
+    transformer_impl: str,
+    attention: type[SharedPrefixAttention],
+    vp_stage: int | None,
+) -> RewardModel:
+    """One pipeline chunk of this rank on its device, with random weights."""
+    architecture = architecture_of(config.model)
+    is_last = topology.is_last_stage and vp_stage in (None, (topology.vpp_size or 1) - 1)
+    model = RewardModel(
+        transformer_config,
+        groups=topology.groups,
+        transformer_layer_spec=block_spec(
+            transformer_config,
+            transformer_impl=transformer_impl,
+            attention=attention,
+            vp_stage=vp_stage,
+            reward_rows=config.model.last_layer == "reward_rows" and is_last,
+        ),
+        vocab_size=vocab_size,
+        max_sequence_length=config.data.max_sequence_length,
+        pre_process=topology.is_first_stage and vp_stage in (None, 0),
+        post_process=is_last,
+        share_embeddings_and_output_weights=False,
+        rotary_base=architecture.rotary_base,
+        rope_scaling=architecture.rope_scaling_factor is not None,
+        rope_scaling_factor=architecture.rope_scaling_factor or 1.0,
+        vp_stage=vp_stage,
+    )
+    model.to(device.torch_device)
+    initialize_weights(
+        model,
+        seed=config.run.seed,
+        architecture=architecture,
+        reward_head_std=config.model.reward_head_init_std,
+        metadata={"dp_cp_group": topology.groups.dp_cp},
+    )
+    return model
 
 
 def _check_kernels(train: TrainSection, *, transformer_impl: str) -> None:

@@ -137,8 +137,9 @@ def _forward_seconds(
     attention = _flops(architecture, work) - gemms
     peak = gpu.peak_tflops * 1e12 * (1 if config.train.precision == "bf16" else 0.5)
     fp8_share = _fp8_layers(config, layout) / architecture.num_layers
-    fp8_peak = gpu.fp8_peak_tflops * 1e12 * FP8_GEMM_SHARES.get(config.train.fp8, 1.0)
-    seconds_per_flop = fp8_share / fp8_peak + (1 - fp8_share) / (GEMM_SHARE * peak)
+    seconds_per_flop = (1 - fp8_share) / (GEMM_SHARE * peak)
+    if fp8_share:
+        seconds_per_flop += fp8_share / (FP8_GEMM_SHARES[config.train.fp8] * gpu.fp8_peak_tflops * 1e12)
     seconds = comparisons / ranks * (gemms * seconds_per_flop + attention / (ATTENTION_SHARE * peak))
     return seconds + comparisons * work.tokens * _bytes_moved(config, architecture, layout) / (
         gpu.memory_gb_s * 1e9 * MEMORY_SHARE

@@ -14,7 +14,7 @@ from megatron_polar import log
 from megatron_polar.data.references import mean_over_references
 from megatron_polar.errors import UserError
 from megatron_polar.manifest import HashedFile
-from megatron_polar.score.analysis import analyse, headline
+from megatron_polar.score.analysis import Analysis, analyse, headline
 from megatron_polar.score.more_references import items_with_references
 from megatron_polar.score.policy_pairs import policy_pairs_csv
 from megatron_polar.score.reference_counts import EachReward, check_counts, compare_reference_counts
@@ -52,10 +52,7 @@ def evaluate(
         raise UserError(f"suite {suite!r}: no items to evaluate; check --data and --limit")
     counts = check_counts(references)
     items = items_with_references(items, counts[-1], suite=suite)
-    start = time.monotonic()
-    each = _score_items(scorer, items, description=f"{suite}: scoring", items_per_request=items_per_request)
-    seconds = time.monotonic() - start
-    cut = outputs_cut(scorer)
+    each, cut, seconds = _score_and_time(scorer, items, suite=suite, items_per_request=items_per_request)
     swapped_items = [swap_labels(item) for item in items]
     swapped_each = _score_items(
         scorer, swapped_items, description=f"{suite}: label-swap check", items_per_request=items_per_request
@@ -64,12 +61,9 @@ def evaluate(
     _write_atomically(output / "rewards.jsonl", _reward_lines(items, rewards, each))
     statistics = compute_statistics(items, rewards, seed=seed)
     swapped = compute_statistics(swapped_items, swapped_rewards, seed=seed).micro
-    analysis = analyse(items, rewards, suite=suite, scheme=reference_scheme, seed=seed)
-    if analysis.policy_pairs is not None:
-        _write_atomically(output / "policy_pairs.csv", policy_pairs_csv(analysis.policy_pairs))
-    elif log.is_first_rank():  # of an earlier evaluation into this directory
-        (output / "policy_pairs.csv").unlink(missing_ok=True)
     figures = dataclasses.asdict(statistics)
+    analysis = analyse(items, rewards, suite=suite, scheme=reference_scheme, seed=seed)
+    _write_policy_pairs(analysis, output / "policy_pairs.csv")
     summary = {
         "suite": suite,
         "checkpoint": checkpoint,
@@ -80,10 +74,7 @@ def evaluate(
         "swapped_accuracy": swapped.accuracy,
         "swap_check": _swap_check(items, rewards, accuracy=statistics.micro, swapped=swapped),
         "swap_largest_reward_difference": _largest_difference(rewards, swapped_rewards),
-        "items_with_reference_among_candidates": sum(
-            not set(item.references).isdisjoint(item.candidates) for item in items
-        ),
-        "items_with_equal_candidates": sum(len(set(item.candidates)) < len(item.candidates) for item in items),
+        **_oddities(items),
         "outputs_cut": cut,
         "seconds": seconds,
         "items_per_second": len(items) / seconds if seconds > 0 else None,
@@ -94,11 +85,33 @@ def evaluate(
         summary["references"] = compare_reference_counts(items, each, counts=counts, seed=seed)
     _write_atomically(output / "summary.json", [json.dumps(summary, indent=2, ensure_ascii=False)])
     log.info(_one_line(summary, also=headline(analysis)))
+    _warn(summary)
+    return summary
+
+
+def _write_policy_pairs(analysis: Analysis, file: Path) -> None:
+    if analysis.policy_pairs is not None:
+        _write_atomically(file, policy_pairs_csv(analysis.policy_pairs))
+    elif log.is_first_rank():  # of an earlier evaluation into this directory
+        file.unlink(missing_ok=True)
+
+
+def _oddities(items: Sequence[EvaluationItem]) -> dict[str, int]:
+    """How many items compare what is hardly a comparison."""
+    return {
+        "items_with_reference_among_candidates": sum(
+            not set(item.references).isdisjoint(item.candidates) for item in items
+        ),
+        "items_with_equal_candidates": sum(len(set(item.candidates)) < len(item.candidates) for item in items),
+    }
+
+
+def _warn(summary: dict[str, Any]) -> None:
+    suite, cut = summary["suite"], summary["outputs_cut"]
     if cut:
         log.warn(f"{suite}: {cut} candidates were cut as in training; those that are the same then count as ties")
     if exit_status(summary):
         log.warn(f"{suite}: label-swap check {summary['swap_check']}")
-    return summary
 
 
 def exit_status(summary: dict[str, Any]) -> int:
@@ -111,6 +124,15 @@ def swap_labels(item: EvaluationItem) -> EvaluationItem:
     highest, lowest = max(item.levels), min(item.levels)
     levels = tuple(highest + lowest - level for level in reversed(item.levels))
     return dataclasses.replace(item, candidates=item.candidates[::-1], levels=levels, labels=item.labels[::-1])
+
+
+def _score_and_time(
+    scorer: Scorer, items: Sequence[EvaluationItem], *, suite: str, items_per_request: int
+) -> tuple[list[list[list[float]]], int, float]:
+    """What `_score_items` returns, how many candidates were cut for it, and its seconds."""
+    start = time.monotonic()
+    each = _score_items(scorer, items, description=f"{suite}: scoring", items_per_request=items_per_request)
+    return each, outputs_cut(scorer), time.monotonic() - start
 
 
 def _score_items(
