@@ -1,5 +1,6 @@
 """Runs that end before their time: by a signal, a Ctrl-C, their launcher's death, or another job in their directory."""
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import time
 
 import faults_training
 import orjson
+import psutil
 import pytest
 import torch
 from faults_training import shards
@@ -200,20 +202,19 @@ def test_a_second_job_in_the_same_directory_is_refused(tmp_path, trajectory_corp
 def test_a_job_that_lives_on_beside_its_successor_is_fenced(tmp_path, trajectory_corpus, monkeypatch):
     """As on a node that was cut off: it writes nothing more, and ends at its next save."""
     config = tiny_config(trajectory_corpus, tmp_path / "run", train__num_steps=4000, checkpoint__save_interval=20)
-    (first,) = faults_training.start_job(config)
+    (first,) = faults_training.start_job(config, fault="before_update:24=stop")
     lock, latest = tmp_path / "run" / "lock", tmp_path / "run" / "checkpoints" / "latest"
-    while not latest.exists():
+    while psutil.Process(first.pid).status() != psutil.STATUS_STOPPED:
         time.sleep(0.01)
-    os.kill(first.pid, signal.SIGSTOP)
     monkeypatch.setenv(TAKE_OVER, lock.read_text().strip())
     stop = int(latest.read_text().strip()[-8:]) + 3
     successor = change(config, train__num_steps=stop)
     assert run_ranks(train_with, 1, successor, "")[0] == (0, "")
-    kept = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    kept = files_of(tmp_path / "run")
     os.kill(first.pid, signal.SIGCONT)
     first.join(60)
     assert first.exitcode == FENCED
-    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == kept
+    assert files_of(tmp_path / "run") == kept
     # Whoever names another holder than the one who is there takes nothing over.
     holder = subprocess.Popen(["flock", str(lock), "sleep", "30"])
     time.sleep(0.3)
@@ -221,6 +222,12 @@ def test_a_job_that_lives_on_beside_its_successor_is_fenced(tmp_path, trajectory
     assert "a job is running in it" in training_refusal(successor)
     holder.kill()
     holder.wait()
+
+
+def files_of(directory) -> dict[str, str]:
+    """Name and SHA-256 of every file below."""
+    paths = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def test_a_file_system_without_locks_is_a_warning(tmp_path, trajectory_corpus, capfd):
