@@ -246,11 +246,11 @@ def difference(first: Sequence[Scored], second: Sequence[Scored]) -> dict:
 
 def zero_shot(study: Study) -> dict:
     """What the pre-trained main model says of sets that it was not fine-tuned on, over its seeds."""
-    folder = study.run / "inputs/finetune/alpaca_eval/reference/heldout.jsonl"
+    folder = study.run / "inputs/finetune"
     sets = {
         "rmb": ("rmb", study.data / "rmb/RMB_dataset", study.size.rmb_limit),
-        "gsm8k": ("gsm8k-all", study.data / "gsm8k/example_model_solutions.jsonl", None),
-        "alpaca_eval": ("preferences", folder, study.size.preference_limit),
+        "gsm8k": ("preferences", folder / "gsm8k/reference/all.jsonl", None),
+        "alpaca_eval": ("preferences", folder / "alpaca_eval/reference/heldout.jsonl", study.size.preference_limit),
     }
     figures = {}
     for what, (suite, data, limit) in sets.items():

@@ -22,6 +22,7 @@ from sizes import SIZES, Size
 from megatron_polar.data.lines import read_jsonl
 from megatron_polar.data.public import gsm8k_preferences, write_records
 from megatron_polar.errors import UserError
+from megatron_polar.policies.imitation import split_tokens
 
 NUM_UNSEEN_MODELS = 8
 HELD_OUT_ONE_IN = 6
@@ -45,6 +46,8 @@ EXACT = "exact"
 """The writer whose solutions are those published."""
 WRITERS = (EXACT, *SLIPS, *MIX_UPS)
 UNSEEN_WRITERS = ("two-more", "reverses", "mix-up-7", "mix-up-11")
+_ANNOTATION = re.compile(r"<<[^>]*>>")
+"""What GSM8K's calculator has left in solutions: <<48/2=24>>."""
 _WHOLE_NUMBER = re.compile(r"(?<![\d.,])\d+(?!\d|[.,]\d)")
 
 
@@ -167,6 +170,18 @@ def is_held_out(question: str) -> bool:
     return int(hashlib.sha256(question.encode()).hexdigest(), 16) % HELD_OUT_ONE_IN == 0
 
 
+def ending(solution: str, *, max_words: int) -> str:
+    """How a solution ends: its last whole lines of at most `max_words` words and marks, and its last line in any case.
+
+    The calculator's annotations are left out, and the result's line is "A: ...", as models write it.
+    """
+    lines = _ANNOTATION.sub("", solution).strip().replace("#### ", "A: ").split("\n")
+    first = len(lines) - 1
+    while first and len(split_tokens("\n".join(lines[first - 1 :]))) <= max_words:
+        first -= 1
+    return "\n".join(lines[first:])
+
+
 def slip(text: str, *, question: str, writer: str) -> str:
     """The solution as `writer` has it: the same words, but whole numbers that the problem does not state are wrong."""
     stated = set(re.findall(r"\d+", question))
@@ -187,6 +202,7 @@ def solutions(problems: Sequence[dict], *, writer: str) -> list[str]:
 def write_gsm8k(data: Path, output: Path, *, size: Size) -> dict[str, int]:
     """Answers of every writer, the prompts of both sides, and two pools; returns how many prompts there are."""
     rows = [json.loads(line) for _, line in read_jsonl(data / "gsm8k" / "train.jsonl")]
+    rows = [row | {"answer": ending(row["answer"], max_words=size.gsm8k_max_words)} for row in rows]
     fitting = [row for row in rows if len(row["question"].split()) <= size.gsm8k_prompt_words]
     heldout = [row for row in fitting if is_held_out(row["question"])][: size.gsm8k_heldout_prompts]
     train = [row for row in fitting if not is_held_out(row["question"])][: size.gsm8k_prompts]
@@ -223,10 +239,18 @@ def fold_of(question: str, *, num_folds: int) -> int:
 
 
 def write_finetuning(data: Path, output: Path, *, size: Size) -> None:
-    """Preferences for every fold of GSM8K's graded solutions and for AlpacaEval, with and without references."""
+    """Preferences for every fold of GSM8K's graded solutions and for AlpacaEval, with and without references.
+
+    Of solutions there is the ending, as of the trajectories: pairs whose endings are the same are left out.
+    """
     skipped: Counter[str] = Counter()
     solutions = data / "gsm8k" / "example_model_solutions.jsonl"
-    pairs = list(gsm8k_preferences(solutions, pairs_per_problem=size.gsm8k_pairs, skipped=skipped))
+    pairs = [
+        pair | {name: ending(pair[name], max_words=size.gsm8k_max_words) for name in ("reference", "chosen", "rejected")}
+        for pair in gsm8k_preferences(solutions, pairs_per_problem=size.gsm8k_pairs, skipped=skipped)
+    ]
+    pairs = [pair for pair in pairs if pair["chosen"] != pair["rejected"]]
+    write_both(pairs, output / "finetune" / "gsm8k", "all")
     folds = [fold_of(pair["prompt"], num_folds=size.gsm8k_folds) for pair in pairs]
     for fold in range(size.gsm8k_folds):
         for name, is_wanted in (("train", fold.__ne__), ("heldout", fold.__eq__)):

@@ -185,8 +185,8 @@ class Study:
             words += ("--hidden-size", str(shape.hidden_size), "--num-layers", str(shape.num_layers))
             words += ("--ffn-hidden-size", str(shape.ffn_hidden_size), "--num-heads", str(shape.num_heads))
             words += ("--num-query-groups", str(shape.num_query_groups), "--num-tokens", str(size.base_tokens))
-            words += ("--context", str(size.base_context), "--lr", f"{size.base_lr_factor * shape.lr:.2e}")
-            words += ("--device", size.device)
+            words += ("--context", str(size.base_context), "--batch", str(size.base_batch))
+            words += ("--lr", f"{size.base_lr:.2e}", "--device", size.device)
             seconds = self._seconds(shape, size.base_tokens, head=True)
             yield Job("base", f"base-{name}", words, output, ("base-text", "tokenizer"), seconds=seconds)
             words = (PROGRAM, "convert", "from-hf", "--model", str(output), "--output", str(run / "start" / name))
@@ -269,7 +269,7 @@ class Study:
         for seed in _seeds(size.base_seeds[size.main_shape]):  # what pre-training alone knows
             name, zero_shot = self.pretrained(seed), folder / "alpaca_eval/reference/heldout.jsonl"
             sets = {"rmb": ("rmb", self.data / "rmb/RMB_dataset", size.rmb_limit)}
-            sets["gsm8k"] = ("gsm8k-all", self.data / "gsm8k/example_model_solutions.jsonl", None)
+            sets["gsm8k"] = ("preferences", folder / "gsm8k/reference/all.jsonl", None)
             sets["alpaca_eval"] = ("preferences", zero_shot, size.preference_limit)
             for what, (suite, data, limit) in sets.items():
                 job = self._evaluate(
