@@ -149,10 +149,11 @@ class Remote:
 
     def __init__(self, port: int):
         self.url = f"http://127.0.0.1:{port}"
+        self._http = httpx.Client(base_url=self.url, trust_env=False, timeout=60)
 
     def record(self) -> dict:
         """under_way; failed: how many of each kind; requests: key -> attempts, given, withheld."""
-        return httpx.get(f"{self.url}/record", trust_env=False, timeout=60).json()
+        return self._http.get("/record").json()
 
 
 @contextlib.contextmanager

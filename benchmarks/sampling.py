@@ -14,6 +14,7 @@ import asyncio
 import os
 import platform
 import signal
+import ssl
 import statistics
 import sys
 import tempfile
@@ -45,7 +46,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of both, in turn; 0: no comparison")
     parser.add_argument("--server", choices=("made-up", "transformers"), default="made-up")
     parser.add_argument("--tokens", type=int, default=12, help="of an answer at most (transformers)")
-    parser.add_argument("--steps", type=int, default=150, help="of each policy's training (transformers)")
+    parser.add_argument("--steps", type=int, default=60, help="of each policy's training (transformers)")
+    parser.add_argument("--policies", type=Path, help="where they are, or are to be kept; none: trained and deleted")
     parser.add_argument("--seed", type=int, default=1, help="of the failures (transformers)")
     options = parser.parse_args()
     if options.server == "transformers":
@@ -183,7 +185,8 @@ def compare(pool: Path, server: chat_server.Remote, scratch: Path, options: argp
 
 async def plain_loop(url: str, options: argparse.Namespace, *, clients: int) -> None:
     """What one would write in ten lines: so many workers, httpx, all answers in a list; it keeps and checks nothing."""
-    pool = [httpx.AsyncClient(timeout=20, limits=httpx.Limits(max_connections=None)) for _ in range(clients)]
+    limits, encryption = httpx.Limits(max_connections=None), ssl.create_default_context()  # 20 ms, so once for all
+    pool = [httpx.AsyncClient(timeout=20, limits=limits, verify=encryption) for _ in range(clients)]
     numbers, texts = iter(range(options.compared)), []
 
     async def work(http: httpx.AsyncClient) -> None:

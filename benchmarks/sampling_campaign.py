@@ -11,6 +11,7 @@ import resource
 import signal
 import ssl
 import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -83,8 +84,8 @@ class Campaign:
 def run(scratch: Path, models: tuple[str, ...], options: argparse.Namespace, *, machine: str) -> bool:
     """Train, serve, and print both tables; False where a request was lost, doubled or answered by nobody."""
     begun = time.monotonic()
-    policies = train_policies(scratch / "policies", models, steps=options.steps)
-    print(f"{len(models)} policies, {options.steps} steps each, {time.monotonic() - begun:.0f} s\n", flush=True)
+    policies = train_policies(options.policies or scratch / "policies", models, steps=options.steps)
+    print(f"{len(models)} policies, trained or found in {time.monotonic() - begun:.0f} s\n", flush=True)
     is_right = True
     with serving(policies) as (url, process):
         if options.requests:
@@ -256,6 +257,7 @@ def compare(scratch: Path, url: str, process: int, models: tuple[str, ...], opti
             speed = timed(run_it, requests=requests, server=psutil.Process(process))
             if number >= 0:
                 speeds.setdefault(name, []).append(speed)
+                print(f"round {number + 1}: {name}: {speed.rate:.1f} requests/s", file=sys.stderr, flush=True)
     return speeds
 
 

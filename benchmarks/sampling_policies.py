@@ -15,6 +15,7 @@ import httpx
 ROOT = Path(__file__).resolve().parents[1]
 STUDY = ROOT / "examples" / "study"
 _START_SECONDS = 120.0
+_LAST_FILE = "trained"
 _LEAST_TOKENS = 4  # of an answer: one that is empty is refused by `sample`, rightly, and would be none lost
 _PROMPT_WORDS, _ANSWER_WORDS = 4, 24
 
@@ -22,14 +23,17 @@ _PROMPT_WORDS, _ANSWER_WORDS = 4, 24
 def train_policies(directory: Path, names: tuple[str, ...], *, steps: int) -> dict[str, Path]:
     """Fit one Llama a name on its own share of Python's language reference: Hugging Face directories.
 
-    In a process of its own: whoever measures the sampler's processor time has no torch in its memory.
+    Those that are there are taken as they are. In a process of its own: whoever measures the sampler's processor time
+    has no torch in its memory.
     """
-    process = multiprocessing.get_context("spawn").Process(target=_train, args=(directory, names, steps))
-    process.start()
-    process.join()
-    if process.exitcode:
-        sys.exit("error: the policies could not be trained; the message is above")
-    return {name: directory / name for name in names}
+    wanted = {name: directory / name for name in names}
+    if not all((path / _LAST_FILE).exists() for path in wanted.values()):
+        process = multiprocessing.get_context("spawn").Process(target=_train, args=(directory, names, steps))
+        process.start()
+        process.join()
+        if process.exitcode:
+            sys.exit("error: the policies could not be trained; the message is above")
+    return wanted
 
 
 def _train(directory: Path, names: tuple[str, ...], steps: int) -> None:
@@ -58,6 +62,7 @@ def _train(directory: Path, names: tuple[str, ...], steps: int) -> None:
         rules = GenerationConfig.from_pretrained(directory / name)
         rules.min_new_tokens = _LEAST_TOKENS
         rules.save_pretrained(directory / name)
+        (directory / name / _LAST_FILE).touch()
 
 
 @contextlib.contextmanager
