@@ -257,7 +257,8 @@ def compare(scratch: Path, url: str, process: int, models: tuple[str, ...], opti
             speed = timed(run_it, requests=requests, server=psutil.Process(process))
             if number >= 0:
                 speeds.setdefault(name, []).append(speed)
-                print(f"round {number + 1}: {name}: {speed.rate:.1f} requests/s", file=sys.stderr, flush=True)
+                spent = f"CPU {speed.client:.2f} s, of the server {speed.server:.2f} s"
+                print(f"round {number + 1}: {name}: {speed.rate:.1f} requests/s, {spent}", file=sys.stderr, flush=True)
     return speeds
 
 
