@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STUDY = ROOT / "examples" / "study"
 _START_SECONDS = 120.0
 _LAST_FILE = "trained"
-_LEAST_TOKENS = 4  # of an answer: one that is empty is refused by `sample`, rightly, and would be none lost
+_LEAST_TOKENS = 4  # of an answer: `sample` refuses empty ones, and those with a NUL; that would look like one lost
 _PROMPT_WORDS, _ANSWER_WORDS = 4, 24
 
 
@@ -40,7 +40,7 @@ def _train(directory: Path, names: tuple[str, ...], steps: int) -> None:
     sys.path.insert(0, str(STUDY))
     import rft_policies as policies
     import torch
-    from transformers import GenerationConfig
+    from transformers import AutoTokenizer, GenerationConfig
 
     from megatron_polar.policies.ngram import join_words, read_documents
 
@@ -61,6 +61,7 @@ def _train(directory: Path, names: tuple[str, ...], steps: int) -> None:
         policies.fit(start, pairs, how, seed=number, device="cpu", outputs={directory / name: steps})
         rules = GenerationConfig.from_pretrained(directory / name)
         rules.min_new_tokens = _LEAST_TOKENS
+        rules.suppress_tokens = AutoTokenizer.from_pretrained(tokenizer)("\0")["input_ids"]
         rules.save_pretrained(directory / name)
         (directory / name / _LAST_FILE).touch()
 
