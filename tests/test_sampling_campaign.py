@@ -226,7 +226,7 @@ def test_a_small_campaign_against_models_of_transformers(tmp_path):
     """Training, the real server, failures, a kill and both tables."""
     options = "--server transformers --requests 200 --failures 0.2 --kills 1 --concurrency 8 --tokens 6 --steps 20"
     command = [sys.executable, ROOT / "benchmarks/sampling.py", *options.split(), "--compared", "50", "--rounds", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
     (row,) = [row for row in rows if row[0] == "200"]
