@@ -5,16 +5,17 @@ started again. Every request must end in exactly one trajectory, and none that w
 sent again; requests that were under way then are the only ones that a server may see answered twice. Then throughput:
 a straight run beside a plain asyncio loop over httpx of the same concurrency, which keeps nothing, both against a
 server that takes `--delay` for an answer. The time of `sample` is that of its whole call.
+
+`--server transformers` asks language models instead of a server that makes its texts up: sampling_campaign.py.
 """
 
 import argparse
 import asyncio
-import json
 import os
 import platform
 import signal
+import ssl
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,14 +24,13 @@ from pathlib import Path
 
 import httpx
 import orjson
+from sampler import PER_PROMPT, ROOT, journal_lines, start
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-import chat_server  # noqa: E402
+import chat_server
 
 MODELS = ("model-a", "model-b", "model-c", "model-d")
-PER_PROMPT = 5  # two of the anchor, one each of three others
 KINDS = [500, 503, 429, "hang_up", "half", "not_json", "no_choices"]
 
 
@@ -44,18 +44,37 @@ def main() -> None:
     parser.add_argument("--delay", type=float, default=0.1, help="seconds that the server takes for an answer")
     parser.add_argument("--compared", type=int, default=5000, help="requests of each run for throughput")
     parser.add_argument("--rounds", type=int, default=3, help="of both, in turn; 0: no comparison")
+    parser.add_argument("--server", choices=("made-up", "transformers"), default="made-up")
+    parser.add_argument("--tokens", type=int, default=12, help="of an answer at most (transformers)")
+    parser.add_argument("--steps", type=int, default=60, help="of each policy's training (transformers)")
+    parser.add_argument("--policies", type=Path, help="where they are, or are to be kept; none: trained and deleted")
+    parser.add_argument("--seed", type=int, default=1, help="of the failures (transformers)")
     options = parser.parse_args()
+    if options.server == "transformers":
+        sys.exit(run_transformers(options))
     with tempfile.TemporaryDirectory() as scratch, chat_server.running(*MODELS) as server:
         pool = write_pool(Path(scratch), server.url, options.concurrency)
         campaign = run_campaign(pool, server, Path(scratch) / "campaign", options) if options.requests else None
         speeds = compare(pool, server, Path(scratch), options) if options.rounds else None
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
     if campaign:
-        print_campaign(campaign, options, machine=machine)
+        print_campaign(campaign, options, machine=describe_machine())
     if speeds:
-        print_speeds(speeds, options, machine=machine)
+        print_speeds(speeds, options, machine=describe_machine())
     if campaign and (campaign["lost"] or campaign["doubled"] or campaign["finished again"]):
         sys.exit(1)
+
+
+def run_transformers(options: argparse.Namespace) -> int:
+    """The same against models; returns the exit status."""
+    import sampling_campaign
+
+    with tempfile.TemporaryDirectory() as scratch:
+        return int(not sampling_campaign.run(Path(scratch), MODELS, options, machine=describe_machine()))
+
+
+def describe_machine() -> str:
+    """What the figures belong to."""
+    return f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
 
 
 def print_campaign(campaign: dict, options: argparse.Namespace, *, machine: str) -> None:
@@ -97,46 +116,32 @@ def write_pool(directory: Path, url: str, concurrency: int) -> Path:
     return path
 
 
-def start(pool: Path, output: Path, requests: int) -> subprocess.Popen:
-    """`megatron-polar sample` in a process of its own."""
-    command = [sys.executable, "-m", "megatron_polar", "sample", "--pool", str(pool), "--output", str(output)]
-    command += ["--num-prompts", str(requests // PER_PROMPT)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-
-
-def journaled(output: Path) -> set[tuple]:
-    """(shard, row, policy, draw) of every request that a journal has."""
-    found = set()
-    for path in sorted((output / ".work").glob("answers-*.ndjson")):
-        for line in path.read_bytes().splitlines(keepends=True):
-            if line.endswith(b"\n"):
-                entry = orjson.loads(line)
-                found.add((path.name, entry["row"], entry["policy"], entry["draw"]))
-    return found
+def journaled(output: Path) -> list[tuple]:
+    """(shard, row, policy, draw) of every line that a journal has."""
+    return [(line["shard"], line["row"], line["policy"], line["draw"]) for line in journal_lines(output)]
 
 
 def run_campaign(pool: Path, server: chat_server.Remote, output: Path, options: argparse.Namespace) -> dict:
     """Sample with failures and kills, then count what the server answered and what the output holds."""
     server.forget()
     server.behave(fail=options.failures, kinds=KINDS, delay=options.delay, retry_after="0.02")
-    again, begun = 0, time.monotonic()
+    again, begun, prompts = 0, time.monotonic(), ("--num-prompts", str(options.requests // PER_PROMPT))
     for number in range(options.kills):
-        process, wanted = start(pool, output, options.requests), options.requests * (number + 1) // (options.kills + 1)
-        while len(journaled(output)) < wanted:
+        process, wanted = start(pool, output, *prompts), options.requests * (number + 1) // (options.kills + 1)
+        while len(set(journaled(output))) < wanted:
             assert process.poll() is None, "the sampler ended before it was killed"
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
         process.wait()
         time.sleep(2 * options.delay + 0.2)  # what was under way is answered into nowhere
-        answered, kept = server.counts()["answered"], len(journaled(output))
+        answered, kept = server.counts()["answered"], len(set(journaled(output)))
         again = sum(answered.values()) - kept
-    if start(pool, output, options.requests).wait():
+    if start(pool, output, *prompts).wait():
         sys.exit("the last run failed")
     counts = server.counts()
     repeated = sum(count - 1 for count in counts["answered"].values())  # all of it was under way at a kill, or was not
     lines = [orjson.loads(line) for path in sorted(output.glob("*.jsonl")) for line in path.read_bytes().splitlines()]
-    places = Counter(journal_places(output))
+    places = Counter(journaled(output))
     texts = sum(len(line["trajectories"]) for line in lines)
     return {
         "requests": options.requests,
@@ -149,13 +154,6 @@ def run_campaign(pool: Path, server: chat_server.Remote, output: Path, options: 
         "finished again": repeated - again,
         "seconds": time.monotonic() - begun,
     }
-
-
-def journal_places(output: Path) -> list[tuple]:
-    """As `journaled`, with repetitions."""
-    paths = sorted((output / ".work").glob("answers-*.ndjson"))
-    entries = [(path.name, json.loads(line)) for path in paths for line in path.read_bytes().splitlines()]
-    return [(name, entry["row"], entry["policy"], entry["draw"]) for name, entry in entries]
 
 
 # --- throughput ------------------------------------------------------------------------------------------------------
@@ -187,7 +185,8 @@ def compare(pool: Path, server: chat_server.Remote, scratch: Path, options: argp
 
 async def plain_loop(url: str, options: argparse.Namespace, *, clients: int) -> None:
     """What one would write in ten lines: so many workers, httpx, all answers in a list; it keeps and checks nothing."""
-    pool = [httpx.AsyncClient(timeout=20, limits=httpx.Limits(max_connections=None)) for _ in range(clients)]
+    limits, encryption = httpx.Limits(max_connections=None), ssl.create_default_context()  # 20 ms, so once for all
+    pool = [httpx.AsyncClient(timeout=20, limits=limits, verify=encryption) for _ in range(clients)]
     numbers, texts = iter(range(options.compared)), []
 
     async def work(http: httpx.AsyncClient) -> None:

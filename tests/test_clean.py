@@ -3,7 +3,9 @@
 import random
 
 import pytest
+from datasketch import MinHash
 
+from megatron_polar.policies import clean
 from megatron_polar.policies.clean import Cleaning, Draft, clean_text, find_duplicates, trim_ending, truncate_loop
 
 LIMITS = {"repeats": 4, "characters": 100}
@@ -111,6 +113,15 @@ def test_the_estimate_is_near_the_true_similarity():
         drafts = [Draft("a", " ".join(one)), Draft("b", " ".join(other))]
         assert find_duplicates(drafts, Cleaning(near_duplicates=max(0.01, true - 0.18)))
         assert not find_duplicates(drafts, Cleaning(near_duplicates=true + 0.18))
+
+
+def test_sketches_are_those_of_a_fresh_minhash():
+    """They are copies of an empty one, which must stay empty."""
+    for text in ("one two three four", "four five six", "one two three four"):
+        fresh = MinHash(num_perm=128, seed=1)
+        split = text.split()
+        fresh.update_batch([" ".join(split[i : i + 3]).encode() for i in range(len(split) - 2)])
+        assert clean._sketch(split).digest().tolist() == fresh.digest().tolist()
 
 
 def test_short_answers_are_compared_as_they_stand():

@@ -178,6 +178,7 @@ client = RewardClient("http://127.0.0.1:9", engine="megatron-polar", retries=0)
 try:
     client.score([RewardItem("p", "r", "a")])
 except RewardError:
+    sys.modules.pop("sniffio", None)  # as where it is not installed: httpcore asks the finders again and again
     sys.meta_path.insert(0, Slow)
     leaving = True
 """

@@ -7,6 +7,7 @@ told from one that does not; incomplete endings are truncated. It names no metho
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, NamedTuple
 
 _LONGEST_UNIT = 1000  # characters of what a loop repeats
@@ -132,12 +133,18 @@ def warm_up(cleaning: Cleaning) -> None:
         _sketch(["word"])
 
 
-def _sketch(words: Sequence[str]):
+@cache
+def _empty_sketch():
+    """Copied for every text: drawing its permutations again would take longer than all else of a short one."""
     from datasketch import MinHash
 
+    return MinHash(num_perm=_PERMUTATIONS, seed=1)
+
+
+def _sketch(words: Sequence[str]):
     lowered = [word.lower() for word in words]
     width = min(_SHINGLE_WORDS, len(lowered))
     shingles = {" ".join(lowered[start : start + width]) for start in range(len(lowered) - width + 1)}
-    sketch = MinHash(num_perm=_PERMUTATIONS, seed=1)
+    sketch = _empty_sketch().copy()
     sketch.update_batch([shingle.encode("utf-8", errors="surrogatepass") for shingle in sorted(shingles)])
     return sketch
