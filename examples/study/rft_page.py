@@ -19,6 +19,8 @@ POLICIES = {
     "grpo-rule": "GRPO, the rule itself as reward",
     "sft": "SFT on the same prompts and references",
 }
+KNOWS = 0.95
+"""Share of right answers from which on a base model knows its sums, so that habits are what remains to be learnt."""
 BEST, RULE = "grpo-finetuned-pretrained", "grpo-rule"
 CLAIMS = {
     (RULE, "before"): "GRPO works here at all: the rule itself as reward improves the policy",
@@ -64,14 +66,13 @@ def _task(found: dict) -> Iterator[str]:
     exact, habits = found["shared"]["fit_policies"]["exact"], settings["mixture"]
     told = ", ".join(f"`{habit}` {share:.2f}" for habit, share in habits.items())
     yield _paragraph(f"""The task is arithmetic in words: a number of 10 to {settings["largest"]} and two changes of 2
-        to 9. The base model ({found["shared"]["fit_base"]["parameters"]:,} parameters) knows its sums: a fit of it on
-        right answers has {exact["greedy"]:.3f} of {exact["problems"]} held-out problems, greedy. The policy to be
-        improved is a fit on a mixture of habits, drawn anew for every answer ({told}), so it can do the sums
-        and is mostly wrong. TRL's GRPO ({grpo["steps"]} steps of {grpo["batch"]} answers, {grpo["generations"]} to a
-        problem, no KL term) is to lead it to the right habit, on rewards of `megatron-polar serve`, or of the rule
-        behind the same address. References are right answers to {counts["rft"]} problems. SFT takes the same prompts
-        and references, with as many steps and sequences a step. A rule judges: the last number of an answer to a
-        problem that nobody was trained on.""")
+        to 9. How well the base model ({found["shared"]["fit_base"]["parameters"]:,} parameters) knows its sums: a fit
+        of it on right answers has {exact["greedy"]:.3f} of {exact["problems"]} held-out problems, greedy. The policy to
+        be improved is a fit of it on a mixture of habits, drawn anew for every answer ({told}). TRL's GRPO
+        ({grpo["steps"]} steps of {grpo["batch"]} answers, {grpo["generations"]} to a problem, no KL term) is to lead it
+        to the right habit, on rewards of `megatron-polar serve`, or of the rule behind the same address. References are
+        right answers to {counts["rft"]} problems. SFT takes the same prompts and references, with as many steps and
+        sequences a step. A rule judges: the last number of an answer to a problem that nobody was trained on.""")
     yield _paragraph(f"""Reward models have the policy's shape. All begin as one base language model. Pre-training is on
         {sampled["train"]["trajectories"]:,} trajectories of {len(sampled["policies"])} policies, each with a habit;
         the mixture has habits that are not among theirs ({_names(found)}). Fine-tuning is on some {labels["rankings"]}
@@ -160,6 +161,10 @@ def _shortcomings(found: dict) -> Iterator[str]:
 
 def shortcomings(found: dict) -> Iterator[str]:
     """A sentence with its figures for everything that one would expect of POLAR and that does not clearly hold."""
+    exact = found["shared"]["fit_policies"]["exact"]
+    if exact["greedy"] < KNOWS:
+        yield f"""The base model does not know its sums well: a fit of it on right answers has {exact["greedy"]:.3f} of
+            {exact["problems"]} held-out problems, and {KNOWS} was aimed at."""
     if len(found["accuracy"]["before"]["greedy"]["runs"]) == 1:
         yield "There is one run only, so no difference above has an interval."
     for one, other in (*CLAIMS, ("sft", "before")):
@@ -189,6 +194,11 @@ def shortcomings(found: dict) -> Iterator[str]:
 def _origin(found: dict) -> Iterator[str]:
     hashes = ", ".join(f"{name} `{digest[:16]}…`" for name, digest in found["sha256"].items())
     yield _paragraph(f"SHA-256 (whole ones in the JSON file): {hashes}. Command: `{found['command']}`.")
+    machine, versions = found["machine"], ", ".join(f"{name} {text}" for name, text in found["versions"].items())
+    spent = ", ".join(f"{n} {s / 60:.1f}" for n, s in found["cpu_seconds"].items() if n != "all" and s >= 30)
+    yield _paragraph(f"""Ran on {machine["processor"]} ({machine["device"]}), one thread a process:
+        {found["cpu_seconds"]["all"] / 60:.0f} minutes of processor time, of these by stage, all runs: {spent or "-"}.
+        Versions: {versions}.""")
 
 
 def draw_rewards(found: dict, path: Path) -> None:
