@@ -116,14 +116,18 @@ def run_stages_of(directory: Path, size: Size, seed: int, index: int) -> dict:
     def stage(function, *more, name: str = "") -> dict:
         return run_stage(directory, name or function.__name__, function, size, seed, index, *more)
 
-    found = {"warm_up": stage(training.warm_up), "draw_labels": stage(rewards.draw_labels)}
+    def improved(model: str) -> dict:
+        return {f"grpo-{model}": stage(training.improve, model, name=f"grpo-{model}")}
+
+    # The rule first: where GRPO gains nothing with a perfect reward, there is no need to wait for the reward models.
+    found = {"warm_up": stage(training.warm_up), **improved(training.RULE), "draw_labels": stage(rewards.draw_labels)}
     found["pretrain"] = stage(rewards.pretrain)
     for start in ("pretrained", "base"):
         found[f"finetune-{start}"] = stage(rewards.finetune, start, name=f"finetune-{start}")
     found["reward_models"] = stage(rewards.evaluate_rewards, list(REWARD_MODELS))
     found["sft"] = stage(training.tune_on_references)
-    for model in REWARDS:
-        found[f"grpo-{model}"] = stage(training.improve, model, name=f"grpo-{model}")
+    for model in REWARD_MODELS:
+        found |= improved(model)
     found["judged"] = {policy: stage(training.judge, policy, name=f"judge-{policy}") for policy in POLICIES}
     return found
 
