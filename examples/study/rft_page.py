@@ -117,7 +117,7 @@ def _accuracies(found: dict) -> Iterator[str]:
         of its own; the base model and the pool are shared. Brackets are 95 % intervals of the mean over runs (Student's
         t).""")
     lines = [
-        "| policy | greedy | each run | sampled (temperature 1) | of these with right steps | characters |",
+        "| policy | greedy | each run | sampled (temperature 1) | right steps, sampled | characters |",
         "|---|---|---|---|---|---|",
     ]
     for policy, words in POLICIES.items():
