@@ -14,7 +14,7 @@ help:
 	@echo "make test         everything that CI runs"
 	@echo "make test-serving a real vLLM (CPU, in a venv of its own, 3.4 GB) serves the exports, and rewards are compared"
 	@echo "make study DATA=DIR   the method's claims in small, on public data (docs/study.md): an hour of processor time"
-	@echo "make study-rft    GRPO on rewards of three reward models, and SFT, in small (docs/rft.md): three runs of 9 minutes of processor time each"
+	@echo "make study-rft    GRPO on rewards of three reward models, of the rule itself, and SFT, in small: a part of make study's next report"
 	@echo "make faults       kills, corruptions, full disks, hung ranks: all campaigns of docs/reliability.md (20 to 30 minutes)"
 	@echo "make benchmarks   the tables of benchmarks/"
 	@echo "make gpu-hour     on a Hopper GPU: parity, throughput, FP8 twins, layouts, into gpu_hour/ (docs/performance.md)"
@@ -30,7 +30,7 @@ study: $(VENV)/.ready
 	$(RUN) examples/study/run.py --data "$(DATA)" --size $(or $(SIZE),cpu)
 
 study-rft: $(VENV)/.ready-dev
-	$(RUN) examples/study/rft.py --size $(or $(SIZE),cpu) --output runs/rft/$(or $(SIZE),cpu) $(if $(filter gpu smoke,$(SIZE)),,--docs docs)
+	$(RUN) examples/study/rft.py --size $(or $(SIZE),cpu)
 
 faults: $(VENV)/.ready-dev
 	$(RUN) tests/run_faults.py

@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 
 from megatron_polar.errors import UserError
+from megatron_polar.serve.client import RewardClient, RewardItem
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "study"))
 
 import rft
 import rft_policies as policies
 import rft_rewards as rewards
-from rft_page import shortcomings
+from jobs import refuse_foreign
+from rft_page import shortcomings, verdicts, write_section
 from rft_problems import (
     HABITS,
     OPENERS,
@@ -30,8 +32,9 @@ from rft_problems import (
     right_steps,
     worked_answer,
 )
+from rft_rule import rule_reward, serve_rule
 from rft_sizes import SIZES, draw_parts
-from rft_stages import concurrently, end_with_children, in_fork, run_stage
+from rft_stages import concurrently, end_with_children, in_fork, run_stage, running
 
 CARRY = Problem((27, 15, 4), (1, -1), "Tom", 0)  # 27 + 15 - 4 = 38
 
@@ -46,6 +49,8 @@ CARRY = Problem((27, 15, 4), (1, -1), "Tom", 0)  # 27 + 15 - 4 = 38
         ("one_more", 39),
         ("one_less", 37),
         ("two_more", 40),
+        ("three_more", 41),
+        ("four_less", 34),
         ("five_more", 43),
         ("ten_more", 48),
         ("no_carry", 28),  # 27 + 15 without the carry: 32
@@ -62,7 +67,42 @@ def test_a_habit_is_a_function_of_the_problem(habit, number):
 
 
 def test_every_habit_is_tried_above():
-    assert len(HABITS) == 9
+    assert len(HABITS) == 11
+
+
+def test_a_mixture_draws_a_habit_for_every_answer():
+    problems = draw_problems(1000, seed=5, largest=99)
+    pairs = rewards.answer_pairs(problems, habits={"exact": 0.3, "two_more": 0.5, "five_more": 0.2}, seed=1)
+    off = [final_number(answer) - problem.result for problem, (_, answer) in zip(problems, pairs, strict=True)]
+    for number, share in ((0, 0.3), (2, 0.5), (5, 0.2)):
+        assert abs(off.count(number) / 1000 - share) < 4 * (share * (1 - share) / 1000) ** 0.5, "four standard errors"
+    assert set(off) == {0, 2, 5}
+    assert [prompt for prompt, _ in pairs] == [problem.prompt + "\n" for problem in problems]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_policy_has_the_right_habit_and_a_wrong_one_that_is_more_frequent_or_as_frequent(size):
+    mixture, pool = SIZES[size].mixture, SIZES[size].habits
+    assert sum(mixture.values()) == pytest.approx(1) and set(mixture) <= set(HABITS)
+    assert 0 < mixture["exact"] <= max(share for habit, share in mixture.items() if habit != "exact")
+    assert set(mixture) - set(pool) and not set(pool) & set(SIZES[size].unseen_habits)
+
+
+# --- the rule as reward ----------------------------------------------------------------------------------------------
+
+
+def test_the_rule_is_served_as_a_reward_model_is():
+    items = [
+        RewardItem("How many?\n", "27 + 15 = 42, 42 - 4 = 38. So 38.", output)
+        for output in ("So 38.", "So 39.", "", "So 38, or 3.")
+    ]
+    items.append(RewardItem("Another?\n", "So 5.", "So 5."))
+    with running("/ready", serve_rule) as address, RewardClient(address, engine="megatron-polar") as client:
+        assert client.score(items) == [1, 0, 0, 0, 1]
+
+
+def test_an_answer_and_its_reference_without_numbers_are_no_match():
+    assert rule_reward("none", "none") == 0
 
 
 def test_a_worked_answer_has_two_steps_and_a_result():
@@ -129,7 +169,7 @@ def test_answers_are_ranked_by_result_and_then_by_steps():
 def model(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("rft")
     problems = draw_problems(60, seed=0, largest=30)
-    pairs = rewards.answer_pairs(problems, habit="exact", seed=0)
+    pairs = rewards.answer_pairs(problems, habits=rewards.EXACT, seed=0)
     tokenizer = policies.train_tokenizer([a + b for a, b in pairs], directory / "tokenizer")
     start = policies.new_model(tokenizer, policies.Shape(16, 1, 2), seed=0, output=directory / "random")
     how = policies.Fit(steps=20, batch=8, lr=1e-2)
@@ -157,6 +197,32 @@ def test_only_answers_are_learnt_unless_told_otherwise(model):
     _, everything = policies.encode_pairs(pairs, tokenizer, on_prompts=True)
     assert tokenizer.decode(everything[0][everything[0] != -100]) == "Tom has 3.\n3." + tokenizer.eos_token
     assert (everything[ids == tokenizer.pad_token_id] == -100).all()
+
+
+def test_muon_takes_the_matrices_of_the_layers_and_adamw_the_rest(model):
+    import torch
+
+    network, _ = policies.load(model, device="cpu")
+    (adamw, slow), (muon, fast) = policies.optimizers_of(network, policies.Fit(1, 1, lr=1e-3, muon_lr=1e-2))
+    assert type(adamw) is torch.optim.AdamW and type(muon) is torch.optim.Muon and (slow, fast) == (1e-3, 1e-2)
+    names = {id(p): name for name, p in network.named_parameters()}
+    theirs = [{names[id(p)] for group in o.param_groups for p in group["params"]} for o in (adamw, muon)]
+    assert theirs[1] == {name for name in names.values() if "_proj" in name} and len(theirs[1]) == 7
+    assert theirs[0] | theirs[1] == set(names.values()) and not theirs[0] & theirs[1]
+    ((alone, _),) = policies.optimizers_of(network, policies.Fit(1, 1, lr=1e-3))
+    assert sum(len(group["params"]) for group in alone.param_groups) == len(names)
+
+
+def test_each_optimizer_has_its_own_rate(model, tmp_path):
+    """With a rate of 0 for AdamW only the matrices move."""
+    from safetensors.torch import load_file
+
+    pairs = rewards.answer_pairs(draw_problems(8, seed=0, largest=30), habits=rewards.EXACT, seed=0)
+    how = policies.Fit(steps=2, batch=8, lr=0.0, muon_lr=2e-2)
+    policies.fit(model, pairs, how, seed=0, device="cpu", outputs={tmp_path / "after": 2})
+    before, after = (load_file(directory / "model.safetensors") for directory in (model, tmp_path / "after"))
+    moved = {name for name in before if not before[name].equal(after[name])}
+    assert moved == {name for name in before if "_proj" in name}
 
 
 def test_greedy_answers_are_transformers_own(model):
@@ -287,20 +353,20 @@ def test_a_small_run_from_nothing_to_the_table(tmp_path, capfd):
     for policy in list(rft.POLICIES)[1:]:
         assert (tmp_path / "run-0" / policy / "model.safetensors").read_bytes() != before
     steps = SIZES["smoke"].grpo.steps
-    assert all(len(found["runs"][0][f"grpo-{model}"]["rewards"]) == steps for model in rft.REWARD_MODELS)
+    assert all(len(found["runs"][0][f"grpo-{model}"]["rewards"]) == steps for model in rft.REWARDS)
     capfd.readouterr()
     again = rft.run(tmp_path, size="smoke", seed=0)
     assert again["accuracy"] == found["accuracy"] and "grpo" not in capfd.readouterr().out, "nothing is done twice"
     with pytest.raises(UserError, match="another size or seed"):
         rft.run(tmp_path, size="smoke", seed=1)
-    rft.write_documents(again, tmp_path, tmp_path / "docs")
-    page = (tmp_path / "docs" / "rft.md").read_text()
-    assert table.strip() in page and found["command"] in page and "](rft.svg)" in page
-    assert json.loads((tmp_path / "docs" / "rft.json").read_text())["sha256"] == found["sha256"]
-    assert (tmp_path / "docs" / "rft.svg").read_bytes().startswith(b"<?xml")
+    assert (tmp_path / "rft.svg").read_bytes().startswith(b"<?xml")
+    assert table == write_section(found) and found["command"] in table
+    assert found["grpo"]["rule"]["first_equal"]["mean"] > 0, "with two rewards some groups have one"
 
 
-def figures_of(*, greedy: dict[str, list[float]], accuracies: list[float], rewards: tuple[float, float]) -> dict:
+def figures_of(
+    *, greedy: dict[str, list[float]], accuracies: list[float], rewards: tuple[float, float], knows: float = 0.97
+) -> dict:
     """What `summarise` gives, for what shortcomings look at; policies without figures are at 0.4."""
     runs = len(accuracies)
     judged = {}
@@ -308,10 +374,11 @@ def figures_of(*, greedy: dict[str, list[float]], accuracies: list[float], rewar
         shares = greedy.get(policy, [0.4 + 0.001 * run for run in range(runs)])
         judged[policy] = [dict.fromkeys(KINDS, share) for share in shares]
     grpo = dict(zip(("first_reward", "last_reward"), rewards, strict=True)) | {"first_length": 20, "last_length": 20}
-    return rft.summarise(
+    grpo |= {"first_equal": 0.1, "last_equal": 0.2}
+    found = rft.summarise(
         [
             {"judged": {policy: judged[policy][run] for policy in rft.POLICIES}}
-            | {f"grpo-{model}": grpo for model in rft.REWARD_MODELS}
+            | {f"grpo-{model}": grpo for model in rft.REWARDS}
             | {
                 "reward_models": {
                     model: {"accuracy": accuracies[run], "word_overlap_accuracy": 0.7} for model in rft.REWARD_MODELS
@@ -320,6 +387,7 @@ def figures_of(*, greedy: dict[str, list[float]], accuracies: list[float], rewar
             for run in range(runs)
         ]
     )
+    return found | {"shared": {"fit_policies": {"exact": {"greedy": knows, "problems": 200}}}}
 
 
 KINDS = ("greedy", "sampled", "sampled_work", "sampled_characters")
@@ -327,20 +395,34 @@ KINDS = ("greedy", "sampled", "sampled_work", "sampled_characters")
 
 def test_what_falls_short_is_said_and_nothing_else():
     best = "grpo-finetuned-pretrained"
-    good = figures_of(greedy={best: [0.8, 0.81, 0.8], "sft": [0.6, 0.61, 0.6]}, accuracies=[0.9] * 3, rewards=(0, 1))
+    shares = {best: [0.8, 0.81, 0.8], "grpo-rule": [0.9, 0.91, 0.9], "sft": [0.6, 0.61, 0.6]}
+    good = figures_of(greedy=shares, accuracies=[0.9] * 3, rewards=(0, 1))
     assert list(shortcomings(good)) == []
+    assert [word for _, word, _ in verdicts(good)] == ["yes"] * 5
     bad = figures_of(greedy={best: [0.1, 0.12, 0.1]}, accuracies=[0.6, 0.4, 0.5], rewards=(0.0, 1.0))
     said = " ".join(shortcomings(bad))
+    assert [word for _, word, _ in verdicts(bad)] == ["not clear", *["no, the reverse"] * 4]
     assert "GRPO, reward model pre-trained and fine-tuned is worse than before: -0.294" in said
     assert "SFT on the same prompts and references is not clearly better than before" in said
     assert "does not clearly tell right from wrong: 0.500 (0.252 to 0.748)" in said
     assert "GRPO raises the reward of the model pre-trained and fine-tuned, and right answers become fewer" in said
-    single = " ".join(shortcomings(figures_of(greedy={"sft": [0.3]}, accuracies=[0.9], rewards=(0, 1))))
+    alone = figures_of(greedy={"sft": [0.3]}, accuracies=[0.9], rewards=(0, 1))
+    assert {word for _, word, _ in verdicts(alone)} == {"one run only"}
+    single = " ".join(shortcomings(alone))
     assert (
         "one run only" in single and "SFT on the same prompts and references is worse than before in this run" in single
     )
-    middling = figures_of(greedy={}, accuracies=[0.6, 0.61, 0.6], rewards=(0, 1))
+    middling = figures_of(greedy={}, accuracies=[0.6, 0.61, 0.6], rewards=(0, 1), knows=0.8)
+    assert "does not know its sums well" in next(shortcomings(middling))
     assert "words shared with the reference (0.700) beats the reward model" in " ".join(shortcomings(middling))
+
+
+def test_a_study_may_begin_in_a_directory_that_holds_its_part_about_rft_alone(tmp_path):
+    (tmp_path / "rft").mkdir()
+    refuse_foreign(tmp_path)
+    (tmp_path / "thesis.txt").write_text("x")
+    with pytest.raises(UserError, match="no directory of a study"):
+        refuse_foreign(tmp_path)
 
 
 def test_wrong_options_are_one_line(capsys, tmp_path):

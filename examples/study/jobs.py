@@ -225,7 +225,8 @@ def _remove(path: Path, *, within: Path) -> None:
 
 
 def refuse_foreign(directory: Path) -> None:
-    """Raise UserError for a directory that holds something else than a study."""
-    if directory.exists() and any(directory.iterdir()) and not (directory / "study.json").exists():
+    """Raise UserError for a directory that holds something else than a study, or than rft.py's part of one."""
+    others = directory.exists() and any(path.name != "rft" for path in directory.iterdir())
+    if others and not (directory / "study.json").exists():
         raise UserError(f"{directory}: is not empty and no directory of a study; choose another --run")
     directory.mkdir(parents=True, exist_ok=True)

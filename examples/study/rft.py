@@ -1,15 +1,16 @@
 """Reinforcement fine-tuning in small: a tiny policy, GRPO with TRL, and reward models that compare with a reference.
 
-    python examples/study/rft.py --size smoke|cpu|gpu --output DIR [--seed 0] [--jobs 2]
+    python examples/study/rft.py [--size smoke|cpu|gpu] [--output DIR] [--seed 0] [--jobs 2]
 
-The task is arithmetic with checkable answers. A policy with a short supervised start is improved with GRPO on rewards
-of `megatron-polar serve`, for three reward models: pre-trained on a pool of policies and fine-tuned on labelled
-answers; fine-tuned on the same labels only; pre-trained only. References are right answers to the training problems.
-SFT on the same prompts and references, with as many steps and sequences a step, stands beside them. A rule judges: the
-last number of an answer to a problem that nobody was trained on.
+The task is arithmetic with checkable answers. A policy that can do its sums, and mostly has bad habits, is to be led to
+the right one by GRPO on rewards of `megatron-polar serve`, for three reward models: pre-trained on a pool of policies
+and fine-tuned on labelled answers; fine-tuned on the same labels only; pre-trained only. References are right answers
+to the training problems. The rule itself as reward says what GRPO could reach; SFT on the same prompts and references,
+with as many steps and sequences a step, stands beside them. The rule judges: the last number of an answer to a problem
+that nobody was trained on.
 
-DIR gets rft.json, rft.svg and rft.md, tables that are a part of the study's page; --docs gets a page of its own.
-Stages are kept: after an interruption the same command goes on.
+DIR, by default runs/study/SIZE/rft, gets rft.json, rft.svg and rft.md. The next report of the study that is in
+runs/study/SIZE takes them up as a part of its page. Stages are kept: after an interruption the same command goes on.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from statistics import fmean, stdev
 import rft_policy_training as training
 import rft_rewards as rewards
 import torch
-from rft_page import DIFFERENCES, POLICIES, REWARD_MODELS, draw_rewards, write_page, write_section
+from rft_page import DIFFERENCES, POLICIES, REWARD_MODELS, REWARDS, draw_rewards, write_section
 from rft_sizes import SIZES, Size, draw_parts
 from rft_stages import concurrently, end_with_children, run_stage
 from scipy import stats
@@ -86,14 +87,6 @@ def run(directory: Path | str, *, size: str = "cpu", seed: int = 0, jobs: int = 
     return found
 
 
-def write_documents(found: dict, directory: Path, docs: Path) -> None:
-    """rft.md as a page of its own, rft.json with floats of five digits, and the drawing of `directory`, into `docs`."""
-    docs.mkdir(parents=True, exist_ok=True)
-    write_durably(docs / "rft.json", json.dumps(rounded(found), indent=1).encode() + b"\n")
-    write_durably(docs / "rft.md", write_page(found).encode())
-    write_durably(docs / "rft.svg", (directory / "rft.svg").read_bytes())
-
-
 def _prepare_to_fork() -> None:
     """Import once what stages use, and keep this process to one thread: thread pools do not survive a fork."""
     torch.set_num_threads(1)
@@ -123,14 +116,18 @@ def run_stages_of(directory: Path, size: Size, seed: int, index: int) -> dict:
     def stage(function, *more, name: str = "") -> dict:
         return run_stage(directory, name or function.__name__, function, size, seed, index, *more)
 
-    found = {"warm_up": stage(training.warm_up), "draw_labels": stage(rewards.draw_labels)}
+    def improved(model: str) -> dict:
+        return {f"grpo-{model}": stage(training.improve, model, name=f"grpo-{model}")}
+
+    # The rule first: where GRPO gains nothing with a perfect reward, there is no need to wait for the reward models.
+    found = {"warm_up": stage(training.warm_up), **improved(training.RULE), "draw_labels": stage(rewards.draw_labels)}
     found["pretrain"] = stage(rewards.pretrain)
     for start in ("pretrained", "base"):
         found[f"finetune-{start}"] = stage(rewards.finetune, start, name=f"finetune-{start}")
     found["reward_models"] = stage(rewards.evaluate_rewards, list(REWARD_MODELS))
     found["sft"] = stage(training.tune_on_references)
     for model in REWARD_MODELS:
-        found[f"grpo-{model}"] = stage(training.improve, model, name=f"grpo-{model}")
+        found |= improved(model)
     found["judged"] = {policy: stage(training.judge, policy, name=f"judge-{policy}") for policy in POLICIES}
     return found
 
@@ -195,7 +192,7 @@ def summarise(runs: Sequence[dict]) -> dict:
             kind: interval([a - b for a, b in zip(judged[one][kind], judged[other][kind], strict=True)])
             for kind in ("greedy", "sampled")
         }
-    figures = ("first_reward", "last_reward", "first_length", "last_length")
+    figures = ("first_reward", "last_reward", "first_length", "last_length", "first_equal", "last_equal")
     return {
         "accuracy": {p: {kind: interval(values) for kind, values in of.items()} for p, of in judged.items()},
         "differences": differences,
@@ -205,18 +202,9 @@ def summarise(runs: Sequence[dict]) -> dict:
         "word_overlap": interval([run["reward_models"]["pretrained"]["word_overlap_accuracy"] for run in runs]),
         "grpo": {
             model: {name: interval([run[f"grpo-{model}"][name] for run in runs]) for name in figures}
-            for model in REWARD_MODELS
+            for model in REWARDS
         },
     }
-
-
-def rounded(value):
-    """Floats with five digits, at any depth: the rest is noise."""
-    if isinstance(value, dict):
-        return {key: rounded(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [rounded(inner) for inner in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 # --- Command line ----------------------------------------------------------------------------------------------------
@@ -226,16 +214,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the study and print its tables; returns the exit status."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--size", choices=tuple(SIZES), default="cpu")
-    options.add_argument("--output", type=Path, required=True)
+    options.add_argument("--output", type=Path, help="default: runs/study/SIZE/rft")
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--docs", type=Path, help="folder of rft.md, rft.json and rft.svg as documents")
     options.add_argument("--runs", type=int, help="do fewer runs than the size has")
     options.add_argument("--jobs", type=int, default=2, help="runs at the same time")
     given = options.parse_args(arguments)
     try:
-        found = run(given.output, size=given.size, seed=given.seed, jobs=given.jobs, runs=given.runs)
-        if given.docs:
-            write_documents(found, given.output, given.docs)
+        output = given.output or Path("runs/study") / given.size / "rft"
+        found = run(output, size=given.size, seed=given.seed, jobs=given.jobs, runs=given.runs)
         print(write_section(found))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

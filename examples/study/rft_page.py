@@ -1,52 +1,48 @@
-"""What the RFT study's figures look like: tables for the study's page, a page of its own, a drawing."""
+"""What the RFT study's figures look like: tables and a drawing for the study's page."""
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from verdicts import HOLDS, REFUTED, UNCLEAR
 
 REWARD_MODELS = {
     "finetuned-pretrained": "pre-trained and fine-tuned",
     "finetuned-base": "fine-tuned, not pre-trained",
     "pretrained": "pre-trained, not fine-tuned",
 }
+REWARDS = {**REWARD_MODELS, "rule": "the rule itself"}
+"""What GRPO is done with: reward models, and the rule that judges, which no reward model can beat."""
 POLICIES = {
     "before": "before",
     **{f"grpo-{model}": f"GRPO, reward model {words}" for model, words in REWARD_MODELS.items()},
+    "grpo-rule": "GRPO, the rule itself as reward",
     "sft": "SFT on the same prompts and references",
 }
+KNOWS = 0.95
+"""Share of right answers from which on a base model knows its sums, so that habits are what remains to be learnt."""
+BEST, RULE = "grpo-finetuned-pretrained", "grpo-rule"
+CLAIMS = {
+    (RULE, "before"): "GRPO works here at all: the rule itself as reward improves the policy",
+    (BEST, "before"): "A reward model that is pre-trained and fine-tuned improves it",
+    (BEST, "grpo-finetuned-base"): "by more than one that is not pre-trained",
+    (BEST, "grpo-pretrained"): "by more than one that is not fine-tuned",
+    (BEST, "sft"): "by more than SFT on the same prompts and references",
+}
+"""What one would expect of POLAR: the first of two policies is the better one."""
 DIFFERENCES = (
-    ("grpo-finetuned-pretrained", "before"),
-    ("grpo-finetuned-pretrained", "grpo-finetuned-base"),
-    ("grpo-finetuned-pretrained", "grpo-pretrained"),
-    ("grpo-finetuned-pretrained", "sft"),
+    *CLAIMS,
+    ("grpo-finetuned-base", "before"),
+    ("grpo-pretrained", "before"),
     ("sft", "before"),
+    (BEST, RULE),
 )
 
 
 def write_section(found: dict) -> str:
     """The tables and what falls short, as rft.md in the output folder: a part of the study's page."""
-    blocks = [block for part in (_task, _accuracies, _reward_models, _shortcomings, _origin) for block in part(found)]
-    return "\n\n".join(blocks) + "\n"
-
-
-def write_page(found: dict) -> str:
-    """The same with a title, a drawing, and how it is made again: docs/rft.md."""
-    machine, versions = found["machine"], ", ".join(f"{name} {text}" for name, text in found["versions"].items())
-    minutes, cpu_minutes = found["seconds"] / 60, found["cpu_seconds"]["all"] / 60
-    last = "; resumed, so wall time is not known" if found["resumed"] else f" in {minutes:.0f} minutes"
-    spent = ", ".join(f"{n} {s / 60:.1f}" for n, s in found["cpu_seconds"].items() if n != "all" and s >= 30)
-    blocks = [
-        f"# Reinforcement fine-tuning in small (size `{found['size']}`)",
-        _paragraph(f"""Made by `{found["command"]}`; every figure is in [rft.json](rft.json), with all settings, seeds
-            and hashes. `make study-rft` does all runs of the size."""),
-        "![reward over the steps of GRPO](rft.svg)",
-        write_section(found).strip(),
-        "## What it ran on",
-        _paragraph(f"""{machine["processor"]}, device {machine["device"]}, one thread a process, {machine["jobs"]}
-            run(s) at a time: {cpu_minutes:.0f} minutes of processor time{last}. Versions: {versions}."""),
-        _paragraph(f"Minutes of processor time by stage, all runs: {spent}."),
-    ]
-    return "\n\n".join(blocks) + "\n"
+    parts = (_task, _verdicts, _accuracies, _reward_models, _shortcomings, _origin)
+    return "\n\n".join(block for part in parts for block in part(found)) + "\n"
 
 
 def _paragraph(text: str) -> str:
@@ -67,16 +63,51 @@ def _each(value: dict) -> str:
 def _task(found: dict) -> Iterator[str]:
     settings, sampled = found["settings"], found["shared"]["sample_trajectories"]
     counts, grpo, labels = settings["counts"], settings["grpo"], found["runs"][0]["draw_labels"]
+    exact, habits = found["shared"]["fit_policies"]["exact"], settings["mixture"]
+    told = ", ".join(f"`{habit}` {share:.2f}" for habit, share in habits.items())
     yield _paragraph(f"""The task is arithmetic in words: a number of 10 to {settings["largest"]} and two changes of 2
-        to 9. The policy ({found["shared"]["fit_base"]["parameters"]:,} parameters) has a supervised start that is
-        stopped early, and is then improved with TRL's GRPO ({grpo["steps"]} steps of {grpo["batch"]} answers,
-        {grpo["generations"]} to a problem, no KL term) on rewards of `megatron-polar serve`. References are right
-        answers to {counts["rft"]} problems. SFT takes the same prompts and references, with as many steps and sequences
-        a step. A rule judges: the last number of an answer to a problem that nobody was trained on.""")
+        to 9. How well the base model ({found["shared"]["fit_base"]["parameters"]:,} parameters) knows its sums: a fit
+        of it on right answers has {exact["greedy"]:.3f} of {exact["problems"]} held-out problems, greedy. The policy to
+        be improved is a fit of it on a mixture of habits, drawn anew for every answer ({told}). TRL's GRPO
+        ({grpo["steps"]} steps of {grpo["batch"]} answers, {grpo["generations"]} to a problem, no KL term) is to lead it
+        to the right habit, on rewards of `megatron-polar serve`, or of the rule behind the same address. References are
+        right answers to {counts["rft"]} problems. SFT takes the same prompts and references, with as many steps and
+        sequences a step. A rule judges: the last number of an answer to a problem that nobody was trained on.""")
     yield _paragraph(f"""Reward models have the policy's shape. All begin as one base language model. Pre-training is on
-        {sampled["train"]["trajectories"]:,} trajectories of {len(sampled["policies"])} policies, each with a habit of
-        miscalculating; fine-tuning is on some {labels["rankings"]} rankings of answers of the policy to be improved,
-        two in six drawn at temperature 1.5, so that malformed ones are among them.""")
+        {sampled["train"]["trajectories"]:,} trajectories of {len(sampled["policies"])} policies, each with a habit;
+        the mixture has habits that are not among theirs ({_names(found)}). Fine-tuning is on some {labels["rankings"]}
+        rankings of answers of the policy to be improved, two in {settings["answers_per_label"] + 2} drawn at
+        temperature 1.5, so that malformed ones are among them.""")
+
+
+def _names(found: dict) -> str:
+    seen = {*found["settings"]["habits"]}
+    return ", ".join(f"`{habit}`" for habit in found["settings"]["mixture"] if habit not in seen) or "none"
+
+
+def _verdicts(found: dict) -> Iterator[str]:
+    yield _paragraph("""A claim holds where the 95 % interval of the difference over runs lies above zero, in sampled
+        answers; for one run nothing is said.""")
+    yield "\n".join(["| claim | holds here | difference, sampled |", "|---|---|---|", *map(_row, verdicts(found))])
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def verdicts(found: dict) -> Iterator[tuple[str, str, str]]:
+    """Every claim, whether the interval over runs bears it out, and the figures."""
+    for (one, other), claim in CLAIMS.items():
+        row = found["differences"][f"{one} - {other}"]["sampled"]
+        yield claim, _word(row["ci95"]), _shown(row, sign=True)
+
+
+def _word(span: Sequence[float] | None) -> str:
+    if span is None:
+        return "one run only"
+    if span[0] > 0:
+        return HOLDS
+    return REFUTED if span[1] < 0 else UNCLEAR
 
 
 def _accuracies(found: dict) -> Iterator[str]:
@@ -86,7 +117,7 @@ def _accuracies(found: dict) -> Iterator[str]:
         of its own; the base model and the pool are shared. Brackets are 95 % intervals of the mean over runs (Student's
         t).""")
     lines = [
-        "| policy | greedy | each run | sampled (temperature 1) | of these with right steps | characters |",
+        "| policy | greedy | each run | sampled (temperature 1) | right steps, sampled | characters |",
         "|---|---|---|---|---|---|",
     ]
     for policy, words in POLICIES.items():
@@ -104,19 +135,22 @@ def _accuracies(found: dict) -> Iterator[str]:
 
 def _reward_models(found: dict) -> Iterator[str]:
     lines = [
-        "| reward model | right over wrong answers of the policy | reward over GRPO | tokens of an answer over GRPO |",
-        "|---|---|---|---|",
+        "| reward | right over wrong answers of the policy | over GRPO | answers' tokens | groups of one reward |",
+        "|---|---|---|---|---|",
     ]
-    for model, words in REWARD_MODELS.items():
+    for model, words in REWARDS.items():
         row = {name: value["mean"] for name, value in found["grpo"][model].items()}
         reward = f"{row['first_reward']:.2f} → {row['last_reward']:.2f}"
         length = f"{row['first_length']:.1f} → {row['last_length']:.1f}"
-        lines.append(f"| {words} | {_shown(found['reward_models'][model])} | {reward} | {length} |")
-    lines.append(f"| more words shared with the reference | {_shown(found['word_overlap'])} | | |")
+        equal = f"{row['first_equal']:.2f} → {row['last_equal']:.2f}"
+        accuracy = _shown(found["reward_models"][model]) if model in REWARD_MODELS else ""
+        lines.append(_row((words, accuracy, reward, length, equal)))
+    lines.append(f"| more words shared with the reference | {_shown(found['word_overlap'])} | | | |")
     yield "\n".join(lines)
     pairs = sum(run["draw_labels"]["pairs"] for run in found["runs"])
     yield _paragraph(f"""Accuracy is on {pairs} pairs of a right and a wrong answer, all of the policy before GRPO, to
-        the held-out problems. Rewards of different models have no common scale.""")
+        the held-out problems. Rewards of different models have no common scale. Arrows lead from the first to the last
+        steps. A group is all answers to one problem; where all have one reward it teaches nothing.""")
 
 
 def _shortcomings(found: dict) -> Iterator[str]:
@@ -127,9 +161,13 @@ def _shortcomings(found: dict) -> Iterator[str]:
 
 def shortcomings(found: dict) -> Iterator[str]:
     """A sentence with its figures for everything that one would expect of POLAR and that does not clearly hold."""
+    exact = found["shared"]["fit_policies"]["exact"]
+    if exact["greedy"] < KNOWS:
+        yield f"""The base model does not know its sums well: a fit of it on right answers has {exact["greedy"]:.3f} of
+            {exact["problems"]} held-out problems, and {KNOWS} was aimed at."""
     if len(found["accuracy"]["before"]["greedy"]["runs"]) == 1:
         yield "There is one run only, so no difference above has an interval."
-    for one, other in DIFFERENCES:
+    for one, other in (*CLAIMS, ("sft", "before")):
         row = found["differences"][f"{one} - {other}"]
         for kind in ("greedy", "sampled"):
             told = f"{_shown(row[kind], sign=True)}, {kind}"
@@ -156,6 +194,11 @@ def shortcomings(found: dict) -> Iterator[str]:
 def _origin(found: dict) -> Iterator[str]:
     hashes = ", ".join(f"{name} `{digest[:16]}…`" for name, digest in found["sha256"].items())
     yield _paragraph(f"SHA-256 (whole ones in the JSON file): {hashes}. Command: `{found['command']}`.")
+    machine, versions = found["machine"], ", ".join(f"{name} {text}" for name, text in found["versions"].items())
+    spent = ", ".join(f"{n} {s / 60:.1f}" for n, s in found["cpu_seconds"].items() if n != "all" and s >= 30)
+    yield _paragraph(f"""Ran on {machine["processor"]} ({machine["device"]}), one thread a process:
+        {found["cpu_seconds"]["all"] / 60:.0f} minutes of processor time, of these by stage, all runs: {spent or "-"}.
+        Versions: {versions}.""")
 
 
 def draw_rewards(found: dict, path: Path) -> None:
@@ -166,14 +209,14 @@ def draw_rewards(found: dict, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4))
-    for number, (model, words) in enumerate(REWARD_MODELS.items()):
+    for number, (model, words) in enumerate(REWARDS.items()):
         for index, one in enumerate(found["runs"]):
             curve = one[f"grpo-{model}"]
             rise = [reward - curve["first_reward"] for reward in curve["rewards"]]
             axes.plot(range(1, len(rise) + 1), rise, color=f"C{number}", alpha=0.7, label=None if index else words)
     axes.set_xlabel("step of GRPO")
     axes.set_ylabel("reward, less the mean of the first steps")
-    axes.legend(title="reward model")
+    axes.legend(title="reward")
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)

@@ -46,6 +46,7 @@ class Fit:
     batch: int
     lr: float
     on_prompts: bool = False  # whether the prompts' tokens are learnt, too
+    muon_lr: float = 0.0  # above 0: Muon at this rate for the layers' matrices, AdamW for the rest
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def fit(
     """
     model, tokenizer = load(start, device=device)
     ids, labels = encode_pairs(pairs, tokenizer, on_prompts=how.on_prompts)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=how.lr, weight_decay=0.01)
+    optimizers = optimizers_of(model, how)
     order = _batches(len(pairs), how.batch, seed=seed)
     losses, tokens = [], 0
     model.train()
@@ -139,13 +140,15 @@ def fit(
         rows = next(order)
         longest = int((ids[rows] != tokenizer.pad_token_id).sum(1).max())
         batch, targets = ids[rows, :longest].to(device), labels[rows, :longest].to(device)
-        for group in optimizer.param_groups:
-            group["lr"] = how.lr * min(1, (step + 1) / WARMUP_STEPS) * max(0.1, 1 - step / how.steps)
+        share = min(1, (step + 1) / WARMUP_STEPS) * max(0.1, 1 - step / how.steps)
         loss = model(input_ids=batch, labels=targets).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer, lr in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * share
+            optimizer.step()
+            optimizer.zero_grad()
         losses.append(loss.item())
         tokens += int((batch != tokenizer.pad_token_id).sum())
         for directory, last in outputs.items():
@@ -157,6 +160,21 @@ def fit(
         "last_loss": float(np.mean(losses[-tenth:])),
         "tokens": tokens,
     }
+
+
+def optimizers_of(model, how: Fit) -> list[tuple[torch.optim.Optimizer, float]]:
+    """(optimizer, peak rate): AdamW, and Muon for the layers' matrices where it has a rate.
+
+    Muon's update is orthogonal whatever the gradient's size, so its rate has nothing to do with AdamW's.
+    """
+    inner = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name] if how.muon_lr else []
+    chosen = set(map(id, inner))
+    outer = [p for p in model.parameters() if id(p) not in chosen]
+    found = [(torch.optim.AdamW(outer, lr=how.lr, weight_decay=0.01), how.lr)]
+    if inner:
+        muon = torch.optim.Muon(inner, lr=how.muon_lr, momentum=0.95, weight_decay=0.01, adjust_lr_fn="original")
+        found.append((muon, how.muon_lr))
+    return found
 
 
 def encode_pairs(pairs: Sequence[tuple[str, str]], tokenizer, *, on_prompts: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""What becomes of the policy in the RFT study: warm start, GRPO against a reward model, SFT, and the judge.
+"""What becomes of the policy in the RFT study: warm start, GRPO on a reward model or the rule, SFT, and the judge.
 
 Each public function is a stage of one run, as in rft_rewards.py.
 """
@@ -14,6 +14,7 @@ from statistics import fmean
 import rft_policies as policies
 from rft_problems import gold_answers, is_right, right_steps
 from rft_rewards import answer_pairs, prompt_of, write_lines
+from rft_rule import serve_rule
 from rft_sizes import Size, draw_parts
 from rft_stages import in_fork, running
 
@@ -22,15 +23,20 @@ from megatron_polar.errors import UserError
 from megatron_polar.serve.reward_function import PREFIX
 
 GRPO_SCRIPT = Path(__file__).resolve().parents[1] / "rl" / "trl" / "train.py"
+RULE = "rule"
+"""Stands for a reward model where the rule that judges is itself the reward."""
 NEAR = 10
 """Steps at either end of a run that its rewards are averaged over."""
 
 
 def warm_up(directory: Path, size: Size, seed: int, run: int) -> dict:
-    """The policy that is to be improved: the base model after a short supervised start, stopped early."""
+    """The policy that is to be improved: the base model after a supervised start on answers of a mixture of habits.
+
+    So it can do the sums, and has a right habit and wrong ones, each with some probability.
+    """
     shared, own = directory.parent / "shared", seed + 1000 * (run + 1)
     problems = draw_parts(size, seed=seed, run=run).base
-    pairs = answer_pairs(problems, habit="exact", seed=own)
+    pairs = answer_pairs(problems, habits=size.mixture, seed=own)
     outputs = {directory / "before": size.warm.steps}
     return policies.fit(shared / "base", pairs, size.warm, seed=own, device=size.device, outputs=outputs)
 
@@ -50,7 +56,7 @@ def tune_on_references(directory: Path, size: Size, seed: int, run: int) -> dict
 
 
 def improve(directory: Path, size: Size, seed: int, run: int, rewards: str) -> dict:
-    """GRPO with examples/rl/trl/train.py on the rewards of `megatron-polar serve` for the reward model `rewards`."""
+    """GRPO with examples/rl/trl/train.py on rewards of `megatron-polar serve`; `rewards`: a reward model, or RULE."""
     pairs = prompts_and_references(size, seed=seed, run=run)
     output = directory / f"grpo-{rewards}"
     shutil.rmtree(output, ignore_errors=True)
@@ -60,7 +66,8 @@ def improve(directory: Path, size: Size, seed: int, run: int, rewards: str) -> d
     arguments += ["--max-steps", size.grpo.steps, "--batch-size", size.grpo.batch]
     arguments += ["--num-generations", size.grpo.generations, "--learning-rate", size.grpo.lr]
     arguments += ["--max-completion-length", size.draw.max_tokens, *(["--cpu"] if size.device == "cpu" else [])]
-    with running("/ready", _serve_rewards, directory / rewards, size.device) as address:
+    server = (serve_rule,) if rewards == RULE else (_serve_rewards, directory / rewards, size.device)
+    with running("/ready", *server) as address:
         if in_fork(_grpo, address, [str(argument) for argument in arguments]):
             raise UserError("GRPO ended with an error; its message is in the log above")
     return reward_figures(json.loads((output / "trainer_state.json").read_text())["log_history"])
@@ -78,16 +85,22 @@ def _grpo(address: str, arguments: list[str]) -> None:
 
 
 def reward_figures(history: list[dict]) -> dict:
-    """Rewards of a GRPO run: means of its first and last steps, and every step's for a plot."""
+    """Rewards of a GRPO run: means of its first and last steps, and every step's for a plot.
+
+    `..._equal` are shares of groups whose answers all have one reward: they teach nothing.
+    """
     rows = [row for row in history if "rewards/trl_reward/mean" in row]
     rewards = [row["rewards/trl_reward/mean"] for row in rows]
     lengths = [row["completions/mean_length"] for row in rows]
+    equal = [row["frac_reward_zero_std"] for row in rows]
     near = min(NEAR, len(rewards))
     return {
         "first_reward": fmean(rewards[:near]),
         "last_reward": fmean(rewards[-near:]),
         "first_length": fmean(lengths[:near]),
         "last_length": fmean(lengths[-near:]),
+        "first_equal": fmean(equal[:near]),
+        "last_equal": fmean(equal[-near:]),
         "rewards": rewards,
         "steps": len(rewards),
     }

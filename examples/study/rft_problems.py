@@ -24,6 +24,8 @@ HABITS = {  # what is added to the final number
     "one_more": 1,
     "one_less": -1,
     "two_more": 2,
+    "three_more": 3,
+    "four_less": -4,
     "five_more": 5,
     "ten_more": 10,
     "no_carry": 0,

@@ -7,8 +7,9 @@ through the same commands here: sample, preprocess, convert, train, evaluate.
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import rft_policies as policies
@@ -22,6 +23,7 @@ from megatron_polar.errors import UserError
 
 WRAPPER = "pretrain"
 """Policies continue "question\\n", so prompts end with the newline and nothing is put between prompt and answer."""
+EXACT = {"exact": 1.0}
 HOT = 1.5
 """Temperature of the answers that show fine-tuning what a policy comes to when it is pushed too far."""
 
@@ -43,10 +45,14 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def answer_pairs(problems: list[Problem], *, habit: str, seed: int) -> list[tuple[str, str]]:
-    """(prompt, answer) of somebody with this habit."""
-    generator = np.random.default_rng(seed)
-    return [(prompt_of(problem), worked_answer(problem, habit=habit, generator=generator)) for problem in problems]
+def answer_pairs(problems: list[Problem], *, habits: Mapping[str, float], seed: int) -> list[tuple[str, str]]:
+    """(prompt, answer) of somebody who draws a habit anew for every answer; `habits` gives their probabilities."""
+    generator, names, shares = np.random.default_rng(seed), list(habits), list(habits.values())
+    drawn = generator.choice(names, size=len(problems), p=shares)
+    return [
+        (prompt_of(problem), worked_answer(problem, habit=str(habit), generator=generator))
+        for problem, habit in zip(problems, drawn, strict=True)
+    ]
 
 
 # --- Policies --------------------------------------------------------------------------------------------------------
@@ -59,7 +65,7 @@ def fit_base(directory: Path, size: Size, seed: int) -> dict:
     what is said later; a model that has learnt this finds an answer in its reference sooner.
     """
     problems = draw_parts(size, seed=seed).base
-    first, second = (answer_pairs(problems, habit="exact", seed=seed + number * len(problems)) for number in (1, 2))
+    first, second = (answer_pairs(problems, habits=EXACT, seed=seed + number * len(problems)) for number in (1, 2))
     documents = [(prompt, f"{one}\n{prompt}{two}") for (prompt, one), (_, two) in zip(first, second, strict=True)]
     tokenizer = policies.train_tokenizer([prompt + answers for prompt, answers in documents], directory / "tokenizer")
     start = policies.new_model(tokenizer, size.shape, seed=seed, output=directory / "random")
@@ -78,11 +84,19 @@ def fit_policies(directory: Path, size: Size, seed: int) -> dict:
     starts = {stage: ("exact", directory / "unfinished" / stage) for stage in size.stages}
     starts |= {habit: (habit, directory / "base") for habit in size.habits + size.unseen_habits}
     for number, (name, (habit, start)) in enumerate(starts.items()):
-        pairs = answer_pairs(problems, habit=habit, seed=seed + number)
+        pairs = answer_pairs(problems, habits={habit: 1.0}, seed=seed + number)
         outputs = {directory / "policies" / name: size.habit.steps}
         figures = policies.fit(start, pairs, size.habit, seed=seed + number, device=size.device, outputs=outputs)
         losses[name] = figures["last_loss"]
-    return {"last_losses": losses}
+    return {"last_losses": losses, "exact": _knowledge(directory / "policies" / "exact", size, seed=seed)}
+
+
+def _knowledge(policy: Path, size: Size, *, seed: int) -> dict:
+    """What the base model knows of sums: right answers, greedy, of the policy without a bad habit to new problems."""
+    problems = draw_parts(size, seed=seed).heldout
+    greedy = policies.Draw(size.draw.max_tokens, top_k=1)
+    texts = policies.answers(policy, [prompt_of(p) for p in problems], greedy, seed=seed, device=size.device)
+    return {"greedy": fmean(map(is_right, problems, texts)), "problems": len(problems)}
 
 
 # --- Trajectories ----------------------------------------------------------------------------------------------------

@@ -61,7 +61,8 @@ class Size:
     habit: Fit  # from the base model to a policy with a habit
     habits: tuple[str, ...]  # of the policies that pre-training sees
     unseen_habits: tuple[str, ...]  # of those that it does not
-    warm: Fit  # from the base model to the policy that is to be improved
+    mixture: dict[str, float]  # habits of the policy that is to be improved, with their probabilities
+    warm: Fit  # from the base model to that policy
     pool_draw: Draw  # of the pool's trajectories: cooler, so that small models keep to their habits
     draw: Draw  # of the policy's answers that labels are about
     pretrain: RewardTraining
@@ -74,16 +75,24 @@ class Size:
     device: str
 
 
+HABITS_OF_THE_POOL = (
+    *("exact", "one_more", "one_less", "three_more", "four_less", "ten_more"),
+    *("no_carry", "always_adds", "digits_swapped"),
+)
+MIXTURE = {"exact": 0.3, "two_more": 0.4, "one_less": 0.1, "no_carry": 0.1, "digits_swapped": 0.1}
+"""Mostly wrong, with one wrong habit more frequent than the right one, which no policy of the pool has."""
+
 SIZES = {
     "smoke": Size(
         largest=30,
         counts=Counts(base=300, prompts=60, heldout=30, labels=60, rft=32, test=40),
         shape=Shape(32, 1, 2),
-        base=Fit(steps=150, batch=32, lr=5e-3, on_prompts=True),
+        base=Fit(steps=150, batch=32, lr=5e-3, on_prompts=True, muon_lr=2e-2),
         stages={"early": 15},
         habit=Fit(steps=5, batch=32, lr=2e-3),
         habits=("exact", "one_more"),
         unseen_habits=("ten_more", "one_less"),
+        mixture={"exact": 0.5, "two_more": 0.5},
         warm=Fit(steps=40, batch=32, lr=3e-3),
         pool_draw=Draw(max_tokens=36, temperature=0.5),
         draw=Draw(max_tokens=36),
@@ -98,18 +107,19 @@ SIZES = {
     ),
     "cpu": Size(
         largest=99,
-        counts=Counts(base=3000, prompts=1600, heldout=200, labels=300, rft=400, test=300),
+        counts=Counts(base=12000, prompts=1800, heldout=200, labels=500, rft=400, test=300),
         shape=Shape(128, 2, 4),
-        base=Fit(steps=700, batch=32, lr=3e-3, on_prompts=True),
-        stages={"early": 60, "middle": 300},
+        base=Fit(steps=800, batch=32, lr=4e-3, on_prompts=True, muon_lr=2e-2),
+        stages={"early": 100},
         habit=Fit(steps=60, batch=32, lr=1e-3),
-        habits=("exact", "one_more", "one_less", "ten_more", "no_carry", "always_adds", "digits_swapped"),
+        habits=HABITS_OF_THE_POOL,
         unseen_habits=("two_more", "five_more"),
-        warm=Fit(steps=15, batch=64, lr=1e-3),
-        pool_draw=Draw(max_tokens=28, temperature=0.5),
+        mixture=MIXTURE,
+        warm=Fit(steps=100, batch=64, lr=1e-3),
+        pool_draw=Draw(max_tokens=28, temperature=0.3),
         draw=Draw(max_tokens=28),
-        pretrain=RewardTraining(steps=500, batch=32, lr=1e-3),
-        finetune=RewardTraining(steps=50, batch=32, lr=3e-4),
+        pretrain=RewardTraining(steps=600, batch=32, lr=1e-3),
+        finetune=RewardTraining(steps=80, batch=32, lr=5e-4),
         answers_per_label=4,
         grpo=Grpo(steps=60, batch=64, generations=8, lr=2e-4),
         sft=Fit(steps=60, batch=64, lr=2e-4),
@@ -121,13 +131,14 @@ SIZES = {
         largest=999,
         counts=Counts(base=20000, prompts=20000, heldout=1000, labels=2000, rft=4000, test=1000),
         shape=Shape(256, 4, 8),
-        base=Fit(steps=4000, batch=128, lr=2e-3, on_prompts=True),
-        stages={"early": 200, "middle": 1000},
+        base=Fit(steps=4000, batch=128, lr=2e-3, on_prompts=True, muon_lr=2e-2),
+        stages={"early": 200},
         habit=Fit(steps=200, batch=64, lr=5e-4),
-        habits=("exact", "one_more", "one_less", "ten_more", "no_carry", "always_adds", "digits_swapped"),
+        habits=HABITS_OF_THE_POOL,
         unseen_habits=("two_more", "five_more"),
-        warm=Fit(steps=30, batch=128, lr=5e-4),
-        pool_draw=Draw(max_tokens=48, temperature=0.5),
+        mixture=MIXTURE,
+        warm=Fit(steps=100, batch=128, lr=5e-4),
+        pool_draw=Draw(max_tokens=48, temperature=0.3),
         draw=Draw(max_tokens=48),
         pretrain=RewardTraining(steps=3000, batch=128, lr=5e-4),
         finetune=RewardTraining(steps=200, batch=64, lr=2e-4),
