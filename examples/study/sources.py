@@ -46,6 +46,7 @@ EXACT = "exact"
 """The writer whose solutions are those published."""
 WRITERS = (EXACT, *SLIPS, *MIX_UPS)
 UNSEEN_WRITERS = ("two-more", "reverses", "mix-up-7", "mix-up-11")
+TEXTS = ("reference", "chosen", "rejected")
 _ANNOTATION = re.compile(r"<<[^>]*>>")
 """What GSM8K's calculator has left in solutions: <<48/2=24>>."""
 _WHOLE_NUMBER = re.compile(r"(?<![\d.,])\d+(?!\d|[.,]\d)")
@@ -246,7 +247,7 @@ def write_finetuning(data: Path, output: Path, *, size: Size) -> None:
     skipped: Counter[str] = Counter()
     solutions = data / "gsm8k" / "example_model_solutions.jsonl"
     pairs = [
-        pair | {name: ending(pair[name], max_words=size.gsm8k_max_words) for name in ("reference", "chosen", "rejected")}
+        pair | {name: ending(pair[name], max_words=size.gsm8k_max_words) for name in TEXTS}
         for pair in gsm8k_preferences(solutions, pairs_per_problem=size.gsm8k_pairs, skipped=skipped)
     ]
     pairs = [pair for pair in pairs if pair["chosen"] != pair["rejected"]]
