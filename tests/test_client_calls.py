@@ -55,7 +55,7 @@ def test_nobody_there_is_an_error_that_names_the_server(client_of):
 
 def test_requests_under_way_are_bounded_over_all_threads(client_of, tokenizer_path):
     wanted = [value_of(sequence_of(tokenizer_path, item)) for item in ITEMS]
-    with FlakyServer(lambda request: (time.sleep(0.01), ok(pooling(request)))[1]) as server:
+    with FlakyServer(lambda request: (time.sleep(0.04), ok(pooling(request)))[1]) as server:
         client = client_of(server.url, batch_size=2)
         results = [None] * 4
 
@@ -88,7 +88,7 @@ def test_async_calls_run_beside_the_callers_own_work(client_of, tokenizer_path):
         ticking.cancel()
         return results, ticks
 
-    with FlakyServer(lambda request: (time.sleep(0.01), ok(pooling(request)))[1]) as server:
+    with FlakyServer(lambda request: (time.sleep(0.04), ok(pooling(request)))[1]) as server:
         client = client_of(server.url)
         results, ticks = asyncio.run(main())
         assert results == [wanted] * 3
