@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "study
 import rft
 import rft_policies as policies
 import rft_rewards as rewards
-from jobs import refuse_foreign
+from jobs import end_with_children, refuse_foreign
 from rft_page import shortcomings, verdicts, write_section
 from rft_problems import (
     HABITS,
@@ -34,7 +34,7 @@ from rft_problems import (
 )
 from rft_rule import rule_reward, serve_rule
 from rft_sizes import SIZES, draw_parts
-from rft_stages import concurrently, end_with_children, in_fork, run_stage, running
+from rft_stages import concurrently, in_fork, run_stage, running
 
 CARRY = Problem((27, 15, 4), (1, -1), "Tom", 0)  # 27 + 15 - 4 = 38
 

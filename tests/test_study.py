@@ -7,9 +7,11 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from megatron_polar.errors import UserError
@@ -268,6 +270,14 @@ def test_writers_err_each_in_a_way_of_its_own():
     assert set(sources.UNSEEN_WRITERS) < set(sources.WRITERS)
 
 
+def test_the_ending_of_a_solution_is_whole_lines_and_has_the_result():
+    ending = study_module("sources").ending
+    solution = "First 2*3=<<2*3=6>>6.\nThen 6+1=<<6+1=7>>7 of them.\n#### 7"
+    assert ending(solution, max_words=100) == "First 2*3=6.\nThen 6+1=7 of them.\nA: 7"
+    assert ending(solution, max_words=12) == "Then 6+1=7 of them.\nA: 7"
+    assert ending(solution, max_words=11) == ending(solution, max_words=1) == "A: 7"
+
+
 def test_characters_that_only_python_takes_for_line_ends_cut_no_line(tmp_path):
     """Published answers hold U+2028; JSON leaves it as it is."""
     text = "one\u2028two\x85three"
@@ -299,6 +309,22 @@ def test_the_models_left_out_depend_on_their_names_alone():
 
 
 # --- a report on a part ----------------------------------------------------------------------------------------------
+
+
+def test_a_study_that_is_told_to_end_ends_its_jobs(tmp_path):
+    command = [sys.executable, str(FOLDER / "run.py"), "--size", "smoke", "--run", str(tmp_path / "smoke")]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    study = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not study.stdout.readline().startswith("$ "):
+        assert study.poll() is None
+    started = []
+    while len(started) < 3:  # the server that forks, its tracker, and a job
+        started = psutil.Process(study.pid).children(recursive=True)
+        time.sleep(0.02)
+    study.terminate()
+    said, _ = study.communicate(timeout=60)
+    assert study.returncode == 130 and "the same command goes on from here" in said
+    assert not psutil.wait_procs(started, timeout=10)[1]
 
 
 def test_a_part_is_reported_as_a_part(finished, tmp_path):

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -222,6 +223,15 @@ def _remove(path: Path, *, within: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def end_with_children() -> None:
+    """From now on SIGTERM ends this process, and forks of it, as Ctrl-C does: with all that they have started."""
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def refuse_foreign(directory: Path) -> None:

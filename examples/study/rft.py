@@ -30,9 +30,10 @@ from statistics import fmean, stdev
 import rft_policy_training as training
 import rft_rewards as rewards
 import torch
+from jobs import end_with_children
 from rft_page import DIFFERENCES, POLICIES, REWARD_MODELS, REWARDS, draw_rewards, write_section
 from rft_sizes import SIZES, Size, draw_parts
-from rft_stages import concurrently, end_with_children, run_stage
+from rft_stages import concurrently, run_stage
 from scipy import stats
 
 from megatron_polar.errors import INTERRUPTED, USER_ERROR, UserError

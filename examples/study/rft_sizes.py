@@ -108,7 +108,7 @@ SIZES = {
     "cpu": Size(
         largest=99,
         counts=Counts(base=12000, prompts=1800, heldout=200, labels=500, rft=400, test=300),
-        shape=Shape(128, 2, 4),
+        shape=Shape(96, 3, 4),
         base=Fit(steps=800, batch=32, lr=4e-3, on_prompts=True, muon_lr=2e-2),
         stages={"early": 100},
         habit=Fit(steps=60, batch=32, lr=1e-3),
@@ -118,8 +118,8 @@ SIZES = {
         warm=Fit(steps=100, batch=64, lr=1e-3),
         pool_draw=Draw(max_tokens=28, temperature=0.3),
         draw=Draw(max_tokens=28),
-        pretrain=RewardTraining(steps=600, batch=32, lr=1e-3),
-        finetune=RewardTraining(steps=80, batch=32, lr=5e-4),
+        pretrain=RewardTraining(steps=800, batch=32, lr=3e-3),
+        finetune=RewardTraining(steps=80, batch=32, lr=1e-3),
         answers_per_label=4,
         grpo=Grpo(steps=60, batch=64, generations=8, lr=2e-4),
         sft=Fit(steps=60, batch=64, lr=2e-4),
@@ -130,7 +130,7 @@ SIZES = {
     "gpu": Size(
         largest=999,
         counts=Counts(base=20000, prompts=20000, heldout=1000, labels=2000, rft=4000, test=1000),
-        shape=Shape(256, 4, 8),
+        shape=Shape(256, 6, 8),
         base=Fit(steps=4000, batch=128, lr=2e-3, on_prompts=True, muon_lr=2e-2),
         stages={"early": 200},
         habit=Fit(steps=200, batch=64, lr=5e-4),

@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import os
 import resource
-import signal
 import socket
 import sys
 import time
@@ -26,15 +25,6 @@ from megatron_polar.manifest import write_durably
 
 _FORK = multiprocessing.get_context("fork")
 _START_SECONDS = 120.0
-
-
-def end_with_children() -> None:
-    """From now on SIGTERM ends this process, and forks of it, as Ctrl-C does: with all that they have started."""
-    signal.signal(signal.SIGTERM, _interrupt)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def run_stage(directory: Path, name: str, function: Callable[..., dict], *arguments: object) -> dict:

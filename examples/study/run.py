@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs import Jobs, refuse_foreign
+from jobs import Jobs, end_with_children, refuse_foreign
 from sizes import SIZES
 from sources import source_files
 from stages import STAGES, Study
@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     os.chdir(_ROOT)  # commands name examples/study/train.yaml
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a core a job
+    end_with_children()
     try:
         return run_study(options)
     except UserError as error:
