@@ -79,8 +79,8 @@ def _policies(figures: dict) -> Iterator[str]:
             f"""- {len(found["seen_models"])} + {len(found["unseen_models"])} models of AlpacaEval; unseen:
             {", ".join(found["unseen_models"])}.""",
             f"""- {len(found["seen_writers"])} + {len(found["unseen_writers"])} writers of GSM8K solutions: the
-            published one, others that miscalculate, and others that solve another problem; unseen:
-            {", ".join(found["unseen_writers"])}.""",
+            published one, others that miscalculate, and others that solve another problem. Of every solution they
+            imitate the ending, the result included; unseen: {", ".join(found["unseen_writers"])}.""",
         )
     )
     yield _paragraph("""Real answers cannot be trajectories: there is one a model and prompt, and POLAR needs two. They
@@ -100,7 +100,8 @@ def _policies(figures: dict) -> Iterator[str]:
 def _base(figures: dict) -> Iterator[str]:
     yield "## Base models"
     yield _paragraph("""Llama's shape, trained with transformers on the same text (a prompt and what one policy says to
-        it, twice; a prompt and several real answers), and brought in with `convert from-hf --head init`.""")
+        it, twice; a prompt and several real answers), and brought in with `convert from-hf --head init`. Matrices of
+        the layers are trained with Muon, all else with AdamW.""")
     counted = ("parameters", "non_embedding_parameters", "tokens")
     rows = [
         [name, *(f"{one[key]:,}" for key in counted), f"{one['held_out_loss']:.3f}", f"{one['seconds']:.0f}"]
@@ -184,7 +185,8 @@ def _finetune(figures: dict) -> Iterator[str]:
     if all(figures["finetune"].values()):
         yield "![accuracy of the arms](study/finetune.svg)"
     yield _paragraph(f"""{settings["finetune_seeds"]} seeds. On GSM8K every seed holds out another of
-        {settings["gsm8k_folds"]} folds of the problems, so that all of them are judged by models that did not see them.
+        {settings["gsm8k_folds"]} folds of the problems, so that all of them are judged by models that did not see them;
+        of solutions there are the endings alone, without the calculator's annotations.
         On AlpacaEval the better answer mostly is the longer one; answers are cut, which hides a part of that.""")
     for task, found in figures["finetune"].items():
         if found is None:
