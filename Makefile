@@ -13,7 +13,7 @@ help:
 	@echo "make quickstart   train a small reward model from nothing, evaluate it, draw runs/quickstart/report.html"
 	@echo "make test         everything that CI runs"
 	@echo "make test-serving a real vLLM (CPU, in a venv of its own, 3.4 GB) serves the exports, and rewards are compared"
-	@echo "make study DATA=DIR   the method's claims in small, on public data (docs/study.md): an hour of processor time"
+	@echo "make study DATA=DIR   the method's claims in small, on public data (docs/study.md): some hours of two cores"
 	@echo "make study-rft    GRPO on rewards of three reward models, of the rule itself, and SFT, in small: a part of make study's next report"
 	@echo "make faults       kills, corruptions, full disks, hung ranks: all campaigns of docs/reliability.md (20 to 30 minutes)"
 	@echo "make benchmarks   the tables of benchmarks/"
