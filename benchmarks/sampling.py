@@ -10,11 +10,9 @@ server that takes `--delay` for an answer. The time of `sample` is that of its w
 """
 
 import argparse
-import asyncio
 import os
 import platform
 import signal
-import ssl
 import statistics
 import sys
 import tempfile
@@ -22,9 +20,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import httpx
 import orjson
-from sampler import PER_PROMPT, ROOT, journal_lines, start
+from sampler import PER_PROMPT, ROOT, journal_lines, plain_loops, start
 
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -165,11 +162,10 @@ def compare(pool: Path, server: chat_server.Remote, scratch: Path, options: argp
 
     prompts = scratch / "prompts.jsonl"
     prompts.write_bytes(b"".join(b'{"prompt": "prompt %d"}\n' % n for n in range(options.compared // PER_PROMPT)))
-    outputs, slots = iter(range(options.rounds)), options.concurrency
+    outputs = iter(range(options.rounds))
     contestants = {
         "sample": lambda: sample.sample_pool(pool, prompts=prompts, output=scratch / f"straight-{next(outputs)}"),
-        "plain loop, one client": lambda: asyncio.run(plain_loop(server.url, options, clients=1)),
-        "plain loop, a client a slot": lambda: asyncio.run(plain_loop(server.url, options, clients=slots)),
+        **plain_loops(server.url, request_bodies(options.compared), slots=options.concurrency),
     }
     speeds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(options.rounds):
@@ -183,22 +179,10 @@ def compare(pool: Path, server: chat_server.Remote, scratch: Path, options: argp
     return speeds
 
 
-async def plain_loop(url: str, options: argparse.Namespace, *, clients: int) -> None:
-    """What one would write in ten lines: so many workers, httpx, all answers in a list; it keeps and checks nothing."""
-    limits, encryption = httpx.Limits(max_connections=None), ssl.create_default_context()  # 20 ms, so once for all
-    pool = [httpx.AsyncClient(timeout=20, limits=limits, verify=encryption) for _ in range(clients)]
-    numbers, texts = iter(range(options.compared)), []
-
-    async def work(http: httpx.AsyncClient) -> None:
-        for number in numbers:
-            body = {"model": MODELS[number % len(MODELS)], "prompt": f"prompt {number}", "seed": number}
-            response = await http.post(f"{url}/v1/completions", json={**body, "max_tokens": 64, "top_k": 50})
-            texts.append(response.json()["choices"][0]["text"])
-
-    await asyncio.gather(*(work(pool[slot % clients]) for slot in range(options.concurrency)))
-    assert len(texts) == options.compared
-    for http in pool:
-        await http.aclose()
+def request_bodies(count: int) -> list[dict]:
+    """What the plain loop asks."""
+    draw = {"max_tokens": 64, "top_k": 50}
+    return [{"model": MODELS[n % len(MODELS)], "prompt": f"prompt {n}", "seed": n, **draw} for n in range(count)]
 
 
 if __name__ == "__main__":

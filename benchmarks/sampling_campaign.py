@@ -6,10 +6,8 @@ told by name and not by counts.
 """
 
 import argparse
-import asyncio
 import resource
 import signal
-import ssl
 import statistics
 import sys
 import time
@@ -20,10 +18,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import failing_proxy
-import httpx
 import orjson
 import psutil
-from sampler import PER_PROMPT, count_journal_lines, journal_lines, start
+from sampler import PER_PROMPT, count_journal_lines, journal_lines, plain_loops, start
 from sampling_policies import serving, train_policies
 
 from megatron_polar.policies.backends import derived_seed
@@ -268,10 +265,7 @@ def contestants(url: str, inputs: tuple, output: Path, options: argparse.Namespa
     bodies = [{**request._asdict(), **DRAW, "max_tokens": options.tokens} for request in asked.values()]
     return {
         "sample": lambda: sample_pool(pool, prompts=prompts, output=output),
-        "plain loop, one client": lambda: asyncio.run(plain_loop(url, bodies, slots=options.concurrency, clients=1)),
-        "plain loop, a client a slot": lambda: asyncio.run(
-            plain_loop(url, bodies, slots=options.concurrency, clients=options.concurrency)
-        ),
+        **plain_loops(url, bodies, slots=options.concurrency),
     }
 
 
@@ -286,23 +280,6 @@ def timed(run_it: Callable[[], object], *, requests: int, server: psutil.Process
 def _processor_seconds() -> float:
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
-
-
-async def plain_loop(url: str, bodies: Sequence[dict], *, slots: int, clients: int) -> None:
-    """What one would write in ten lines: so many workers, httpx, all answers in a list; it keeps and checks nothing."""
-    limits, encryption = httpx.Limits(max_connections=None), ssl.create_default_context()  # 20 ms, so once for all
-    pool = [httpx.AsyncClient(timeout=60, limits=limits, verify=encryption) for _ in range(clients)]
-    waiting, texts = iter(bodies), []
-
-    async def work(http: httpx.AsyncClient) -> None:
-        for body in waiting:
-            response = await http.post(f"{url}/v1/completions", json=body)
-            texts.append(response.json()["choices"][0]["text"])
-
-    await asyncio.gather(*(work(pool[slot % clients]) for slot in range(slots)))
-    assert len(texts) == len(bodies)
-    for http in pool:
-        await http.aclose()
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------

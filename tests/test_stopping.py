@@ -205,6 +205,7 @@ def test_a_job_that_lives_on_beside_its_successor_is_fenced(tmp_path, trajectory
     (first,) = faults_training.start_job(config, fault="before_update:24=stop")
     lock, latest = tmp_path / "run" / "lock", tmp_path / "run" / "checkpoints" / "latest"
     while psutil.Process(first.pid).status() != psutil.STATUS_STOPPED:
+        assert first.is_alive()
         time.sleep(0.01)
     monkeypatch.setenv(TAKE_OVER, lock.read_text().strip())
     stop = int(latest.read_text().strip()[-8:]) + 3

@@ -319,6 +319,7 @@ def test_a_study_that_is_told_to_end_ends_its_jobs(tmp_path):
         assert study.poll() is None
     started = []
     while len(started) < 3:  # the server that forks, its tracker, and a job
+        assert study.poll() is None
         started = psutil.Process(study.pid).children(recursive=True)
         time.sleep(0.02)
     study.terminate()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from base_model import build_optimizers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -167,14 +168,10 @@ def optimizers_of(model, how: Fit) -> list[tuple[torch.optim.Optimizer, float]]:
 
     Muon's update is orthogonal whatever the gradient's size, so its rate has nothing to do with AdamW's.
     """
-    inner = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name] if how.muon_lr else []
-    chosen = set(map(id, inner))
-    outer = [p for p in model.parameters() if id(p) not in chosen]
-    found = [(torch.optim.AdamW(outer, lr=how.lr, weight_decay=0.01), how.lr)]
-    if inner:
-        muon = torch.optim.Muon(inner, lr=how.muon_lr, momentum=0.95, weight_decay=0.01, adjust_lr_fn="original")
-        found.append((muon, how.muon_lr))
-    return found
+    if not how.muon_lr:
+        return [(torch.optim.AdamW(model.parameters(), lr=how.lr, weight_decay=0.01), how.lr)]
+    muon, adamw = build_optimizers(model, lr=how.lr)
+    return [(adamw, how.lr), (muon, how.muon_lr)]
 
 
 def encode_pairs(pairs: Sequence[tuple[str, str]], tokenizer, *, on_prompts: bool) -> tuple[torch.Tensor, torch.Tensor]:
