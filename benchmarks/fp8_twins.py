@@ -232,6 +232,7 @@ def draw_comparisons(
 class Difference:
     """What one run has beyond another of the same comparisons; losses in percent of the other's."""
 
+    mean_loss: float
     final_loss: float
     largest_loss: float
     accuracy: float
@@ -246,6 +247,7 @@ def compare(run: Run, other: Run) -> Difference:
     taus = [stats.kendalltau(a, b).statistic for a, b in zip(run.rewards, other.rewards, strict=True)]
     flat = [np.concatenate([np.subtract(row, np.mean(row)) for row in one.rewards]) for one in (run, other)]
     return Difference(
+        mean_loss=100 * (statistics.fmean(run.losses) / statistics.fmean(other.losses) - 1),
         final_loss=100 * (run.final_loss() / other.final_loss() - 1),
         largest_loss=100 * float(np.abs(smooth / base - 1).max()),
         accuracy=run.accuracy - other.accuracy,
@@ -307,12 +309,13 @@ def report(runs: list[Run], options: argparse.Namespace, *, where: str) -> str:
         f"{reference} of another seed, is the noise: the root mean square where a difference has a sign. What is no "
         f"larger than there cannot be told from chance.",
         "",
-        "| against the reference | final loss, % | largest deviation, % | accuracy | margin | Kendall | Spearman |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| against the reference | mean loss, % | final loss, % | largest deviation, % | accuracy | margin "
+        "| Kendall | Spearman |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, found in differences(runs, options.variants).items():
         fields = {field: [getattr(one, field) for one in found] for field in Difference.__dataclass_fields__}
-        signed = ("final_loss", "accuracy", "margin") if name == "seed" else ()
+        signed = ("mean_loss", "final_loss", "accuracy", "margin") if name == "seed" else ()
         columns = [
             f"±{np.sqrt(np.mean(np.square(values))):.3f}" if field in signed else interval(values)
             for field, values in fields.items()
@@ -321,9 +324,9 @@ def report(runs: list[Run], options: argparse.Namespace, *, where: str) -> str:
     shape = f"{options.preset}, {options.layers} layers, answers of about {options.answer_tokens} tokens"
     lines += [
         "",
-        "Final loss: mean over the last tenth of the steps. Largest deviation: of the smoothed loss, anywhere in the "
-        "run. Kendall: within a comparison, averaged; Spearman: over all held-out rewards less their comparison's "
-        "mean.",
+        "Mean loss: over all steps. Final loss: over the last tenth of them. Largest deviation: of the smoothed loss, "
+        "anywhere in the run. Kendall: within a comparison, averaged; Spearman: over all held-out rewards less "
+        "their comparison's mean.",
         "",
         f"{shape}, peak learning rate {options.lr:g} (a tenth of the steps "
         f"of warm-up, then cosine), {options.policies} policies, {options.swapped:.0%} of the training "

@@ -62,7 +62,14 @@ def main() -> None:
         runs = {side: [] for side in sides}
         for repeat in range(options.repeats):
             for side in sides[repeat % len(sides) :] + sides[: repeat % len(sides)]:
-                runs[side].append(run_side(side, options))
+                if side not in runs:
+                    continue
+                run = run_side(side, options)
+                if run is None:
+                    del runs[side]
+                    print(f"{side}: out of memory", file=sys.stderr, flush=True)
+                    continue
+                runs[side].append(run)
                 seconds = statistics.median(runs[side][-1]["seconds"])
                 print(f"{side}: {seconds:.2f} s a step", file=sys.stderr, flush=True)
     text = report(runs, options)
@@ -71,12 +78,15 @@ def main() -> None:
     print(text)
 
 
-def run_side(side: str, options: argparse.Namespace) -> dict:
-    """One run in a process of its own: {"seconds": of each timed step, "losses": of every step}."""
+def run_side(side: str, options: argparse.Namespace) -> dict | None:
+    """One run in a process of its own: {"seconds": of each timed step, "losses": of every step}; None where the GPU's
+    memory does not hold it."""
     command = [sys.executable, __file__, "--side", side, "--work", str(options.work)]
     for name in ("steps", "global_batch_size", "layers", "hidden_size", "seed", "warm_up"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode and "OutOfMemoryError" in done.stderr:
+        return None
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -220,8 +230,8 @@ def report(runs: dict[str, list[dict]], options: argparse.Namespace) -> str:
     lines = [
         "# Against TRL's RewardTrainer",
         "",
-        f"`python benchmarks/trl_reward_trainer.py`: {options.steps} steps of {size} comparisons (K = 2) on the same "
-        f"weights, pairs and optimizer; {options.repeats} runs of each side in turn, "
+        f"`python benchmarks/trl_reward_trainer.py {' '.join(sys.argv[1:])}`: {options.steps} steps of {size} "
+        f"comparisons (K = 2) on the same weights, pairs and optimizer; {options.repeats} runs of each side in turn, "
         f"{options.warm_up} step(s) of warm-up not timed.",
         "",
         "| trainer | comparisons/s | ours is faster by | largest difference of a step's loss |",
@@ -235,12 +245,15 @@ def report(runs: dict[str, list[dict]], options: argparse.Namespace) -> str:
         whole, least, most = speed["ours"] / speed[side], min(ratios[side]), max(ratios[side])
         ratio = "" if side == "ours" else f"**{whole:.2f}x** ({least:.2f} to {most:.2f})"
         lines.append(f"| {name} | {speed[side]:.3f} | {ratio} | {'' if side == 'ours' else f'{difference:.1e}'} |")
+    missing = [str(size) for size in options.trl_batch_sizes if f"trl{size}" not in runs]
+    if missing:
+        lines += ["", f"TRL did not fit the GPU's memory at {', '.join(missing)} pairs a forward pass."]
     losses = ", ".join(f"{loss:.4f}" for loss in expected)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, 1 thread"
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core", "transformers", "trl"))
     lines += [
         "",
-        f"Losses of our steps: {losses}. Curves: `trl_reward_trainer.svg`.",
+        f"Losses of our steps: {losses}. Curves: `{options.output.with_suffix('.svg').name}`.",
         "",
         "Rates over all runs together; in brackets the range over the runs.",
         "",
