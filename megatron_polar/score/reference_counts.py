@@ -8,7 +8,8 @@ import numpy as np
 from megatron_polar.data.references import mean_over_references
 from megatron_polar.errors import UserError
 from megatron_polar.score.more_references import with_references
-from megatron_polar.score.statistics import BOOTSTRAP_REPLICATES, compute_statistics, ordered_pairs
+from megatron_polar.score.resampling import bootstrap_intervals, weighted_mean
+from megatron_polar.score.statistics import compute_statistics, ordered_pairs
 from megatron_polar.score.suites import EvaluationItem
 
 EachReward = Sequence[Sequence[float]]
@@ -68,12 +69,7 @@ def compare_reference_counts(
 def bootstrap_interval(values: np.ndarray, prompt: np.ndarray, *, seed: int) -> tuple[float, float]:
     """95 % percentile interval of the mean of `values` [p] when the prompts `prompt` [p] that they belong to are drawn
     anew: values of one prompt are not independent."""
-    _, prompt = np.unique(prompt, return_inverse=True)
-    total, count = np.bincount(prompt, weights=values), np.bincount(prompt)
-    generator = np.random.default_rng(seed)
-    means = np.empty(BOOTSTRAP_REPLICATES)
-    for replicate in range(BOOTSTRAP_REPLICATES):
-        drawn = generator.integers(0, len(total), size=len(total))
-        means[replicate] = total[drawn].sum() / count[drawn].sum()
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    _, cluster = np.unique(prompt, return_inverse=True)
+    found = bootstrap_intervals(lambda weights: {"mean": weighted_mean(values, weights)}, cluster, seed=seed)["mean"]
+    assert found is not None  # every replicate draws prompts that have values
+    return found
