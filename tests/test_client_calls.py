@@ -160,7 +160,7 @@ def test_a_forgotten_client_leaves_no_thread(tokenizer_path):
 
 
 _LEAVES_DURING_AN_IMPORT = """
-import builtins, sys, time
+import atexit, sys, time
 from megatron_polar.serve.client import RewardClient, RewardError, RewardItem
 
 class Slow:
@@ -169,11 +169,15 @@ class Slow:
         if name == "sniffio" and leaving:
             time.sleep(0.5)  # a busy disk, with the import lock held
 
-class ImportsAtTheEnd:
-    def __del__(self):
-        import colorsys
+class ImportsAtTheEnd:  # in a cycle, which Python collects when it has ended its threads and still has its modules
+    def __init__(self):
+        self.itself = self
 
-leaving, builtins.last_object = False, ImportsAtTheEnd()
+    def __del__(self):
+        import tabnanny  # which nothing else imports
+
+leaving = False
+atexit.register(time.sleep, 0.2)  # behind the client's own: the thread is in the import when Python ends its threads
 client = RewardClient("http://127.0.0.1:9", engine="megatron-polar", retries=0)
 try:
     client.score([RewardItem("p", "r", "a")])
@@ -181,6 +185,7 @@ except RewardError:
     sys.modules.pop("sniffio", None)  # as where it is not installed: httpcore asks the finders again and again
     sys.meta_path.insert(0, Slow)
     leaving = True
+ImportsAtTheEnd()
 """
 
 
