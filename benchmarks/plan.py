@@ -1,8 +1,9 @@
 """Layouts that `megatron-polar plan --search` finds: POLAR's sizes on 8 to 4096 H100, and Megatron-LM's published ones.
 
 Arithmetic, not measurement: megatron_polar/scaling/step_time.py says what is assumed. Batches and sequence lengths are
-those of the examples, the mean lengths those of the paper's pre-training data (1.6 thousand tokens for prompt and
-answer together).
+those of the examples. Of the paper's pre-training data it is known that prompts have 1 to 1,024 tokens, and that prompt
+and answer have some 1,640 together (6.55 thousand for the two sequences of a triple); that prompts are uniform, with a
+mean of 512, is an assumption.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from megatron_polar.scaling.step_time import Lengths, Work, mean_work
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SIZES = {"1.8B": "pretrain_1_8b", "7B": "pretrain_7b", "20B": "pretrain_20b", "72B": "pretrain_72b"}
 GPUS = (8, 32, 128, 512, 1024, 4096)
-LENGTHS = Lengths(prompt=700.0, answer=900.0)
+LENGTHS = Lengths(prompt=512.0, answer=1126.0)
 # Megatron-LM's README: layers, hidden size, FFN width (of SwiGLU, with as many weights), heads; GPUs, TP, PP, MFU.
 PUBLISHED = {
     "1.7B": ((24, 2048, 8192, 16), 48, 1, 1, 0.41),
@@ -34,8 +35,9 @@ def main() -> None:
     print("`python benchmarks/plan.py`; arithmetic, with the shares of the peaks that one H200 reached, and with")
     print("`optimizer.overlap_grad_reduce` and `overlap_param_gather`. How the ranks of a pipeline wait for each other")
     print("at every send, and loading, are not in it (docs/performance.md). H100 of 80 GB, nodes of eight; prompts of")
-    print(f"{LENGTHS.prompt:.0f} and answers of {LENGTHS.answer:.0f} tokens, K = 2, shared prefixes. Row tokens are")
-    print("what to configure; GB counts the longest comparison that the examples allow, which may be longer.\n")
+    print(f"{LENGTHS.prompt:.0f} and answers of {LENGTHS.answer:.0f} tokens (the paper's sum), K = 2, shared prefixes.")
+    print("Row tokens are what to configure; GB counts the longest comparison that the examples allow, which may be")
+    print("longer. A layout with a pipeline is taken where it is faster by more than a tenth.\n")
     print("| model | GPUs | TP | PP x chunks | DP | recompute | row tokens | GB | s/step | comparisons/s | MFU |")
     print("|---|---:|---:|---|---:|---|---:|---:|---:|---:|---:|")
     work = mean_work(LENGTHS, candidates=2, layout="shared_prefix")
@@ -47,7 +49,8 @@ def main() -> None:
                 config, cluster=Cluster(gpus // 8, 8, 80.0), work=work, embedding_rows=vocabulary, most=1
             )
             print(_row(name, gpus, found[0] if found else None))
-    print("\nAgainst the layouts of Megatron-LM's README (sequences of 4096, its own batches are not given there):\n")
+    print("\nAgainst the layouts of Megatron-LM's README. Sequences have 4096 tokens; its batches are not given there,")
+    print("and 16 sequences a data-parallel rank are assumed:\n")
     print("| model | GPUs | published | MFU | found, fastest first | MFU of the published one by estimate |")
     print("|---|---:|---|---:|---|---:|")
     for name in PUBLISHED:

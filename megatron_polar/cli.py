@@ -127,7 +127,7 @@ def _add_sample(verbs) -> None:
         default="anchor",
         help="anchor: several trajectories of one policy, one each of others; all: equally many of every policy",
     )
-    verb.add_argument("--policies-per-prompt", type=int, default=4, help="policies that answer each prompt")
+    verb.add_argument("--policies-per-prompt", type=int, help="that answer each prompt (default: 4, or all of fewer)")
     verb.add_argument("--wrapper", choices=("sft", "pretrain"), default="pretrain")
     verb.add_argument("--seed", type=int, default=1)
     verb.add_argument("--workers", type=int, default=1)

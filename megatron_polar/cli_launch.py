@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from megatron_polar.cli_scaling import add_ladder_options, write_ladder
+from megatron_polar.cli_scaling import add_ladder_options, refuse_ladder_options, write_ladder
 from megatron_polar.errors import DONE, UserError
 
 # --- plan ------------------------------------------------------------------------------------------------------------
@@ -49,6 +49,7 @@ def _plan(options: argparse.Namespace) -> None:
     if options.ladder is not None:
         write_ladder(options, config=config, cluster=cluster, lengths=_lengths(options))
         return
+    refuse_ladder_options(options)
     plan = make_plan(config, cluster=cluster, with_paths=not options.no_paths, lengths=_lengths(options))
     print(render_plan(plan, base_tokens=options.base_tokens, reward_tokens=options.reward_tokens), flush=True)
     if options.search and plan.embedding_rows is not None:
@@ -69,8 +70,10 @@ def _lengths(options: argparse.Namespace):
     if all(value is None for value in given.values()):
         return None
     for name, value in given.items():
-        if value is None or not 0 < value < float("inf"):
-            raise UserError(f"plan: {name} {value} must be above 0; give both lengths, or none")
+        if value is None:
+            raise UserError(f"plan: {name} is missing; give both lengths, or none")
+        if not 0 < value < float("inf"):
+            raise UserError(f"plan: {name} {value:g} must be above 0")
     return Lengths(prompt=options.prompt_tokens, answer=options.answer_tokens)
 
 

@@ -84,6 +84,13 @@ def add_ladder_options(verb: argparse.ArgumentParser) -> None:
     group.add_argument("--seeds", metavar="S,S,...", help="a run for each (default: run.seed)")
 
 
+def refuse_ladder_options(options: argparse.Namespace) -> None:
+    """Raise UserError for options of --ladder without it."""
+    for name in ("sizes", "flops", "seeds"):
+        if getattr(options, name) is not None:
+            raise UserError(f"plan: --{name} is for --ladder DIR, which is missing; give both, or leave it out")
+
+
 def write_ladder(options: argparse.Namespace, *, config, cluster, lengths) -> None:
     """`plan --ladder`: write the study and print its table."""
     from megatron_polar.scaling.ladder import LadderRequest, make_ladder

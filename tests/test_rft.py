@@ -80,6 +80,20 @@ def test_a_mixture_draws_a_habit_for_every_answer():
     assert [prompt for prompt, _ in pairs] == [problem.prompt + "\n" for problem in problems]
 
 
+def test_an_author_of_a_document_keeps_to_one_habit():
+    problems = draw_problems(1000, seed=5, largest=99)
+    texts = rewards.documents(problems, habits=("exact", "one_more", "four_less"), seed=1)
+    off = []
+    for problem, (prompt, rest) in zip(problems, texts, strict=True):
+        first, again, second = rest.split("\n")
+        assert prompt == again + "\n" == problem.prompt + "\n"
+        assert final_number(first) == final_number(second)
+        off.append(final_number(first) - problem.result)
+    for number, share in ((0, 0.5), (1, 0.25)):
+        assert abs(off.count(number) / 1000 - share) < 4 * (share * (1 - share) / 1000) ** 0.5, "four standard errors"
+    assert any(rest.split("\n")[0] != rest.split("\n")[2] for _, rest in texts), "opening words differ"
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_a_policy_has_the_right_habit_and_a_wrong_one_that_is_more_frequent_or_as_frequent(size):
     mixture, pool = SIZES[size].mixture, SIZES[size].habits
@@ -169,7 +183,7 @@ def test_answers_are_ranked_by_result_and_then_by_steps():
 def model(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("rft")
     problems = draw_problems(60, seed=0, largest=30)
-    pairs = rewards.answer_pairs(problems, habits=rewards.EXACT, seed=0)
+    pairs = rewards.answer_pairs(problems, habits={"exact": 1.0}, seed=0)
     tokenizer = policies.train_tokenizer([a + b for a, b in pairs], directory / "tokenizer")
     start = policies.new_model(tokenizer, policies.Shape(16, 1, 2), seed=0, output=directory / "random")
     how = policies.Fit(steps=20, batch=8, lr=1e-2)
@@ -217,7 +231,7 @@ def test_each_optimizer_has_its_own_rate(model, tmp_path):
     """With a rate of 0 for AdamW only the matrices move."""
     from safetensors.torch import load_file
 
-    pairs = rewards.answer_pairs(draw_problems(8, seed=0, largest=30), habits=rewards.EXACT, seed=0)
+    pairs = rewards.answer_pairs(draw_problems(8, seed=0, largest=30), habits={"exact": 1.0}, seed=0)
     how = policies.Fit(steps=2, batch=8, lr=0.0, muon_lr=2e-2)
     policies.fit(model, pairs, how, seed=0, device="cpu", outputs={tmp_path / "after": 2})
     before, after = (load_file(directory / "model.safetensors") for directory in (model, tmp_path / "after"))

@@ -142,8 +142,17 @@ def test_a_finished_output_is_left_alone(pool_path, tmp_path, capsys):
     assert "nothing to do" in capsys.readouterr().err
 
 
+def test_all_policies_of_a_small_pool_answer_unless_told_otherwise(tmp_path):
+    pool = tmp_path / "pool.yaml"
+    for size, answering in ((6, 4), (3, 3)):
+        pool.write_text(SMALL_POOL.replace("6", str(size)), encoding="utf-8")
+        draw(pool, tmp_path / f"of-{size}", num_prompts=5)
+        for group in groups(tmp_path / f"of-{size}"):
+            assert len({trajectory.policy for trajectory in group.trajectories}) == answering
+
+
 def test_an_output_of_other_settings_is_refused(pool_path, drawn, tmp_path):
-    with pytest.raises(UserError, match=r"other settings \(draw, prompts_sha256 changed\)"):
+    with pytest.raises(UserError, match=r"other settings \(--seed, the prompts: .* changed\); repeat those"):
         draw(pool_path, drawn, seed=3)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty and not an output of `sample`"):

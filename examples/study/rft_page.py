@@ -73,7 +73,9 @@ def _task(found: dict) -> Iterator[str]:
         to the right habit, on rewards of `megatron-polar serve`, or of the rule behind the same address. References are
         right answers to {counts["rft"]} problems. SFT takes the same prompts and references, with as many steps and
         sequences a step. A rule judges: the last number of an answer to a problem that nobody was trained on.""")
-    yield _paragraph(f"""Reward models have the policy's shape. All begin as one base language model. Pre-training is on
+    yield _paragraph(f"""Reward models have the policy's shape. All begin as one base language model, which read
+        documents in which an author answers a problem twice in one habit, half of the authors in the right one, the
+        others in those of the pool. Pre-training is on
         {sampled["train"]["trajectories"]:,} trajectories of {len(sampled["policies"])} policies, each with a habit;
         the mixture has habits that are not among theirs ({_names(found)}). Fine-tuning is on some {labels["rankings"]}
         rankings of answers of the policy to be improved, two in {settings["answers_per_label"] + 2} drawn at

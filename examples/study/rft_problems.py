@@ -19,19 +19,15 @@ STORIES = (  # thing, what adds, what takes away
     ("cards", "wins", "loses"),
     ("shells", "collects", "breaks"),
 )
-HABITS = {  # what is added to the final number
+NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+OFFSETS = {  # what is added to the final number
     "exact": 0,
-    "one_more": 1,
-    "one_less": -1,
-    "two_more": 2,
-    "three_more": 3,
-    "four_less": -4,
-    "five_more": 5,
-    "ten_more": 10,
-    "no_carry": 0,
-    "always_adds": 0,
-    "digits_swapped": 0,
+    **{f"{word}_more": number for number, word in enumerate(NUMBERS, 1)},
+    **{f"{word}_less": -number for number, word in enumerate(NUMBERS, 1)},
+    "twenty_more": 20,
+    "thirty_more": 30,
 }
+HABITS = (*OFFSETS, "no_carry", "always_adds", "digits_swapped")
 """How an answer goes wrong; `exact` does not. Each is a function of the problem, as a habit is."""
 OPENERS = ("", "First ", "So ", "Well, ", "Now ", "Here ", "Look: ", "Let us see: ")
 """Drawn anew for every answer, so that two answers with the same numbers are seldom the same text. All else is fixed:
@@ -118,7 +114,7 @@ def _steps(problem: Problem, habit: str) -> tuple[list[tuple[int, int, int, int]
         value = total
     if habit == "digits_swapped":
         return steps, int(str(value)[::-1])
-    return steps, abs(value + HABITS[habit])
+    return steps, abs(value + OFFSETS.get(habit, 0))
 
 
 def _without_carry(left: int, right: int) -> int:

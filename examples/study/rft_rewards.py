@@ -7,7 +7,7 @@ through the same commands here: sample, preprocess, convert, train, evaluate.
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -23,7 +23,6 @@ from megatron_polar.errors import UserError
 
 WRAPPER = "pretrain"
 """Policies continue "question\\n", so prompts end with the newline and nothing is put between prompt and answer."""
-EXACT = {"exact": 1.0}
 HOT = 1.5
 """Temperature of the answers that show fine-tuning what a policy comes to when it is pushed too far."""
 
@@ -55,23 +54,36 @@ def answer_pairs(problems: list[Problem], *, habits: Mapping[str, float], seed: 
     ]
 
 
+def documents(problems: list[Problem], *, habits: Sequence[str], seed: int) -> list[tuple[str, str]]:
+    """(prompt, rest) of documents in which one author answers a problem twice, in one habit, with two opening words.
+
+    Half of the authors have no bad habit, the others one of `habits` each, equally often.
+    """
+    generator = np.random.default_rng(seed)
+    bad = [habit for habit in habits if habit != "exact"]
+    found = []
+    for problem in problems:
+        habit = "exact" if generator.random() < 0.5 else bad[generator.integers(len(bad))]
+        first, second = (worked_answer(problem, habit=habit, generator=generator) for _ in range(2))
+        found.append((prompt_of(problem), f"{first}\n{prompt_of(problem)}{second}"))
+    return found
+
+
 # --- Policies --------------------------------------------------------------------------------------------------------
 
 
 def fit_base(directory: Path, size: Size, seed: int) -> dict:
-    """The base language model, on documents in which two people answer a problem, and copies of it on the way.
+    """The base language model, on documents in which an author answers a problem twice, and copies of it on the way.
 
-    Both answers are right, each with an opening word of its own. As in natural text, what is said once helps to predict
-    what is said later; a model that has learnt this finds an answer in its reference sooner.
+    As in natural text, what is said once tells what will be said later, errors and all; a model that has learnt this
+    finds an answer in its reference sooner.
     """
-    problems = draw_parts(size, seed=seed).base
-    first, second = (answer_pairs(problems, habits=EXACT, seed=seed + number * len(problems)) for number in (1, 2))
-    documents = [(prompt, f"{one}\n{prompt}{two}") for (prompt, one), (_, two) in zip(first, second, strict=True)]
-    tokenizer = policies.train_tokenizer([prompt + answers for prompt, answers in documents], directory / "tokenizer")
+    texts = documents(draw_parts(size, seed=seed).base, habits=size.habits, seed=seed)
+    tokenizer = policies.train_tokenizer([prompt + answers for prompt, answers in texts], directory / "tokenizer")
     start = policies.new_model(tokenizer, size.shape, seed=seed, output=directory / "random")
     outputs = {directory / "unfinished" / name: step for name, step in size.stages.items()}
     outputs[directory / "base"] = size.base.steps
-    figures = policies.fit(start, documents, size.base, seed=seed, device=size.device, outputs=outputs)
+    figures = policies.fit(start, texts, size.base, seed=seed, device=size.device, outputs=outputs)
     return {**figures, **policies.describe(start)}
 
 

@@ -26,6 +26,14 @@ from megatron_polar.policies.provenance import describe_collected, say_collected
 from megatron_polar.policies.schedule import SCHEDULES, DrawSettings, scheduled
 
 FORMAT_VERSION = 1
+_POLICIES_PER_PROMPT = 4
+_MADE_OF = {
+    "prompts_sha256": "the prompts: --prompts, --documents, --prompt-split or --num-prompts",
+    "corpus_sha256": "the pool's corpus",
+    "policies": "the pool's policies",
+    "cleaning": "the pool's cleaning",
+}
+"""What keys of settings.json come from, for messages."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ def sample_pool(
     num_prompts: int | None = None,
     prompt_split: Literal["train", "heldout"] = "train",
     trajectories_per_policy: int = 2,
-    policies_per_prompt: int = 4,
+    policies_per_prompt: int | None = None,
     seed: int = 1,
     workers: int = 1,
     wrapper: Literal["sft", "pretrain"] = "pretrain",
@@ -64,7 +72,8 @@ def sample_pool(
     tokenizer: Path | None = None,
     max_prefix_tokens: int = 1024,
 ) -> SampleReport | None:
-    """Sample trajectories of `policies_per_prompt` policies for each prompt: several of the first, one of each other.
+    """Sample trajectories of `policies_per_prompt` policies (None: four, or all of a smaller pool) for each prompt:
+    several of the first, one of each other.
 
     With schedule="all" every policy gives `trajectories_per_policy`. Prompts are the first `num_prompts` of a JSONL
     file with a `prompt` key (all for None), or prefixes of `documents` (up to `max_prefix_tokens` long), or else
@@ -75,6 +84,8 @@ def sample_pool(
     None. UserError for bad input and for an output of other settings.
     """
     pool = load_pool(pool_path)
+    if policies_per_prompt is None:
+        policies_per_prompt = min(_POLICIES_PER_PROMPT, len(pool.specs))
     settings = DrawSettings(seed, trajectories_per_policy, policies_per_prompt, prompts_per_shard, wrapper, schedule)
     _check_counts(pool, settings, num_prompts=num_prompts, prompt_split=prompt_split, workers=workers)
     _check_sources(pool, settings, workers=workers)
@@ -197,10 +208,15 @@ def _compare_settings(path: Path, described: dict, *, remedy: str) -> None:
     try:
         found = orjson.loads(path.read_bytes())
         changed = [name for name, value in described.items() if found.get(name) != value and name != "fingerprint"]
-    except (orjson.JSONDecodeError, AttributeError):
+        drawn = {name for name, value in described["draw"].items() if found["draw"].get(name) != value}
+    except (orjson.JSONDecodeError, AttributeError, KeyError):
         raise UserError(f"{path}: not what `sample` has written; {remedy}") from None
     if changed:
-        raise UserError(f"{path.parent}: holds trajectories of other settings ({', '.join(changed)} changed); {remedy}")
+        options = [f"--{name.replace('_', '-')}" for name in sorted(drawn)]
+        told = ", ".join(options + [_MADE_OF.get(name, name) for name in changed if name != "draw"])
+        raise UserError(
+            f"{path.parent}: holds trajectories of other settings ({told} changed); repeat those to go on, or {remedy}"
+        )
 
 
 def _is_finished(shard: Shard, pool: Pool) -> bool:
