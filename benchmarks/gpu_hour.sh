@@ -30,12 +30,12 @@ part environment 2 "$PYTHON benchmarks/gpu_environment.py"
 part parity 4 "$PYTHON -m pytest -q -p no:cacheprovider tests/test_gpu.py"
 part throughput_7b 5 "$PYTHON benchmarks/throughput.py --preset polar_7b --layers $layers --rows 2 --steps 5 --fp8 off tensorwise"
 part throughput_1_8b 4 "$PYTHON benchmarks/throughput.py --preset polar_1_8b --candidates 2 --rows 3 --steps 4"
-part twins 6 "$PYTHON benchmarks/fp8_twins.py --variants bf16 tensorwise --seeds 0 1 2 3 4 5 --batch 32 --jobs 4 --output OUTPUT/fp8_twins.md"
+part twins 8 "$PYTHON benchmarks/fp8_twins.py --variants bf16 tensorwise --seeds 0 1 2 3 4 5 --batch 32 --jobs 4 --output OUTPUT/fp8_twins.md"
 part layouts 5 "$PYTHON benchmarks/layouts.py --layers 8 --candidates 2 4 --comparisons 16"
 part recipes 5 "$PYTHON benchmarks/throughput.py --preset polar_7b --layers $layers --rows 2 --steps 5 --candidates 2 --layouts shared_prefix --fp8 off blockwise delayed --profile"
 part fp8_weights 4 "$PYTHON benchmarks/throughput.py --preset polar_7b --layers $layers --rows 2 --steps 5 --candidates 2 --layouts shared_prefix --fp8 tensorwise blockwise --fp8-weights"
 part no_fusion 3 "$PYTHON benchmarks/throughput.py --preset polar_7b --layers $layers --rows 2 --steps 5 --candidates 2 --layouts shared_prefix --fp8 off tensorwise --no-fusion"
-part trl 5 "$PYTHON benchmarks/trl_reward_trainer.py --layers 4 --hidden-size 2048 --global-batch-size 16 --output OUTPUT/trl_reward_trainer.md"
+part trl 5 "$PYTHON benchmarks/trl_reward_trainer.py --layers 4 --hidden-size 2048 --global-batch-size 16 --trl-batch-sizes 1 8 --output OUTPUT/trl_reward_trainer.md"
 
 # --- Options ---------------------------------------------------------------------------------------------------------
 

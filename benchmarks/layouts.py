@@ -1,10 +1,11 @@
 """Comparisons per second of the padded, packed and shared-prefix layouts, in one run: forward and backward of the
 reward model on this machine, in process CPU time.
 
-The length mix is that of POLAR-like data: prompt uniform in 50..600 tokens, reference and candidates log-normal with
-mean 400 (sigma 0.8, at most 4096). All layouts get the same comparisons; every repeat interleaves them, so that a noisy
-machine hits all alike. Rates are over all repeats together, ratios are those of the rates, and beside them stands the
-range over the repeats.
+Prompts are uniform in 50..600 tokens, reference and candidates log-normal with mean 400 (sigma 0.8, at most 4096);
+`--lengths paper` takes prompts of 1..1024 and answers of mean 1126, which is what the paper's pre-training data have
+together (that prompts are uniform is assumed). All layouts get the same comparisons; every repeat interleaves them, so
+that a noisy machine hits all alike. Rates are over all repeats together, ratios are those of the rates, and beside them
+stands the range over the repeats.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import os
 import platform
 import statistics
 import sys
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -45,6 +47,18 @@ LAYOUTS = ("padded", "packed", "shared_prefix")
 VOCAB_SIZE = 2048
 
 
+@dataclass(frozen=True)
+class LengthMix:
+    """Tokens: prompts uniform from `shortest` to `longest`, answers log-normal with this mean."""
+
+    shortest: int
+    longest: int
+    answer: float
+
+
+MIXES = {"mixed": LengthMix(50, 600, 400.0), "paper": LengthMix(1, 1024, 1126.0)}
+
+
 def main() -> None:
     """Run the benchmark and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -52,6 +66,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--comparisons", type=int, default=2, help="comparisons per repeat")
     parser.add_argument("--layers", type=int, default=1, help="layers of the model")
+    parser.add_argument("--lengths", choices=tuple(MIXES), default="mixed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
@@ -85,8 +100,10 @@ def make_config(num_layers: int) -> RunConfig:
     )
 
 
-def draw(num_candidates: int, *, count: int, generator: np.random.Generator) -> list[TokenizedComparison]:
-    """Comparisons of the length mix; prefix = prompt + reference + separator + prompt.
+def draw(
+    num_candidates: int, *, count: int, generator: np.random.Generator, mix: LengthMix = MIXES["mixed"]
+) -> list[TokenizedComparison]:
+    """Comparisons of a length mix; prefix = prompt + reference + separator + prompt.
 
     The draw is stratified: of n lengths, one falls into each n-th part of the distribution, in random order. So a few
     comparisons already have the mix's mean and spread, which a few independent draws from a log-normal have not.
@@ -97,14 +114,14 @@ def draw(num_candidates: int, *, count: int, generator: np.random.Generator) -> 
 
     def answers(n: int) -> list[int]:
         normal = statistics.NormalDist()
-        lengths = [np.exp(np.log(400) - 0.8**2 / 2 + 0.8 * normal.inv_cdf(u)) for u in levels_of(n)]
+        lengths = [np.exp(np.log(mix.answer) - 0.8**2 / 2 + 0.8 * normal.inv_cdf(u)) for u in levels_of(n)]
         return [int(np.clip(length, 8, 4096)) for length in lengths]
 
     def tokens(length: int) -> np.ndarray:
         return generator.integers(5, VOCAB_SIZE, length).astype(np.int32)
 
     levels = (0,) + (1,) * (num_candidates - 1)
-    prompts = [50 + int(551 * u) for u in levels_of(count)]
+    prompts = [mix.shortest + int((mix.longest - mix.shortest + 1) * u) for u in levels_of(count)]
     references, candidates = answers(count), iter(answers(count * num_candidates))
     return [
         TokenizedComparison(
@@ -121,7 +138,7 @@ def measure(
     generator = np.random.default_rng([options.seed, k])
     rows = []
     for repeat in range(options.repeats):
-        comparisons = draw(k, count=options.comparisons, generator=generator)
+        comparisons = draw(k, count=options.comparisons, generator=generator, mix=MIXES[options.lengths])
         row = {"comparisons": len(comparisons)}
         order = LAYOUTS[repeat % 3 :] + LAYOUTS[: repeat % 3]
         if repeat == 0:  # warm-up, not counted
@@ -197,6 +214,7 @@ def summarise(figures: dict[int, list[dict]], *, model: BuiltModel, device: Devi
         "repeats": options.repeats,
         "comparisons_per_repeat": options.comparisons,
         "seed": options.seed,
+        "lengths": vars(MIXES[options.lengths]),
         "parameters": model.architecture.num_parameters(model.vocab_size),
         "precision": str(model.transformer_config.params_dtype).removeprefix("torch."),
         "attention": model.attention,
@@ -223,8 +241,10 @@ def print_table(result: dict) -> None:
                 f"| {k} | {layout} | {row['comparisons_per_s']:.3f} | {row['physical_tokens_per_comparison']:.0f} "
                 f"| {padded} | {packed} |"
             )
+    lengths = result["lengths"]
     print(
-        f"\nForward + backward, {result['parameters'] / 1e6:.1f}M parameters, {result['precision']}, "
+        f"\nPrompts of {lengths['shortest']} to {lengths['longest']} tokens, answers of {lengths['answer']:.0f} on "
+        f"average. Forward + backward, {result['parameters'] / 1e6:.1f}M parameters, {result['precision']}, "
         f"{result['attention']}, {result['device']}; {result['clock']}, {result['repeats']} interleaved "
         f"repeats of {result['comparisons_per_repeat']} comparisons; torch {result['torch']}, megatron-core "
         f"{result['megatron_core']}, Python {result['python']}, seed {result['seed']}."

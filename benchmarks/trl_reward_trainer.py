@@ -1,7 +1,8 @@
 """Against Hugging Face + TRL's RewardTrainer: the same weights, pairs, optimizer and threads; comparisons per second
 and the loss of every step.
 
-Both sides really train: ours through `train_step` (packing, schedule, clipping, AdamW), TRL's through
+Both sides really train: ours through `train_step` (schedule, clipping, AdamW), once with shared prefixes and once with
+whole sequences packed, so that the table tells what sharing gains and what the rest does; TRL's through
 `RewardTrainer.train()` at several `per_device_train_batch_size`, which decide how much it pads (it offers no packing).
 The length mix is that of layouts.py. Of every comparison the reference and the better candidate use one half of the
 vocabulary, the worse one the other, so that there is something to learn. Each run is a process of its own; runs take
@@ -32,6 +33,7 @@ from megatron_polar.data.template import TokenizedComparison
 
 LEARNING_RATE, BETAS, EPSILON, CLIP = 1e-4, (0.9, 0.95), 1e-8, 1.0
 PLACE = Path(__file__).parent
+OURS = {"ours": "ours, shared prefixes", "packed": "ours, packed sequences"}
 
 
 def main() -> None:
@@ -52,13 +54,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.side:
-        run = train_here if options.side == "ours" else train_with_trl
+        run = train_with_trl if options.side.startswith("trl") else train_here
         print(json.dumps(run(options)))
         return
     with tempfile.TemporaryDirectory() as work:
         options.work = Path(work)
         make_model(options)
-        sides = ["ours", *(f"trl{size}" for size in options.trl_batch_sizes)]
+        sides = ["ours", "packed", *(f"trl{size}" for size in options.trl_batch_sizes)]
         runs = {side: [] for side in sides}
         for repeat in range(options.repeats):
             for side in sides[repeat % len(sides) :] + sides[: repeat % len(sides)]:
@@ -132,7 +134,7 @@ def comparisons_of(options: argparse.Namespace) -> list[TokenizedComparison]:
 
 
 def train_here(options: argparse.Namespace) -> dict:
-    """Our trainer's step over the same pairs."""
+    """Our trainer's step over the same pairs, `side` "ours" or "packed"."""
     from dataclasses import replace
 
     from trainer import Trainer, constant_rate
@@ -148,7 +150,11 @@ def train_here(options: argparse.Namespace) -> dict:
     config = replace(
         config,
         model=replace(config.model, last_layer="all_rows"),
-        data=DataSection(train=(DatasetSource("unused"),), max_tokens_per_micro_batch=16384),
+        data=DataSection(
+            train=(DatasetSource("unused"),),
+            max_tokens_per_micro_batch=16384,
+            layout="packed" if options.side == "packed" else "shared_prefix",
+        ),
         optimizer=optimizer,
     )
     trainer, pairs, size = Trainer(config, vocab_size=VOCAB_SIZE), comparisons_of(options), options.global_batch_size
@@ -231,7 +237,7 @@ def report(runs: dict[str, list[dict]], options: argparse.Namespace) -> str:
         "# Against TRL's RewardTrainer",
         "",
         f"`python benchmarks/trl_reward_trainer.py {' '.join(sys.argv[1:])}`: {options.steps} steps of {size} "
-        f"comparisons (K = 2) on the same weights, pairs and optimizer; {options.repeats} runs of each side in turn, "
+        f"comparisons (K = 2) on the same weights, pairs and optimizer; {options.repeats} run(s) of each side in turn, "
         f"{options.warm_up} step(s) of warm-up not timed.",
         "",
         "| trainer | comparisons/s | ours is faster by | largest difference of a step's loss |",
@@ -239,8 +245,7 @@ def report(runs: dict[str, list[dict]], options: argparse.Namespace) -> str:
     ]
     expected = runs["ours"][0]["losses"]
     for side, found in runs.items():
-        pairs = side.removeprefix("trl")
-        name = "ours, shared prefixes" if side == "ours" else f"TRL, {pairs} pairs a forward pass"
+        name = OURS.get(side, f"TRL, {side.removeprefix('trl')} pairs a forward pass")
         difference = max(abs(a - b) for run in found for a, b in zip(run["losses"], expected, strict=True))
         whole, least, most = speed["ours"] / speed[side], min(ratios[side]), max(ratios[side])
         ratio = "" if side == "ours" else f"**{whole:.2f}x** ({least:.2f} to {most:.2f})"
@@ -278,9 +283,9 @@ def draw_losses(runs: dict[str, list[dict]], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4))
     for number, (side, found) in enumerate(runs.items()):
-        losses = found[0]["losses"]
+        losses, name = found[0]["losses"], OURS.get(side, side.replace("trl", "TRL, pairs a pass: "))
         style = {"linewidth": 5, "alpha": 0.35} if side == "ours" else {"linewidth": 1.2, "linestyle": (number, (4, 3))}
-        axes.plot(range(1, len(losses) + 1), losses, label=side.replace("trl", "TRL, pairs a pass: "), **style)
+        axes.plot(range(1, len(losses) + 1), losses, label=name, **style)
     axes.set_xticks(range(1, len(runs["ours"][0]["losses"]) + 1))
     axes.set(xlabel="step", ylabel="loss", title="The same pairs, the same weights")
     axes.legend()
