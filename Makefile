@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE := 1
 # Megatron-Core talks about optional GPU packages on every import; our own warnings go another way.
 export PYTHONWARNINGS := ignore
 
-.PHONY: quickstart study study-rft test test-serving faults lint benchmarks gpu-hour clean help
+.PHONY: quickstart study study-data study-rft test test-serving faults lint benchmarks gpu-hour clean help
 
 help:
 	@echo "make quickstart   train a small reward model from nothing, evaluate it, draw runs/quickstart/report.html"
@@ -25,9 +25,11 @@ quickstart: $(VENV)/.ready
 test: $(VENV)/.ready-dev lint
 	$(RUN) -m pytest
 
-study: $(VENV)/.ready
-	@test -n "$(DATA)" || { echo "error: DATA is missing; make study DATA=folder with the public sets (examples/study/sources.py)" >&2; exit 2; }
-	$(RUN) examples/study/run.py --data "$(DATA)" --size $(or $(SIZE),cpu)
+study: study-data $(VENV)/.ready
+	$(RUN) examples/study/run.py $(if $(DATA),--data "$(DATA)") --size $(or $(SIZE),cpu)
+
+study-data: # before anything is installed
+	@test "$(SIZE)" = smoke || test -d "$(DATA)" || { echo "error: DATA=$(DATA) is no folder; make study DATA=folder with the public sets (examples/study/sources.py says which files), or SIZE=smoke, which makes its own" >&2; exit 2; }
 
 study-rft: $(VENV)/.ready-dev
 	$(RUN) examples/study/rft.py --size $(or $(SIZE),cpu)

@@ -25,7 +25,7 @@ from megatron_polar.config.presets import PRESETS
 from megatron_polar.convert.families import INTERNLM2, entries, export_config, shape_of
 from megatron_polar.convert.hugging_face import plan_shards, write_tensors
 from megatron_polar.convert.tensors import separate
-from megatron_polar.data.tokenizer import train_tokenizer
+from megatron_polar.data.tokenizer_training import train_tokenizer
 
 ROWS = {"polar_7b": 92544, "polar_1_8b": 92544}
 FILE_BYTES = 2 * 2**30

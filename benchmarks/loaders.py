@@ -26,7 +26,7 @@ from megatron_polar.data.comparisons import ComparisonDataset
 from megatron_polar.data.corpus import preprocess
 from megatron_polar.data.loader import load_steps
 from megatron_polar.data.steps import RowShape, StepDataset
-from megatron_polar.data.tokenizer import train_tokenizer
+from megatron_polar.data.tokenizer_training import train_tokenizer
 
 
 def main() -> None:

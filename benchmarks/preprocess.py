@@ -22,7 +22,7 @@ from pathlib import Path
 
 from megatron_polar.data.corpus import preprocess
 from megatron_polar.data.lines import read_jsonl
-from megatron_polar.data.tokenizer import train_tokenizer
+from megatron_polar.data.tokenizer_training import train_tokenizer
 from megatron_polar.data.units import UNIT_BYTES
 
 PACKAGES = ("sentencepiece", "tokenizers", "orjson", "numpy", "xxhash", "zstandard")

@@ -35,7 +35,8 @@ import psutil
 
 from megatron_polar.convert.families import LAYOUTS
 from megatron_polar.data.template import join_text
-from megatron_polar.data.tokenizer import REWARD_TOKEN, SEPARATOR_TOKEN, train_tokenizer
+from megatron_polar.data.tokenizer import REWARD_TOKEN, SEPARATOR_TOKEN
+from megatron_polar.data.tokenizer_training import train_tokenizer
 from megatron_polar.serve.wire import ENGINES, ItemTexts, endpoint, read_reply, request_body
 
 OUTPUT = Path(__file__).with_suffix(".md")

@@ -190,7 +190,7 @@ def _add_tokenizer(verbs) -> None:
 def _train_tokenizer(options: argparse.Namespace) -> None:
     from megatron_polar.data.lines import list_inputs
     from megatron_polar.data.records import read_texts
-    from megatron_polar.data.tokenizer import train_tokenizer
+    from megatron_polar.data.tokenizer_training import train_tokenizer
 
     check_output_file(options.output)
     texts = read_texts(list_inputs(options.inputs))

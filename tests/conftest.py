@@ -29,7 +29,7 @@ def tokenizer_path(tmp_path_factory) -> Path:
 
 def make_tokenizer(directory: Path) -> Path:
     """Train the tests' tokenizer into `directory`."""
-    from megatron_polar.data.tokenizer import train_tokenizer
+    from megatron_polar.data.tokenizer_training import train_tokenizer
 
     generator = np.random.default_rng(5)
     texts = [" ".join(_words(generator, 30)) for _ in range(400)]
@@ -96,7 +96,7 @@ def sentence_tokenizer(tmp_path_factory) -> Path:
     """A tokenizer of 400 tokens, trained on the records of sentences.py."""
     from sentences import lines
 
-    from megatron_polar.data.tokenizer import train_tokenizer
+    from megatron_polar.data.tokenizer_training import train_tokenizer
 
     directory = tmp_path_factory.mktemp("sentence_tokenizer")
     return train_tokenizer(lines(50, seed=1), vocab_size=400, output=directory / "t.model")

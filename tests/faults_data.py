@@ -38,7 +38,7 @@ from record_lines import (
 from megatron_polar import faults
 from megatron_polar.data.corpus import Corpus
 from megatron_polar.data.preprocess import PreprocessReport, preprocess
-from megatron_polar.data.tokenizer import train_tokenizer
+from megatron_polar.data.tokenizer_training import train_tokenizer
 from megatron_polar.errors import UserError
 
 FORK = multiprocessing.get_context("fork")

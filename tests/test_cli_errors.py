@@ -15,7 +15,7 @@ from megatron_polar import cli, outputs
 from megatron_polar.config.load import dump_config
 from megatron_polar.data.corpus import Corpus
 from megatron_polar.data.preprocess import preprocess
-from megatron_polar.data.tokenizer import train_tokenizer
+from megatron_polar.data.tokenizer_training import train_tokenizer
 from megatron_polar.errors import UserError, printable
 
 REPOSITORY = Path(__file__).resolve().parents[1]

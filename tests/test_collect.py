@@ -298,13 +298,13 @@ def test_a_finished_output_is_left_alone_and_needs_no_server(server, tmp_path, c
 def test_an_output_of_other_settings_is_refused(server, tmp_path):
     draw(write_pool(tmp_path, server), tmp_path / "out", num_prompts=5)
     for settings, changed in (
-        ({"temperature": 0.7}, "the pool's policies"),
-        ({"rest": "cleaning: {cut_off: keep}\n"}, "the pool's cleaning"),
+        ({"temperature": 0.7}, "other policies of the pool"),
+        ({"rest": "cleaning: {cut_off: keep}\n"}, "another cleaning of the pool"),
         ({"max_concurrency": 2, "retries": 3, "requests_per_minute": 6000}, None),
     ):
         pool = write_pool(tmp_path, server, **settings)
         if changed:
-            with pytest.raises(UserError, match=rf"holds trajectories of other settings \({changed} changed\); repeat"):
+            with pytest.raises(UserError, match=rf"holds trajectories of other settings \({changed}\); repeat"):
                 draw(pool, tmp_path / "out", num_prompts=5)
         else:
             assert draw(pool, tmp_path / "out", num_prompts=5).num_reused == 1

@@ -12,7 +12,7 @@ from conftest import write_trajectories
 from megatron_polar.config.schema import DatasetSource
 from megatron_polar.data.comparisons import ComparisonDataset, permute
 from megatron_polar.data.preprocess import preprocess
-from megatron_polar.data.tokenizer import train_tokenizer
+from megatron_polar.data.tokenizer_training import train_tokenizer
 from megatron_polar.errors import UserError
 
 

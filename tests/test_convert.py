@@ -25,7 +25,8 @@ from megatron_polar import cli
 from megatron_polar.config.load import dump_config, load_saved_config
 from megatron_polar.config.schema import ParallelSection
 from megatron_polar.convert.convert import from_hf, to_hf
-from megatron_polar.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_polar.data.tokenizer import load_tokenizer
+from megatron_polar.data.tokenizer_training import train_tokenizer
 from megatron_polar.errors import UserError
 from megatron_polar.score import verify_export
 from megatron_polar.score.requests import ScoreRequest

@@ -13,7 +13,8 @@ import pytest
 from sentences import lines
 
 from megatron_polar.data.corpus import Corpus
-from megatron_polar.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_polar.data.tokenizer import load_tokenizer
+from megatron_polar.data.tokenizer_training import train_tokenizer
 from megatron_polar.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]

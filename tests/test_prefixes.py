@@ -8,7 +8,8 @@ import pytest
 
 from megatron_polar import cli
 from megatron_polar.data.records import read_texts
-from megatron_polar.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_polar.data.tokenizer import load_tokenizer
+from megatron_polar.data.tokenizer_training import train_tokenizer
 from megatron_polar.errors import UserError
 from megatron_polar.policies.prompts import cut_prefixes
 

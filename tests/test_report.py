@@ -141,7 +141,7 @@ def test_every_reference_inside_the_report_has_its_target(page):
 
 def test_the_report_has_every_plot_under_its_heading(page):
     plots = ["Accuracy with 95 % intervals", "Rewards", "Reliability of the probabilities", "Accuracy and length"]
-    plots += ["Loss", "Accuracy", "Margin", "Gradient norm", "Learning rate", "Throughput", "Tokens"]
+    plots += ["Loss", "Accuracy", "Margin", "Gradient norm", "Learning rate", "Throughput", "Tokens per second"]
     assert [heading for heading in page.headings if heading in plots] == plots
     assert page.num_plots == len(plots)
 

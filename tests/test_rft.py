@@ -22,6 +22,7 @@ from jobs import end_with_children, refuse_foreign
 from rft_page import shortcomings, verdicts, write_section
 from rft_problems import (
     HABITS,
+    OFFSETS,
     OPENERS,
     Problem,
     draw_problems,
@@ -66,8 +67,17 @@ def test_a_habit_is_a_function_of_the_problem(habit, number):
         assert right_steps(CARRY, text) == {"no_carry": 0, "always_adds": 1}.get(habit, 2)
 
 
-def test_every_habit_is_tried_above():
-    assert len(HABITS) == 11
+@pytest.mark.parametrize(("habit", "offset"), OFFSETS.items())
+def test_an_offset_is_added_to_the_last_number_alone(habit, offset):
+    text = worked_answer(CARRY, habit=habit, generator=np.random.default_rng(0))
+    assert final_number(text) == 38 + offset and right_steps(CARRY, text) == 2
+    assert habit in ("exact", "twenty_more", "thirty_more") or 1 <= abs(offset) <= 10
+
+
+def test_a_pool_has_many_habits_and_others_stay_unseen():
+    assert len(HABITS) == len(set(HABITS)) == 26
+    for size in ("cpu", "gpu"):
+        assert {*SIZES[size].habits} | {*SIZES[size].unseen_habits} == {*HABITS}
 
 
 def test_a_mixture_draws_a_habit_for_every_answer():

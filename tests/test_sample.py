@@ -152,7 +152,7 @@ def test_all_policies_of_a_small_pool_answer_unless_told_otherwise(tmp_path):
 
 
 def test_an_output_of_other_settings_is_refused(pool_path, drawn, tmp_path):
-    with pytest.raises(UserError, match=r"other settings \(--seed, the prompts: .* changed\); repeat those"):
+    with pytest.raises(UserError, match=r"other settings \(--seed 1 then, 3 now; other prompts, by .*\); repeat those"):
         draw(pool_path, drawn, seed=3)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty and not an output of `sample`"):
@@ -235,5 +235,5 @@ def test_impossible_settings_are_refused_before_anything_is_written(pool_path, t
 def test_too_few_prompts_in_a_file_are_reported(pool_path, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "fine"}\n')
-    with pytest.raises(UserError, match=r"holds 1 prompts, num_prompts=2 are asked for"):
+    with pytest.raises(UserError, match=r"holds 1 prompts, and --num-prompts asks for 2"):
         sample_pool(pool_path, prompts=prompts, output=tmp_path / "out", num_prompts=2)

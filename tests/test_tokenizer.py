@@ -1,6 +1,7 @@
 import io
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Fast
 
 from megatron_polar.data.template import assemble_comparison, encode_half
-from megatron_polar.data.tokenizer import REWARD_TOKEN, SEPARATOR_TOKEN, load_tokenizer, train_tokenizer
+from megatron_polar.data.tokenizer import REWARD_TOKEN, SEPARATOR_TOKEN, load_tokenizer
+from megatron_polar.data.tokenizer_training import train_tokenizer
 from megatron_polar.errors import UserError
 
 TEXTS = [
@@ -264,7 +266,7 @@ def test_training_is_deterministic_and_gives_text_back_byte_for_byte(workspace):
 
 @pytest.mark.parametrize("vocab_size", [100, 10_000_000])
 def test_a_vocabulary_that_cannot_be_made_is_an_error(workspace, vocab_size):
-    with pytest.raises(UserError, match=f"vocab_size={vocab_size}"):
+    with pytest.raises(UserError, match=f"--vocab-size {vocab_size}"):
         train_tokenizer(TEXTS, vocab_size=vocab_size, output=workspace / "never.model")
     assert not (workspace / "never.model").exists()
 
@@ -291,8 +293,35 @@ def test_what_is_no_tokenizer_is_refused(workspace):
 
 
 def test_a_text_too_small_for_the_vocabulary_says_how_many_pieces_it_has(tmp_path):
-    with pytest.raises(UserError, match=r"vocab_size=9000: this text has pieces for at most \d+; ask for that or less"):
+    with pytest.raises(
+        UserError, match=r"--vocab-size 9000: this text has pieces for at most \d+; ask for that or less"
+    ):
         train_tokenizer(["a few words only"] * 5, vocab_size=9000, output=tmp_path / "t.model")
+
+
+def test_a_vocabulary_too_small_for_the_letters_says_how_many_it_needs(tmp_path):
+    texts = [chr(0x4E00 + number) * 3 for number in range(100)]
+    with pytest.raises(UserError, match=r"--vocab-size 300: this text needs at least \d+, for its different") as caught:
+        train_tokenizer(texts, vocab_size=300, output=tmp_path / "t.model")
+    least = int(re.search(r"at least (\d+)", str(caught.value))[1])
+    with pytest.raises(UserError):
+        train_tokenizer(texts, vocab_size=least - 1, output=tmp_path / "t.model")
+    train_tokenizer(texts, vocab_size=least, output=tmp_path / "t.model")
+
+
+def test_no_text_is_not_blamed_on_the_vocabulary(tmp_path):
+    for texts in ([], ["", ""]):
+        with pytest.raises(UserError, match="the inputs hold no text"):
+            train_tokenizer(texts, vocab_size=300, output=tmp_path / "t.model")
+
+
+def test_a_tokenizer_is_not_replaced_by_another(tmp_path):
+    path = train_tokenizer(TEXTS, vocab_size=380, output=tmp_path / "t.model")
+    before = path.read_bytes()
+    train_tokenizer(TEXTS, vocab_size=380, output=path)
+    with pytest.raises(UserError, match=r"t\.model: is there and would become another tokenizer"):
+        train_tokenizer(TEXTS, vocab_size=390, output=path)
+    assert path.read_bytes() == before
 
 
 def test_a_data_error_is_not_blamed_on_the_vocabulary(tmp_path):

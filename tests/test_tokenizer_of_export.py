@@ -16,7 +16,8 @@ from tiny_runs import STEPS, checkpoint_of, tiny_config, training_refusal
 from megatron_polar import cli
 from megatron_polar.config.load import load_saved_config
 from megatron_polar.convert.convert import from_hf, to_hf
-from megatron_polar.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_polar.data.tokenizer import load_tokenizer
+from megatron_polar.data.tokenizer_training import train_tokenizer
 from megatron_polar.errors import UserError
 from megatron_polar.serve import transport
 from megatron_polar.serve.client import RewardClient

@@ -223,7 +223,7 @@ def test_a_dataset_made_with_another_tokenizer_is_refused(tmp_path, trajectory_c
     from conftest import write_trajectories
 
     from megatron_polar.data.preprocess import preprocess
-    from megatron_polar.data.tokenizer import train_tokenizer
+    from megatron_polar.data.tokenizer_training import train_tokenizer
 
     other = train_tokenizer(["quite other words"] * 50, vocab_size=290, output=tmp_path / "tokenizer.model")
     source = write_trajectories(tmp_path / "in.jsonl", num_prompts=8, seed=9)

@@ -6,13 +6,11 @@ text that spells one of them (or another special token) stays text: its ids neve
 """
 
 import hashlib
-import io
 import json
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ import orjson
 
 from megatron_polar.data.template import ControlTokens
 from megatron_polar.errors import UserError
-from megatron_polar.manifest import write_durably
 
 SEPARATOR_TOKEN = "<|reward|>"
 REWARD_TOKEN = "[UNUSED_TOKEN_130]"
@@ -31,7 +28,6 @@ _CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 # Text long enough to meet a tokenizer that treats the first word of a text apart from the first word after a control
 # token.
 _BOUNDARY_PROBE = "Hello world"
-_SENTENCE_CHARACTERS = 4096
 _MAX_IDS = 2**31  # datasets hold int32
 
 
@@ -148,64 +144,6 @@ def load_tokenizer(
     return Tokenizer(
         codec, separator_token=separator_token or SEPARATOR_TOKEN, reward_token=reward_token or REWARD_TOKEN
     )
-
-
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int, output: Path, max_sentences: int = 200_000) -> Path:
-    """Train a small sentencepiece BPE with byte fallback and POLAR's control tokens; write and return `output`
-    (.model).
-
-    Text comes back byte for byte (identity normalisation, no dummy prefix), but for U+2581, sentencepiece's own sign
-    for a space. Deterministic: the first `max_sentences` texts in their order, one thread. Raises UserError when
-    `vocab_size` cannot hold the 256 bytes and the special pieces, or is more than the texts can fill.
-    """
-    import sentencepiece
-
-    output = Path(output)
-    least = 256 + 6 + 1
-    if vocab_size < least:
-        raise UserError(f"vocab_size={vocab_size} is too small: bytes and special tokens alone need {least}; raise it")
-    sentences = list(_sentences(texts, limit=max_sentences))  # a broken line is the data's fault, not the vocabulary's
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences),
-            model_writer=model,
-            vocab_size=vocab_size,
-            model_type="bpe",
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=3,
-            control_symbols=[SEPARATOR_TOKEN, REWARD_TOKEN],
-            max_sentence_length=8 * _SENTENCE_CHARACTERS,
-            num_threads=1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        if limit := re.search(r"set it to a value <= (\d+)", str(error)):
-            raise UserError(
-                f"vocab_size={vocab_size}: this text has pieces for at most {limit[1]}; ask for that or less, or give "
-                f"more text"
-            ) from None
-        reason = " ".join(str(error).split())[-200:]
-        raise UserError(
-            f"vocab_size={vocab_size}: sentencepiece cannot use it ({reason}); choose another size"
-        ) from error
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(output, model.getvalue())
-    return output
-
-
-def _sentences(texts: Iterable[str], *, limit: int) -> Iterable[str]:
-    """Cut the first `limit` texts into pieces that sentencepiece does not skip for their length."""
-    for text in islice(texts, limit):
-        yield from (text[start : start + _SENTENCE_CHARACTERS] for start in range(0, len(text), _SENTENCE_CHARACTERS))
 
 
 # ---------------------------------------------------------------- the two kinds

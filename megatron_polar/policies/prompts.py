@@ -115,8 +115,11 @@ def read_prompts(path: Path, *, limit: int | None) -> Iterator[Prompt]:
         count += 1
         yield prompt
     if count == 0 or (limit is not None and count < limit):
-        wanted = "at least one is needed" if limit is None else f"num_prompts={limit} are asked for"
-        raise UserError(f"{path}: holds {count} prompts, {wanted}; lower num_prompts or add lines")
+        if limit is None:
+            raise UserError(f"{path}: holds no prompts; add lines")
+        raise UserError(
+            f"{path}: holds {count} prompts, and --num-prompts asks for {limit}; ask for fewer or add lines"
+        )
 
 
 def _messages(given: Any) -> tuple[tuple[str, str], ...]:

@@ -28,10 +28,10 @@ from megatron_polar.policies.schedule import SCHEDULES, DrawSettings, scheduled
 FORMAT_VERSION = 1
 _POLICIES_PER_PROMPT = 4
 _MADE_OF = {
-    "prompts_sha256": "the prompts: --prompts, --documents, --prompt-split or --num-prompts",
-    "corpus_sha256": "the pool's corpus",
-    "policies": "the pool's policies",
-    "cleaning": "the pool's cleaning",
+    "prompts_sha256": "other prompts, by --prompts, --documents, --prompt-split or --num-prompts",
+    "corpus_sha256": "another corpus of the pool",
+    "policies": "other policies of the pool",
+    "cleaning": "another cleaning of the pool",
 }
 """What keys of settings.json come from, for messages."""
 
@@ -208,14 +208,17 @@ def _compare_settings(path: Path, described: dict, *, remedy: str) -> None:
     try:
         found = orjson.loads(path.read_bytes())
         changed = [name for name, value in described.items() if found.get(name) != value and name != "fingerprint"]
-        drawn = {name for name, value in described["draw"].items() if found["draw"].get(name) != value}
+        options = [
+            f"--{name.replace('_', '-')} {found['draw'].get(name)} then, {value} now"
+            for name, value in described["draw"].items()
+            if found["draw"].get(name) != value
+        ]
     except (orjson.JSONDecodeError, AttributeError, KeyError):
         raise UserError(f"{path}: not what `sample` has written; {remedy}") from None
     if changed:
-        options = [f"--{name.replace('_', '-')}" for name in sorted(drawn)]
-        told = ", ".join(options + [_MADE_OF.get(name, name) for name in changed if name != "draw"])
+        told = "; ".join(options + [_MADE_OF.get(name, name) for name in changed if name != "draw"])
         raise UserError(
-            f"{path.parent}: holds trajectories of other settings ({told} changed); repeat those to go on, or {remedy}"
+            f"{path.parent}: holds trajectories of other settings ({told}); repeat those to go on, or {remedy}"
         )
 
 

@@ -143,7 +143,8 @@ def _data_lines(plan: Plan) -> list[str]:
     if plan.num_steps is not None:
         batch, epochs = plan.config.train.global_batch_size, ""
         if plan.num_comparisons:
-            epochs = f" = {plan.num_steps * batch / plan.num_comparisons:.3g} epochs"
+            passes = plan.num_steps * batch / plan.num_comparisons
+            epochs = f" = {passes:.3g} epochs" + (": every prompt is seen again" if passes >= 2 else "")
         lines.append(_row("steps", f"{plan.num_steps:,} of {batch} comparisons{epochs}"))
     return lines or [_row("data", "none could be read")]
 

@@ -213,13 +213,14 @@ def _write_atomically(path: Path, lines: Iterable[str]) -> None:
 
 def _one_line(summary: dict[str, Any], *, also: str) -> str:
     check = summary["swap_check"].split(":")[0]
+    categories = len(summary["categories"])
+    macro = f"macro {summary['macro_accuracy']:.4f} over {categories} categories, " if categories > 1 else ""
     what = f"{summary['suite']}, reference {summary['reference_scheme']}"
     between = f"95 % {summary['low']:.4f} to {summary['high']:.4f}, {summary['num_pairs']} pairs"
     return (
         f"{what}: accuracy {summary['accuracy']:.4f} ({between}){also}, "
-        f"macro {summary['macro_accuracy']:.4f} of {len(summary['categories'])}, "
-        f"ties {summary['tie_rate']:.4f}, swapped {summary['swapped_accuracy']:.4f} ({check}); for comparison: the "
-        f"longer answer {summary['length_only_accuracy']:.4f}, word overlap with the reference "
+        f"{macro}ties {summary['tie_rate']:.4f}, swapped {summary['swapped_accuracy']:.4f} ({check}); for comparison: "
+        f"the longer answer {summary['length_only_accuracy']:.4f}, word overlap with the reference "
         f"{summary['word_overlap_accuracy']:.4f}{_references_in_words(summary)}"
     )
 

@@ -31,7 +31,7 @@ _CURVES = (  # heading, y axis, caption, metrics: the first is drawn in blue, th
         "Loss",
         "linear",
         "-log sigmoid of the reward difference, mean over pairs; log 2 = 0.693 is chance.",
-        ("rm/loss",),
+        ("rm/loss", "validation/rm/loss"),
     ),
     (
         "Accuracy",
@@ -39,11 +39,21 @@ _CURVES = (  # heading, y axis, caption, metrics: the first is drawn in blue, th
         "Share of pairs in the right order; 0.5 is chance.",
         ("rm/accuracy", "validation/rm/accuracy"),
     ),
-    ("Margin", "linear", "Reward of the better answer minus that of the worse one.", ("rm/margin",)),
+    (
+        "Margin",
+        "linear",
+        "Reward of the better answer minus that of the worse one.",
+        ("rm/margin", "validation/rm/margin"),
+    ),
     ("Gradient norm", "log", "Before clipping.", ("grad-norm",)),
-    ("Learning rate", "linear", "", ("learning-rate",)),
+    ("Learning rate", "linear", "Of the optimizer, at the end of the step.", ("learning-rate",)),
     ("Throughput", "from zero", "Comparisons per second, all ranks together.", ("comparisons/s",)),
-    ("Tokens", "from zero", "Physical tokens per second, all ranks together.", ("tokens/physical_per_s",)),
+    (
+        "Tokens per second",
+        "from zero",
+        "Physical tokens, padding included, all ranks together.",
+        ("tokens/physical_per_s",),
+    ),
 )
 
 

@@ -204,9 +204,19 @@ def _runs(fit: ScalingFit, gathered: Gathered) -> str:
         for run in sorted(gathered.runs, key=lambda run: (run.parameters, run.flops or 0.0))
     ]
     headers = ("run", "N", "with embedding", "comparisons", "tokens", "FLOPs", "held-out loss", "evaluations")
-    body = table(headers, rows, caption="Finished runs whose held-out losses mean the same.", write_number=_compact)
+    body = table(
+        headers,
+        rows,
+        caption=_CAPTION,
+        write_number=_compact,
+    )
     lines = [*gathered.notes, *(f"Left out: {name}: {reason}" for name, reason in gathered.excluded)]
     return body + _list(lines)
+
+
+_CAPTION = (
+    "Run directories were checked to be finished and to hold out the same data; rows of a table are taken as given."
+)
 
 
 def _compact(value: float | int | None) -> str:
