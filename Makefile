@@ -29,7 +29,7 @@ study: study-data $(VENV)/.ready
 	$(RUN) examples/study/run.py $(if $(DATA),--data "$(DATA)") --size $(or $(SIZE),cpu)
 
 study-data: # before anything is installed
-	@test "$(SIZE)" = smoke || test -d "$(DATA)" || { echo "error: DATA=$(DATA) is no folder; make study DATA=folder with the public sets (examples/study/sources.py says which files), or SIZE=smoke, which makes its own" >&2; exit 2; }
+	@test "$(SIZE)" = smoke || test -d "$(DATA)" || { echo "error: DATA=$(DATA) is no folder; make study DATA=folder with the public sets (examples/study/prepare_data.py makes it), or SIZE=smoke, which makes its own" >&2; exit 2; }
 
 study-rft: $(VENV)/.ready-dev
 	$(RUN) examples/study/rft.py --size $(or $(SIZE),cpu)

@@ -402,3 +402,66 @@ def test_a_claim_holds_only_where_its_interval_says_so():
     assert vague["More candidates a comparison help (seen policies)"] == "no, the reverse"
     assert vague["Held-out loss falls with size"] == "not clear"
     assert vague["GSM8K solutions: a reference helps"] == "no, the reverse"
+
+
+# --- The data, from the publishers' repositories ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clones(tmp_path_factory):
+    """What clones of the three repositories hold, with generated text in it."""
+    folder = tmp_path_factory.mktemp("clones")
+    generated = study_module("generated")
+    generated.write_generated(folder / "all")
+    for model in generated.MODELS:
+        sides = [folder / f"all/alpaca_eval/{side}/results/{model}/model_outputs.json" for side in ("train", "eval")]
+        rows = [row for side in sides for row in json.loads(side.read_text())]
+        generated.write_json(folder / "alpaca_eval/results" / model / "model_outputs.json", rows)
+        judged = [
+            {
+                "instruction": row["instruction"],
+                "output_1": f"base on {row['instruction']}",
+                "generator_1": "base",
+                "output_2": row["output"],
+                "generator_2": model,
+                "preference": 1 + (generated.MODELS.index(model) + 0.5) / len(generated.MODELS),
+            }
+            for row in rows
+        ]
+        place = folder / "alpaca_eval/results" / model / "weighted_alpaca_eval_gpt4_turbo/annotations.json"
+        generated.write_json(place, judged)
+    (folder / "math/grade_school_math").mkdir(parents=True)
+    (folder / "all/gsm8k").rename(folder / "math/grade_school_math/data")
+    (folder / "rmb").mkdir()
+    (folder / "all/rmb/RMB_dataset").rename(folder / "rmb/RMB_dataset")
+    return folder
+
+
+def prepare(clones, output, *more):
+    options = ("--alpaca-eval", clones / "alpaca_eval", "--grade-school-math", clones / "math", "--rmb", clones / "rmb")
+    models = ("--models", *study_module("generated").MODELS)
+    return study_module("prepare_data").main([*map(str, (*options, "--output", output, *(more or models)))])
+
+
+def test_clones_become_the_folder_that_the_study_reads(clones, tmp_path, capsys):
+    assert prepare(clones, tmp_path / "data") == 0, capsys.readouterr().err
+    sources, sizes = study_module("sources"), study_module("sizes")
+    assert len(sources.source_files(tmp_path / "data")) == 6 * 2 + 2 + 2 + 2
+    parts = sources.read_alpaca(tmp_path / "data")  # refuses sides that share a prompt
+    prompts = {side: {row["instruction"] for rows in parts[side].values() for row in rows} for side in parts}
+    assert len(prompts["train"]) + len(prompts["eval"]) == 22 and prompts["train"] and prompts["eval"]
+    for side in parts:
+        rows = list(sources.read_preferences(tmp_path / f"data/alpaca_eval/preferences_{side}.jsonl.gz"))
+        assert rows and {row["prompt"] for row in rows} <= prompts[side]
+    sources.write_inputs(tmp_path / "data", tmp_path / "inputs", size=sizes.SIZES["smoke"])
+    assert (tmp_path / "inputs/finetune/alpaca_eval/reference/heldout.jsonl").stat().st_size
+
+
+def test_a_clone_without_its_files_is_named_and_nothing_is_written(clones, tmp_path, capsys):
+    assert prepare(clones, tmp_path / "data", "--models", "model-a", "model-z") == 2
+    assert "model-z/model_outputs.json: is not there" in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes").write_text("x")
+    assert prepare(clones, tmp_path / "mine") == 2
+    assert "is not empty" in capsys.readouterr().err

@@ -50,6 +50,11 @@ def _head(figures: dict) -> Iterator[str]:
         with {machine["threads_a_job"]} thread each. The jobs took {minutes:.0f} minutes, added up{used}; one that was
         interrupted counts from where it went on. Versions:
         {", ".join(f"{name} {version}" for name, version in figures["versions"].items())}.""")
+    yield _paragraph("""POLAR's claims are that a reward model which learns to tell policies apart, from their samples
+        alone, knows something of every preference: that it tells policies and prompts apart which it never saw, that
+        more of everything helps by a power law, and that fine-tuning with references from there beats fine-tuning from
+        the language model. Models of some 0.2M weights cannot show how good that gets. They can show whether each
+        effect is there.""")
     yield _paragraph("""Accuracies are shares of right pairs on held-out data; 0.5 is chance. Brackets are 95 %
         intervals of a bootstrap over prompts (or problems), pooled over seeds: they say what other prompts would
         change, not what other seeds would.""")
@@ -226,7 +231,11 @@ def _failures(figures: dict) -> Iterator[str]:
 def _repeat(figures: dict) -> Iterator[str]:
     digest = hashlib.sha256("".join(f"{k} {v}\n" for k, v in figures["data"].items()).encode()).hexdigest()
     yield "## Again"
-    yield "```\nmake study DATA=../shared/data\n```"
+    told = ("make study DATA=folder          # hours", "make study SIZE=smoke           # minutes, on text of its own")
+    yield "\n".join(["```", *told, "```"])
+    yield _paragraph("""`examples/study/prepare_data.py --help` says how clones of three public repositories become
+        that folder. It divides AlpacaEval's prompts anew, so that figures differ from these by that, too. The command
+        goes on where it was stopped; `examples/study/run.py --list` prints what it would run.""")
     yield _paragraph(f"""{len(figures["data"])} public files of tatsu-lab/alpaca_eval, openai/grade-school-math and
         Zhou-Zoey/RMB-Reward-Model-Benchmark, each with its SHA-256 in [study.json](study.json). The SHA-256 of that
         list (`name hash` and a newline for each) is `{digest}`.""")
