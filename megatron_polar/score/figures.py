@@ -13,6 +13,7 @@ from typing import Literal
 _COLOURS = {"--ink": "#1b1f23", "--rule": "#d0d4d9", "--series-1": "#0072b2", "--series-2": "#d55e00"}
 _INK, _RULE, FIRST_COLOUR, SECOND_COLOUR = _COLOURS.values()
 _MAX_POINTS = 600
+_FEW_POINTS = 10
 _FIGURE_INCHES = (5.2, 2.9)
 
 YAxis = Literal["linear", "log", "from zero"]
@@ -31,7 +32,8 @@ class Line:
 
 
 def line_figure(lines: Sequence[Line], *, title: str, x_label: str, caption: str, y_axis: YAxis = "linear") -> str:
-    """Draw curves over a common x as a figure with a heading; above 600 points neighbours are averaged."""
+    """Draw curves over a common x as a figure with a heading; above 600 points neighbours are averaged, and few points
+    have markers."""
     with _Figure(title, caption=caption) as drawing:
         for line in lines:
             x, y = _thinned(line.x, line.y)
@@ -41,7 +43,7 @@ def line_figure(lines: Sequence[Line], *, title: str, x_label: str, caption: str
                 color=line.colour,
                 linewidth=1.0 if line.is_faint else 1.8,
                 alpha=0.35 if line.is_faint else 1.0,
-                marker="o" if line.has_markers or len(x) == 1 else None,
+                marker="o" if line.has_markers or len(x) <= _FEW_POINTS else None,
                 markersize=4,
                 label=line.label,
             )
