@@ -126,7 +126,7 @@ def test_a_pool_of_imitations_samples_and_resumes(tmp_path):
     sample(tmp_path, moved, output="out")  # the same answers at another place
     with (tmp_path / "a.jsonl").open("a") as file:
         file.write(json.dumps({"prompt": "new", "text": "New words."}) + "\n")
-    with pytest.raises(UserError, match="policies changed"):
+    with pytest.raises(UserError, match="other policies of the pool"):
         sample(tmp_path, pool)
 
 

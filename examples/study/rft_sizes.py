@@ -83,10 +83,10 @@ MIXTURE = {"exact": 0.3, "two_more": 0.4, "one_less": 0.1, "no_carry": 0.1, "dig
 
 SIZES = {
     "smoke": Size(
-        largest=30,
+        largest=12,
         counts=Counts(base=300, prompts=60, heldout=30, labels=60, rft=32, test=40),
         shape=Shape(32, 1, 2),
-        base=Fit(steps=150, batch=32, lr=5e-3, on_prompts=True, muon_lr=2e-2),
+        base=Fit(steps=200, batch=32, lr=1e-2, on_prompts=True, muon_lr=2e-2),
         stages={"early": 15},
         habit=Fit(steps=5, batch=32, lr=2e-3),
         habits=("exact", "one_more"),

@@ -12,7 +12,8 @@ from megatron_polar.train.journal import last_step, write_status
 from megatron_polar.train.verdicts import Process, wait_until
 
 HEARTBEAT = "heartbeat"
-_SECONDS_TO_WRITE = 1.0
+_SECONDS_TO_WRITE = 2.5
+"""Enough on a machine that is busy with other things; a hung file system costs them."""
 
 
 class LastWords:
