@@ -265,8 +265,9 @@ def test_writers_err_each_in_a_way_of_its_own():
     said = {writer: sources.solutions(problems, writer=writer) for writer in sources.WRITERS}
     assert said["exact"] == [problem["answer"] for problem in problems]
     assert said["doubles"][0] == "48/4 = <<48/4=48>>48 clips for $1.50, 1,024 in all.\n#### 48"
+    assert said["result-plus-3"][0] == solution.replace("#### 24", "#### 27"), "the result alone"
     assert said["mix-up-2"][:2] == ["It is 1.", "It is 2."]
-    assert len({tuple(texts) for texts in said.values()}) == len(sources.WRITERS) == 13
+    assert len({tuple(texts) for texts in said.values()}) == len(sources.WRITERS) == 31
     assert set(sources.UNSEEN_WRITERS) < set(sources.WRITERS)
 
 

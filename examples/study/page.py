@@ -84,7 +84,8 @@ def _policies(figures: dict) -> Iterator[str]:
             f"""- {len(found["seen_models"])} + {len(found["unseen_models"])} models of AlpacaEval; unseen:
             {", ".join(found["unseen_models"])}.""",
             f"""- {len(found["seen_writers"])} + {len(found["unseen_writers"])} writers of GSM8K solutions: the
-            published one, others that miscalculate, and others that solve another problem. Of every solution they
+            published one, others that miscalculate, on the way or in the result alone, and others that solve another
+            problem. Of every solution they
             imitate the ending, the result included; unseen: {", ".join(found["unseen_writers"])}.""",
         )
     )

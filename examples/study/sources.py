@@ -42,13 +42,23 @@ SLIPS: dict[str, Callable[[int], int]] = {
 """Writers who miscalculate, each in a way of its own, every number that the problem does not state."""
 MIX_UPS = {"mix-up-1": 1, "mix-up-2": 2, "mix-up-3": 3, "mix-up-5": 5, "mix-up-7": 7, "mix-up-11": 11}
 """Writers who solve another problem of the same side instead: the one that comes so many later."""
+RESULTS = {
+    **{f"result-plus-{offset}": offset for offset in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 20, 50)},
+    **{f"result-minus-{offset}": -offset for offset in (1, 2, 3, 4, 5, 10)},
+}
+"""Writers who work rightly and then write down a result that is off by so much. They are many, so that to compare two
+results is less to learn than to know each writer by himself; a wrong result is what solutions of models differ by."""
 EXACT = "exact"
 """The writer whose solutions are those published."""
-WRITERS = (EXACT, *SLIPS, *MIX_UPS)
-UNSEEN_WRITERS = ("two-more", "reverses", "mix-up-7", "mix-up-11")
+WRITERS = (EXACT, *SLIPS, *MIX_UPS, *RESULTS)
+UNSEEN_WRITERS = (
+    *("two-more", "reverses", "mix-up-7", "mix-up-11"),
+    *("result-plus-3", "result-plus-7", "result-minus-2", "result-plus-50"),
+)
 TEXTS = ("reference", "chosen", "rejected")
 _ANNOTATION = re.compile(r"<<[^>]*>>")
 """What GSM8K's calculator has left in solutions: <<48/2=24>>."""
+_LAST_NUMBER = re.compile(r"(?<![\d.,])-?\d+(?![\d.,])(?=\D*$)")
 _WHOLE_NUMBER = re.compile(r"(?<![\d.,])\d+(?!\d|[.,]\d)")
 
 
@@ -197,6 +207,8 @@ def solutions(problems: Sequence[dict], *, writer: str) -> list[str]:
         return [own[(place + MIX_UPS[writer]) % len(own)] for place in range(len(own))]
     if writer == EXACT:
         return own
+    if writer in RESULTS:
+        return [_LAST_NUMBER.sub(lambda found: str(int(found[0]) + RESULTS[writer]), text) for text in own]
     return [slip(text, question=row["question"], writer=writer) for text, row in zip(own, problems, strict=True)]
 
 
