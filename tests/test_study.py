@@ -62,7 +62,7 @@ def test_every_stage_runs_and_the_figures_have_their_shape(finished):
     assert math.isfinite(figures["scaling"]["exponent"])
     assert len(figures["scaling"]["ci95"]) == 2
     assert figures["zero_shot"]["rmb"]["num_pairs"] == 4
-    assert figures["policies"]["seen"] == len(figures["policies"]["seen_models"]) + 9
+    assert figures["policies"]["seen"] == len(figures["policies"]["seen_models"]) + 23
     assert all(len(digest) == 64 for digest in figures["data"].values())
     assert set(figures["commands"]) == {
         p.relative_to(finished / "done").with_suffix("").as_posix() for p in (finished / "done").rglob("*.json")
