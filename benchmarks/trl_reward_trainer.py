@@ -236,7 +236,7 @@ def report(runs: dict[str, list[dict]], options: argparse.Namespace) -> str:
     lines = [
         "# Against TRL's RewardTrainer",
         "",
-        f"`python benchmarks/trl_reward_trainer.py {' '.join(sys.argv[1:])}`: {options.steps} steps of {size} "
+        f"`{' '.join(['python benchmarks/trl_reward_trainer.py', *sys.argv[1:]])}`: {options.steps} steps of {size} "
         f"comparisons (K = 2) on the same weights, pairs and optimizer; {options.repeats} run(s) of each side in turn, "
         f"{options.warm_up} step(s) of warm-up not timed.",
         "",
