@@ -53,7 +53,7 @@ def _head(figures: dict) -> Iterator[str]:
     yield _paragraph("""POLAR's claims are that a reward model which learns to tell policies apart, from their samples
         alone, knows something of every preference: that it tells policies and prompts apart which it never saw, that
         more of everything helps by a power law, and that fine-tuning with references from there beats fine-tuning from
-        the language model. Models of some 0.2M weights cannot show how good that gets. They can show whether each
+        the language model. Models as small as these cannot show how good that gets. They can show whether each
         effect is there.""")
     yield _paragraph("""Accuracies are shares of right pairs on held-out data; 0.5 is chance. Brackets are 95 %
         intervals of a bootstrap over prompts (or problems), pooled over seeds: they say what other prompts would

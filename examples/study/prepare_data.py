@@ -99,10 +99,9 @@ def write_alpaca(results: Path, outputs: dict[str, Path], output: Path) -> dict:
     return counts
 
 
-def side_of(prompt: object) -> str:
-    """`eval` for one prompt in six, by a hash of its text; a prompt may be a list of messages with one in it."""
-    text = prompt if isinstance(prompt, str) else prompt[0]["content"]
-    return "train" if int(hashlib.sha256(text.encode()).hexdigest(), 16) % EVAL_ONE_IN else "eval"
+def side_of(prompt: str) -> str:
+    """`eval` for one prompt in six, by a hash of its text."""
+    return "train" if int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % EVAL_ONE_IN else "eval"
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ _CURVES = (  # heading, y axis, caption, metrics: the first is drawn in blue, th
         ("rm/margin", "validation/rm/margin"),
     ),
     ("Gradient norm", "log", "Before clipping.", ("grad-norm",)),
-    ("Learning rate", "linear", "Of the optimizer, at the end of the step.", ("learning-rate",)),
+    ("Learning rate", "linear", "As the schedule sets it.", ("learning-rate",)),
     ("Throughput", "from zero", "Comparisons per second, all ranks together.", ("comparisons/s",)),
     (
         "Tokens per second",

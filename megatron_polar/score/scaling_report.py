@@ -204,12 +204,7 @@ def _runs(fit: ScalingFit, gathered: Gathered) -> str:
         for run in sorted(gathered.runs, key=lambda run: (run.parameters, run.flops or 0.0))
     ]
     headers = ("run", "N", "with embedding", "comparisons", "tokens", "FLOPs", "held-out loss", "evaluations")
-    body = table(
-        headers,
-        rows,
-        caption=_CAPTION,
-        write_number=_compact,
-    )
+    body = table(headers, rows, caption=_CAPTION, write_number=_compact)
     lines = [*gathered.notes, *(f"Left out: {name}: {reason}" for name, reason in gathered.excluded)]
     return body + _list(lines)
 
