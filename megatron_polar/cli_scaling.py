@@ -175,7 +175,7 @@ def _command(options: argparse.Namespace) -> str:
     }
     for option, value in given.items():
         if value is not None:
-            words += [option, f"{value:g}" if isinstance(value, float) else str(value)]
+            words += [option, str(value)]
     if options.no_paths:
         words.append("--no-paths")
     return shlex.join(words)

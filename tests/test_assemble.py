@@ -84,3 +84,14 @@ def test_duplicates_of_two_policies_are_counted_for_the_pair_and_those_of_one_ar
     outcomes[PLACES[1]] = outcomes[PLACES[0]]
     assert all(alike == 0 for *_, alike in made(outcomes).counts["pairs"])
     assert made(outcomes).content == b"", "the pair is gone"
+
+
+def test_a_prompt_counts_once_however_many_duplicates_it_has():
+    settings = DrawSettings(1, 3, 3, 10, "pretrain", "all")
+    outcomes = {
+        Place(0, policy, draw): Answer(f"text {policy if policy == 2 else 0} of draw {draw}", "stop", tokens=3)
+        for policy in range(3)
+        for draw in range(3)
+    }
+    pairs = {tuple(names): (met, alike) for *names, met, alike in made(outcomes, settings=settings).counts["pairs"]}
+    assert pairs == {("a", "b"): (1, 1), ("a", "c"): (1, 0), ("b", "c"): (1, 0)}

@@ -356,6 +356,19 @@ def test_a_policy_that_answers_nothing_ends_the_run_and_leaves_no_poison_behind(
     assert quarantined(output) == []
 
 
+def test_refusals_after_an_interruption_are_kept_like_those_without_one(server, tmp_path):
+    """The first shard is finished; in the second, one policy's only request is refused."""
+    prompts = write_prompts(tmp_path, "fine", "also fine", "a POISON one")
+    pool, given = write_pool(tmp_path, server), {"prompts": prompts, "num_prompts": None, "prompts_per_shard": 2}
+    draw(pool, tmp_path / "whole", **given)
+    draw(pool, tmp_path / "out", **given)
+    (tmp_path / "out/manifest.json").unlink()
+    for path in [*(tmp_path / "out").glob("*00001*"), *(tmp_path / "out/.work").glob("*00001*")]:
+        path.unlink()
+    assert draw(pool, tmp_path / "out", **given).is_complete
+    assert shards(tmp_path / "out") == shards(tmp_path / "whole")
+
+
 def test_a_few_refusals_before_the_first_answer_are_kept(server, tmp_path):
     prompts = write_prompts(tmp_path, "POISON 1", "POISON 2", "fine")
     report = draw(write_pool(tmp_path, server, max_concurrency=1), tmp_path / "out", prompts=prompts, num_prompts=None)

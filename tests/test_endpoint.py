@@ -108,9 +108,34 @@ def test_pauses_grow_and_retries_end(server, tmp_path):
     server.behave(fail=1.0, kinds=[500])
     begun = time.monotonic()
     (failure,) = answers(lambda: endpoint_of(tmp_path, server.url, retries=4, backoff_seconds=0.1), [ask_for(0)])
-    assert isinstance(failure, UserError) and "nothing was answered for" in str(failure)
+    assert isinstance(failure, NoAnswer), "it is alone, and the server is there"
     assert time.monotonic() - begun >= 0.5 * (0.1 + 0.2 + 0.4 + 0.8)
     assert server.counts()["seen"] == 5
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_where_nobody_is_answered_the_endpoint_is_given_up(server, tmp_path, at_once):
+    """At the second request of those that stand alone, at the first of several."""
+    server.behave(fail=1.0, kinds=[500])
+    found = answers(lambda: endpoint_of(tmp_path, server.url, retries=1, max_concurrency=at_once), map(ask_for, (0, 1)))
+    kinds = [NoAnswer, UserError] if at_once == 1 else [UserError]
+    assert [type(one) for one in found[: len(kinds)]] == kinds
+    assert all("nothing was answered for" in str(one) for one in found if isinstance(one, UserError))
+
+
+def test_a_request_that_stands_alone_is_not_given_up_where_the_server_is_gone(tmp_path, monkeypatch):
+    with FlakyServer(b"") as gone:
+        url = gone.url
+    monkeypatch.setattr("megatron_polar.policies.endpoint._LOOKS", 1)
+    (failure,) = answers(lambda: endpoint_of(tmp_path, url, retries=1), [ask_for(0)])
+    assert isinstance(failure, UserError) and "nothing was answered for" in str(failure)
+
+
+def test_one_request_that_always_fails_ends_nothing(server, tmp_path):
+    """One at a time, the second of three kills the server's worker."""
+    asks = [ask_for(0), ask_for(1, "BROKEN"), ask_for(2)]
+    found = answers(lambda: endpoint_of(tmp_path, server.url, retries=1, max_concurrency=1), asks)
+    assert [isinstance(one, NoAnswer) for one in found] == [False, True, False]
 
 
 def test_a_request_that_alone_fails_is_given_up_where_others_are_answered(server, tmp_path, monkeypatch):

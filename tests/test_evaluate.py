@@ -6,7 +6,9 @@ import json
 import pytest
 
 from megatron_polar.errors import UserError
+from megatron_polar.scaling.items import read_items
 from megatron_polar.score.evaluate import evaluate, exit_status, swap_labels
+from megatron_polar.score.report import read_rewards
 from megatron_polar.score.requests import ScoreRequest
 from megatron_polar.score.suites import EvaluationItem
 
@@ -114,3 +116,37 @@ def test_rewards_that_are_not_finite_stop_the_evaluation_and_leave_no_summary(tm
 def test_no_items_is_an_error(tmp_path):
     with pytest.raises(UserError, match="no items to evaluate"):
         evaluate(WordOverlap(), [], output=tmp_path, suite="rmb")
+
+
+def test_losses_compare_only_where_texts_references_and_scheme_are_the_same(tmp_path):
+    """Files of one name with other texts have the same identifiers: those must not vouch for them."""
+
+    def identity(name: str, items=ITEMS, **settings) -> str:
+        evaluate(WordOverlap(), items, output=tmp_path / name, suite="preferences", **settings)
+        return read_items(tmp_path / name).identity
+
+    first = identity("first")
+    assert identity("again") == first
+    other_text = [dataclasses.replace(ITEMS[0], candidates=("apples and plums", "pebbles")), *ITEMS[1:]]
+    other_reference = [dataclasses.replace(ITEMS[0], reference="apples"), *ITEMS[1:]]
+    assert first not in (identity("text", other_text), identity("reference", other_reference))
+    assert identity("scheme", reference_scheme="none") != first
+
+
+def test_an_evaluation_that_is_cut_off_leaves_no_older_summary_beside_its_rewards(tmp_path, monkeypatch):
+    evaluate(WordOverlap(), ITEMS, output=tmp_path, suite="preferences")
+
+    def cut(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megatron_polar.score.evaluate.compute_statistics", cut)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(WordOverlap(), ITEMS[:2], output=tmp_path, suite="preferences")
+    assert len((tmp_path / "rewards.jsonl").read_text().splitlines()) == 2
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_the_page_takes_names_with_line_separators(tmp_path):
+    items = [dataclasses.replace(item, category="one\u2028two\x85three") for item in ITEMS]
+    evaluate(WordOverlap(), items, output=tmp_path, suite="preferences")
+    assert len(read_rewards(tmp_path / "rewards.jsonl")["best answers"]) == 3

@@ -214,6 +214,10 @@ BAD_TABLES = {
     "missing_column": ("name,loss\na,0.5\n", (":2: parameters is missing", "known columns")),
     "nan": ("parameters,loss\n5,nan\n", (":2: loss=nan must be a number above 0",)),
     "negative": ("parameters,loss,flops\n5,0.5,-3\n", (":2: flops=-3 must be a number above 0",)),
+    "billions": ("parameters,loss\n7.2,0.5\n", (":2: parameters=7.2 is not a whole number; write weights, not",)),
+    "twice": ("parameters,loss,loss\n5,1,2\n", (":1: two columns are called loss",)),
+    "old_mac": ("parameters,loss\n5,0.5\r6,0.4\n", (":2: no line of a CSV",)),
+    "quotes": ('parameters,loss\n5,"0.5\n', (":2: no line of a CSV",)),
     "cells": ("parameters,loss\n5,0.5,6\n", (":2: has 3 cells, and the header has 2",)),
     "empty": ("parameters,loss\n", ("no line with a run in it",)),
 }

@@ -429,3 +429,17 @@ def test_import_commands_write_records_and_report_user_errors_in_one_line(tmp_pa
     assert (failed.returncode, failed.stdout, (tmp_path / "no.jsonl").exists()) == (2, "", False)
     assert failed.stderr.startswith("error: ")
     assert failed.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("place", ["old.jsonl", "file/out.jsonl"])
+def test_an_import_of_nothing_or_to_nowhere_leaves_what_was_there(tmp_path, place):
+    solutions = write_lines(tmp_path / "s.jsonl", [gsm8k_row("1?", [True, False])])
+    for name in ("old.jsonl", "file"):
+        (tmp_path / name).write_text("what was there\n")
+    pairs = "0" if place == "old.jsonl" else "1"
+    command = ["--input", str(solutions), "--split", "all", "--pairs-per-problem", pairs]
+    failed = run_tool("import_gsm8k.py", *command, "--output", str(tmp_path / place))
+    assert (failed.returncode, failed.stderr.count("\n")) == (2, 1), failed.stderr
+    assert failed.stderr.startswith("error: ") and str(tmp_path / place.split("/")[0]) in failed.stderr
+    assert [(tmp_path / name).read_text() for name in ("old.jsonl", "file")] == ["what was there\n"] * 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "old.jsonl", "s.jsonl"]

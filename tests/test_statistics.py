@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -58,15 +59,19 @@ def test_wilson_interval_holds_exactly_the_shares_a_score_test_does_not_reject()
         assert abs(p - end) == pytest.approx(1.959963984540054 * math.sqrt(end * (1 - end) / n), rel=1e-9)
 
 
+def of_prompt(prompt: str, *, category: str = "c") -> EvaluationItem:
+    return EvaluationItem(prompt, prompt, "r", ("better", "worse"), (0, 1), category, "sft")
+
+
 def test_macro_interval_is_seeded_and_covers_what_binomial_spread_says():
     draw = random.Random(3)
-    items = [item((1, 2), category=c) for c in ("a", "b") for _ in range(200)]
+    items = [of_prompt(f"{c} {n}", category=c) for c in ("a", "b") for n in range(333)]
     rewards = [[1, 0] if draw.random() < 0.7 else [0, 1] for _ in items]
     figures = compute_statistics(items, rewards, seed=5)
     again, other = compute_statistics(items, rewards, seed=5), compute_statistics(items, rewards, seed=6)
     assert (figures.macro_low, figures.macro_high) == (again.macro_low, again.macro_high)
     assert (figures.macro_low, figures.macro_high) != (other.macro_low, other.macro_high)
-    variances = [entry.accuracy * (1 - entry.accuracy) / 200 for entry in figures.categories.values()]
+    variances = [entry.accuracy * (1 - entry.accuracy) / 333 for entry in figures.categories.values()]
     half = 1.96 * math.sqrt(sum(variances)) / 2
     # 2,000 replicates place a 2.5 % quantile to about 5 % of the half width; 15 % is three times that.
     assert figures.macro_high - figures.macro_accuracy == pytest.approx(half, rel=0.15)
@@ -99,7 +104,7 @@ def test_no_length_matched_pair_gives_none_and_no_number():
 
 
 def test_equal_levels_make_no_pair_and_rankings_make_all_pairs():
-    ranked, partly = item((1, 2, 3, 4)), item((1, 2, 3), levels=(0, 1, 1))
+    ranked, partly = item((1, 2, 3, 4)), replace(item((1, 2, 3), levels=(0, 1, 1)), prompt="another")
     rewards = [[4, 3, 2, 1], [0, 1, -1]]
     pairs = ordered_pairs([ranked, partly], rewards)
     assert pairs.item.tolist() == [0] * 6 + [1] * 2
@@ -145,12 +150,31 @@ def test_rewards_that_cannot_be_measured_are_refused():
 
 def test_items_of_one_prompt_count_as_less_than_independent_trials():
     """Four prompts with five items each, all right or all wrong: four observations, not twenty."""
-    items = [
-        EvaluationItem(f"{p}-{i}", f"prompt {p}", "r", ("better", "worse"), (0, 1), "c", "sft")
-        for p in range(4)
-        for i in range(5)
-    ]
+    items = [of_prompt(f"prompt {p}") for p in range(4) for _ in range(5)]
     rewards = [[1.0, 0.0] if item.prompt != "prompt 3" else [0.0, 1.0] for item in items]
     micro = compute_statistics(items, rewards).micro
     assert (micro.accuracy, micro.num_pairs) == (0.75, 20)
-    assert (micro.low, micro.high) == pytest.approx(wilson_interval(0.75, 4))
+    # Of clusters of five that are alike the design effect is 5, times what few prompts and pairs are short of many
+    assert (micro.low, micro.high) == pytest.approx(wilson_interval(0.75, 20 / (5 * 4 / 3 * 19 / 20)))
+
+
+@pytest.mark.parametrize("right", [1.0, 0.0])
+@pytest.mark.parametrize("num_prompts", [1, 20])
+def test_where_prompts_do_not_differ_each_counts_as_one_trial(right, num_prompts):
+    items = [of_prompt(f"prompt {p}") for p in range(num_prompts) for _ in range(10)]
+    micro = compute_statistics(items, [[right, 0.5]] * len(items)).micro
+    assert (micro.low, micro.high) == pytest.approx(wilson_interval(right, num_prompts))
+
+
+def test_one_prompt_is_one_trial_however_its_items_fall():
+    micro = compute_statistics([of_prompt("the only one")] * 50, [[1.0, 0.0], [0.0, 1.0]] * 25).micro
+    assert (micro.low, micro.high) == pytest.approx(wilson_interval(0.5, 1))
+
+
+def test_the_macro_interval_draws_prompts():
+    """Items of a prompt agree: ten of each tell no more than one, in the macro average as in the other."""
+    draw = random.Random(3)
+    prompts = [(f"{c} {n}", c, draw.random() < 0.7) for c in ("a", "b") for n in range(40)]
+    for_each = [(of_prompt(name, category=c), [1.0, 0.0] if good else [0.0, 1.0]) for name, c, good in prompts]
+    one, ten = (compute_statistics(*zip(*for_each * times, strict=True), seed=1) for times in (1, 10))
+    assert ten.macro_low == pytest.approx(one.macro_low) and ten.macro_high == pytest.approx(one.macro_high)

@@ -9,7 +9,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from megatron_polar import log
 from megatron_polar.data import public
 from megatron_polar.errors import UserError
 
@@ -48,7 +47,7 @@ def main() -> int:
     else:
         single = arguments.allow_single
         records = public.alpaca_eval_trajectories(arguments.results, allow_single=single, skipped=skipped)
-    log.info(public.describe_import(public.write_records(records, output=arguments.output), arguments.output, skipped))
+    public.import_records(records, output=arguments.output, skipped=skipped)
     return 0
 
 

@@ -10,7 +10,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from megatron_polar import log
 from megatron_polar.data import public
 from megatron_polar.errors import UserError
 
@@ -38,7 +37,7 @@ def main() -> int:
         seed=arguments.seed,
         skipped=skipped,
     )
-    log.info(public.describe_import(public.write_records(records, output=arguments.output), arguments.output, skipped))
+    public.import_records(records, output=arguments.output, skipped=skipped)
     return 0
 
 

@@ -11,7 +11,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from megatron_polar import log
 from megatron_polar.data import public
 from megatron_polar.errors import UserError
 
@@ -29,7 +28,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments, skipped = parse_arguments(), Counter()
     records = public.hh_rlhf_preferences(arguments.input, references=arguments.references, skipped=skipped)
-    log.info(public.describe_import(public.write_records(records, output=arguments.output), arguments.output, skipped))
+    public.import_records(records, output=arguments.output, skipped=skipped)
     return 0
 
 

@@ -189,9 +189,11 @@ def scaling(study: Study, settings: dict) -> dict | None:
 
 
 def fit_power_law(sizes: Sequence[float], losses: Sequence[Sequence[float]]) -> dict:
-    """L = coefficient N^-exponent by least squares on logarithms, every seed a point; Student's t for the interval."""
-    x = np.log([size for size, found in zip(sizes, losses, strict=True) for _ in found])
-    y = np.log([loss for found in losses for loss in found])
+    """L = coefficient N^-exponent by least squares on logarithms of sizes' mean losses; Student's t for the interval.
+
+    The seeds of a size begin from one base model, so that they are no observations of their own.
+    """
+    x, y = np.log(sizes), np.log([np.mean(found) for found in losses])
     line = stats.linregress(x, y)
     half = float(stats.t.ppf((1 + LEVEL) / 2, len(x) - 2) * line.stderr)
     exponent = float(-line.slope)
@@ -200,7 +202,7 @@ def fit_power_law(sizes: Sequence[float], losses: Sequence[Sequence[float]]) -> 
         "ci95": [exponent - half, exponent + half],
         "r2": float(line.rvalue**2),
         "coefficient": math.exp(line.intercept),
-        "num_runs": len(x),
+        "num_runs": sum(map(len, losses)),
     }
 
 

@@ -100,7 +100,8 @@ def _policies(figures: dict) -> Iterator[str]:
     yield _paragraph(f"""Trajectories end at {settings["alpaca_max_words"]} (AlpacaEval) and
         {settings["gsm8k_max_words"]} (GSM8K) words and marks. Held-out prompts are AlpacaEval's `eval` folder and a
         sixth of GSM8K's training problems, by a hash. Text about them is in no training trajectory, in no base model
-        and not in the tokenizer; nor is text of the unseen models, nor of what fine-tuning is done and judged on.""")
+        and not in the tokenizer; nor is text of the unseen models, nor what fine-tuning is judged on.
+        Base models do read answers of seen models, cut, that are among AlpacaEval's pairs to fine-tune on.""")
 
 
 def _base(figures: dict) -> Iterator[str]:
@@ -174,8 +175,8 @@ def _scaling(figures: dict) -> Iterator[str]:
     low, high = found["ci95"]
     yield "![loss over parameters](study/scaling.svg)"
     yield _paragraph(f"""L(N) = {found["coefficient"]:.3f} N^-{found["exponent"]:.4f}: exponent {found["exponent"]:.4f}
-        (95 % {low:.4f} to {high:.4f}, Student's t over the runs of all sizes and seeds), R² {found["r2"]:.3f},
-        {found["num_runs"]} runs of {len(found["sizes"])} sizes. The paper's: {paper["coefficient"]}
+        (95 % {low:.4f} to {high:.4f}, Student's t over the means of the sizes, whose seeds share a base model), R²
+        {found["r2"]:.3f}, {found["num_runs"]} runs of {len(found["sizes"])} sizes. The paper's: {paper["coefficient"]}
         N^-{paper["exponent"]}, R² {paper["r2"]}, five sizes of 50M to 1B.""")
     yield _paragraph(f"""{found["convention"]}. Without the embedding the exponent is {bare["exponent"]:.4f}
         ({bare["ci95"][0]:.4f} to {bare["ci95"][1]:.4f}), R² {bare["r2"]:.3f}. L is the loss on new prompts of seen

@@ -70,12 +70,16 @@ def prepare(given: argparse.Namespace) -> dict:
     check_output_directory(given.output)
     if given.output.exists() and any(given.output.iterdir()):
         raise UserError(f"{given.output}: is not empty; choose another --output")
-    counts = write_alpaca(results, outputs, given.output / "alpaca_eval")
-    (given.output / "gsm8k").mkdir()
+    output = given.output.with_name(given.output.name + ".partial")  # the study must not take a part for the whole
+    if output.exists():
+        raise UserError(f"{output}: a call that was cut off has left it; delete it, and prepare the data again")
+    counts = write_alpaca(results, outputs, output / "alpaca_eval")
+    (output / "gsm8k").mkdir()
     for path in math:
-        shutil.copyfile(path, given.output / "gsm8k" / path.name)
-    shutil.copytree(rmb, given.output / "rmb/RMB_dataset")
-    (given.output / "prepared.json").write_text(json.dumps(counts, indent=1) + "\n")
+        shutil.copyfile(path, output / "gsm8k" / path.name)
+    shutil.copytree(rmb, output / "rmb/RMB_dataset")
+    (output / "prepared.json").write_text(json.dumps(counts, indent=1) + "\n")
+    output.replace(given.output)
     return counts
 
 

@@ -5,7 +5,7 @@ Everything is a Hugging Face directory, so that `convert from-hf`, `sample` and 
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -262,8 +262,3 @@ def describe(directory: Path) -> dict:
     model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, use_safetensors=True)
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     return {"parameters": sum(p.numel() for p in model.parameters()), **{name: config[name] for name in names}}
-
-
-def as_settings(value) -> dict:
-    """A dataclass as plain JSON."""
-    return json.loads(json.dumps(asdict(value), default=str))

@@ -6,6 +6,7 @@ The process that forks must never run torch on several threads nor touch CUDA it
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import os
@@ -25,20 +26,26 @@ from megatron_polar.manifest import write_durably
 
 _FORK = multiprocessing.get_context("fork")
 _START_SECONDS = 120.0
+_HERE = Path(__file__).resolve().parent
+_STEPS = sorted({*_HERE.glob("rft_*.py"), _HERE / "base_model.py"} - {_HERE / "rft_page.py"})
+_CODE = hashlib.sha256(b"".join(path.read_bytes() for path in _STEPS)).hexdigest()
+"""Of all that a stage may run of this folder: a mixture of two versions would be no run."""
 
 
 def run_stage(directory: Path, name: str, function: Callable[..., dict], *arguments: object) -> dict:
     """Call `function(directory, *arguments)` in a fork, unless that was done before; returns what it gave (JSON).
 
-    `directory`/done/`name`.json holds the arguments, the result, seconds and CPU seconds; what is printed goes to
-    `directory`/logs/`name`.log. Raises UserError when the stage fails, and when it was done with other arguments.
+    `directory`/done/`name`.json holds the arguments, a hash of the code, the result, seconds and CPU seconds; what is
+    printed goes to `directory`/logs/`name`.log. Raises UserError when the stage fails, and when it was done with other
+    arguments or by other code.
     """
     done, log = directory / "done" / f"{name}.json", directory / "logs" / f"{name}.log"
     wanted = [_plain(argument) for argument in arguments]
     if done.exists():
         record = json.loads(done.read_text())
-        if record["arguments"] != wanted:
-            raise UserError(f"{done}: was done with another size or seed; choose another --output, or delete this one")
+        if (record["arguments"], record.get("code")) != (wanted, _CODE):
+            how = "by other code" if record["arguments"] == wanted else "with another size or seed"
+            raise UserError(f"{done}: was done {how}; choose another --output, or delete {directory}")
         return record["result"]
     for path in (done, log):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +107,13 @@ def _stage(
     cpu = sum(
         use.ru_utime + use.ru_stime for use in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     )
-    record = {"arguments": wanted, "seconds": time.monotonic() - started, "cpu_seconds": cpu, "result": result}
+    record = {
+        "arguments": wanted,
+        "code": _CODE,
+        "seconds": time.monotonic() - started,
+        "cpu_seconds": cpu,
+        "result": result,
+    }
     write_durably(done, json.dumps(record, indent=1).encode())
     _end(0)
 

@@ -233,7 +233,8 @@ class Study:
         if one.start == BASE:
             words, needs = (*words, f"train.init_from={run}/start/{one.shape}"), (*needs, f"start-{one.shape}")
         seconds = self._seconds(shape, steps * size.global_batch_size * self._comparison_tokens(one.candidates))
-        return Job("pretrain", f"pretrain/{one.name}", words, run / "pretrain" / one.name, needs, seconds=1.2 * seconds)
+        output, name = run / "pretrain" / one.name, f"pretrain/{one.name}"
+        return Job("pretrain", name, words, output, needs, seconds=1.2 * seconds, reads=_hash_of_config())
 
     def _row_words(self) -> tuple[str, ...]:
         size = self.size
@@ -308,6 +309,7 @@ class Study:
             run / "finetune" / one.name,
             needs,
             1.2 * self._seconds(shape, tokens),
+            reads=_hash_of_config(),
         )
 
     # --- report ------------------------------------------------------------------------------------------------------
@@ -320,6 +322,11 @@ class Study:
         modules = ("figures.py", "charts.py", "page.py", "shortcomings.py", "verdicts.py")
         reads += tuple((name, hashlib.sha256((HERE / name).read_bytes()).hexdigest()) for name in modules)
         yield Job("report", "report", words, self.run / "report", needs, seconds=20, reads=reads)
+
+
+def _hash_of_config() -> tuple[tuple[str, str], ...]:
+    """What a training's command says only by name: it begins with this file."""
+    return ((CONFIG, hashlib.sha256((HERE / Path(CONFIG).name).read_bytes()).hexdigest()),)
 
 
 TASKS = ("gsm8k", "alpaca_eval")

@@ -101,11 +101,13 @@ def _clean_group(drafts: Sequence[Draft], cleaning: Cleaning, tally: _Tally) -> 
             cleaned.append(Draft(draft.policy, text, done == "cut_off"))
     _count_pairs(cleaned, tally)
     duplicates = {found.place: found for found in find_duplicates(cleaned, cleaning)}
+    alike = set()  # a prompt counts once, however many of its trajectories are the same
     for place, found in duplicates.items():
         tally.cleaning["exact_duplicates" if found.is_exact else "near_duplicates"] += 1
         pair = tuple(sorted((cleaned[place].policy, cleaned[found.of].policy)))
         if pair[0] != pair[1]:
-            tally.alike[pair] += 1
+            alike.add(pair)
+    tally.alike.update(alike)
     kept = [draft for place, draft in enumerate(cleaned) if place not in duplicates]
     return [
         {"policy": draft.policy, "text": draft.text} | ({"cut_off": True} if draft.is_cut_off else {}) for draft in kept

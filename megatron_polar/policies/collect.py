@@ -77,13 +77,11 @@ def _hash_of(content: bytes) -> str:
 
 
 def collect(pool: Pool, settings: DrawSettings, shards: Sequence[Shard], *, suffix: str) -> dict[str, dict]:
-    """Make the shards that are not there: send each request that no journal has, then assemble the files.
+    """Make those of a call's shards that are not there: send each request that no journal has, then assemble the files.
 
     Returns what sources say of themselves, as far as they were asked. `suffix`: of files while they are written. Raises
     UserError for a source that cannot be asked; what is finished is kept in any case.
     """
-    if not shards:
-        return {}
     work = shards[0].path.parent / WORK
     if work.is_symlink():
         raise UserError(f"{work}: a link; delete it, or choose another output directory")

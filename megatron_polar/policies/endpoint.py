@@ -70,6 +70,7 @@ class Endpoint:
         ]
         self._random = random.Random()  # of pauses only
         self._next_start = self._wakes = self._last_answer = 0.0
+        self._num_open, self._gave_up_alone = 0, False
 
     async def close(self) -> None:
         for client in self._idle:
@@ -130,6 +131,13 @@ class Endpoint:
 
     async def answer(self, ask: Ask) -> Answer:
         """Ask until there is an answer. Raises NoAnswer, and UserError when the endpoint answers to nobody any more."""
+        self._num_open += 1
+        try:
+            return await self._answer(ask)
+        finally:
+            self._num_open -= 1
+
+    async def _answer(self, ask: Ask) -> Answer:
         spec = self._specs[ask.place.policy]
         path, body = request_body(spec, ask, wrapper=self._wrapper)
         content, begun, attempts, throttled = orjson.dumps(body), time.monotonic(), 0, 0
@@ -138,7 +146,7 @@ class Endpoint:
             attempts += 1
             try:
                 answer = await self._attempt(spec, path, content, attempts=attempts)
-                self._last_answer = time.monotonic()
+                self._last_answer, self._gave_up_alone = time.monotonic(), False
                 return answer
             except _Throttled as error:
                 attempts, throttled, failure = attempts - 1, throttled + 1, error
@@ -149,13 +157,25 @@ class Endpoint:
                 if attempts <= spec.retries:
                     await asyncio.sleep(self._backoff(spec, attempts))
             if attempts > spec.retries or throttled > _MOST_THROTTLED:
-                if self._last_answer < begun:
+                if self._last_answer < begun and not await self._is_this_request():
                     raise UserError(
                         f"{self.name}: nothing was answered for {time.monotonic() - begun:.0f} s and {spec.retries} "
                         f"retries, at last {failure}; look at the server, then start the same command again: finished "
                         "requests are kept"
                     )
                 raise NoAnswer(str(failure), attempts=attempts + throttled)
+
+    async def _is_this_request(self) -> bool:
+        """Whether a request that fails while none is answered is to blame itself: it is the only one, the server is
+        there, and the one before it was answered. Two such requests in a row are a server that answers nobody."""
+        if self._num_open > 1 or self._gave_up_alone:
+            return False
+        try:
+            await self.check()
+        except UserError:
+            return False
+        self._gave_up_alone = True
+        return True
 
     async def _take_turn(self) -> None:
         """Wait until the rate limit and the server's own wish allow a request."""

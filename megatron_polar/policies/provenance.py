@@ -69,7 +69,7 @@ def say_collected(collected: dict) -> None:
     for pair in suspects[:_MOST_WARNINGS]:
         one, other = pair["policies"]
         warn(
-            f"policies {one} and {other} gave the same or nearly the same answer {pair['duplicates']} times to "
+            f"policies {one} and {other} gave the same or nearly the same answer to {pair['duplicates']} of "
             f"{pair['prompts']} prompts: too alike to tell apart; leave one of them out of the pool"
         )
     if len(suspects) > _MOST_WARNINGS:

@@ -108,7 +108,7 @@ def sample_pool(
         if pool.is_embedded:
             _write_shards(pool, settings, pending, workers=workers, total=sum(len(shard.prompts) for shard in pending))
         else:
-            said = collect(pool, settings, pending, suffix=_unique_suffix())
+            said = collect(pool, settings, shards, suffix=_unique_suffix()) if pending else {}
         entries = [_describe_shard(shard.path) for shard in shards]
         totals = {name: sum(entry[name] for entry in entries) for name in ("prompts", "trajectories", "words")}
         if part is None:

@@ -14,7 +14,7 @@ from megatron_polar.errors import UserError
 @dataclass(frozen=True)
 class Items:
     """Bradley-Terry losses of held-out items: `losses` [items] are sums over the ordered pairs of an item, `pairs`
-    [items] their number; `identity` is a hash of suite, items and levels."""
+    [items] their number; `identity` is a hash of suite, texts, references and levels: losses of equal ones compare."""
 
     losses: np.ndarray
     pairs: np.ndarray
@@ -35,7 +35,8 @@ def read_items(directory: Path) -> Items:
         suite = str(summary["suite"])
         if summary["swap_check"] != "passed":
             raise UserError(f"{directory}: its label-swap check says {summary['swap_check']}; evaluate again")
-        identity.update(suite.encode())
+        of_items = [summary.get(name) for name in ("items_sha256", "reference_scheme", "num_references")]
+        identity.update(orjson.dumps([suite, *of_items]))  # no items_sha256: of an evaluation by an older version
         for line in (directory / "rewards.jsonl").read_bytes().splitlines():
             item = orjson.loads(line)
             rewards, levels = np.asarray(item["rewards"], dtype=np.float64), item["levels"]

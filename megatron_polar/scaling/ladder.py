@@ -16,6 +16,7 @@ from megatron_polar.config.schema import ModelSection, ParallelSection, RunConfi
 from megatron_polar.config.validate import validate
 from megatron_polar.errors import UserError
 from megatron_polar.scaling.laws import (
+    FEWEST_TOKENS,
     FITTED_PARAMETERS,
     FITTED_REWARD_TOKENS,
     SIZES,
@@ -29,8 +30,6 @@ from megatron_polar.scaling.shapes import shape_of_size
 from megatron_polar.scaling.step_time import Lengths, mean_work
 from megatron_polar.scaling.table import short
 
-FEWEST_TOKENS = 1e8
-"""Below it the paper's laws, which were fitted on billions of tokens, say nothing."""
 _EVALUATIONS = 20
 """Of a run, so that the last one or two lie in the tail that `fit` averages."""
 _FEW_STEPS = 100

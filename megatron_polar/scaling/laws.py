@@ -14,6 +14,8 @@ from megatron_polar.errors import UserError
 _PARAMETER_UNIT, _TOKEN_UNIT = 2**20, 2**30
 FITTED_PARAMETERS, FITTED_REWARD_TOKENS = (115.52e6, 924.09e6), (23.9e9, 103.72e9)
 """Of the runs that the laws of learning rate and batch were fitted to (figures 5 and 6)."""
+FEWEST_TOKENS = 1e8
+"""Of reward-model pre-training: below it the laws, which were fitted on billions, say nothing."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Finished runs as the points of a scaling law: size, data, compute and held-out loss of each. No torch.
 
 - N, `parameters`: weights without the embedding, which is looked up and not multiplied; `all_parameters` with it.
-- D, `comparisons` that were trained on (steps that were skipped left out), and `tokens`, counted as the paper does:
-  every comparison as full sequences, prompt and reference once for each candidate.
+- D, `comparisons` that were trained on (steps that were skipped left out), and `tokens` (those steps included), counted
+  as the paper does: every comparison as full sequences, prompt and reference once for each candidate.
 - C, `flops`: what the run computed, from its own metrics: 2 per weight and physical token and the exact causal area of
   attention, three times for forward and backward (Architecture.forward_flops). Shared prefixes count once, padding
   counts, recomputation does not. With data parallelism the first rank's rows stand for all.

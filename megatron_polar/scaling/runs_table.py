@@ -1,7 +1,6 @@
 """Tables of runs, one a line: for studies whose run directories are elsewhere."""
 
 import csv
-import io
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,28 +30,44 @@ def read_table(path: Path) -> list[ScalingRun]:
 
 
 def _rows(path: Path) -> Iterator[tuple[dict, str]]:
-    lines = [(line.number, line.data) for line in read_lines(path)]
     if path.name.endswith(".csv"):
-        try:
-            text = [(number, data.decode()) for number, data in lines]
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 ({error.reason}); save it as that") from None
-        reader = csv.reader(io.StringIO("\n".join(data for _, data in text)))
-        table = list(zip((number for number, _ in text), reader, strict=False))
-        header = [name.strip() for name in table[0][1]] if table else []
-        for number, cells in table[1:]:
-            if len(cells) != len(header):
-                raise UserError(f"{path}:{number}: has {len(cells)} cells, and the header has {len(header)}")
-            yield {name: cell.strip() for name, cell in zip(header, cells, strict=True)}, f"{path}:{number}"
+        yield from _csv_rows(path)
         return
-    for number, data in lines:
+    for line in read_lines(path):
+        where = f"{path}:{line.number}"
         try:
-            row = orjson.loads(data)
+            row = orjson.loads(line.data)
         except orjson.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: malformed JSON ({error}); write one JSON object per line") from None
+            raise UserError(f"{where}: malformed JSON ({error}); write one JSON object per line") from None
         if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: {printable(str(row), limit=40)} is no JSON object; write one per line")
-        yield row, f"{path}:{number}"
+            raise UserError(f"{where}: {printable(str(row), limit=40)} is no JSON object; write one per line")
+        yield row, where
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[dict, str]]:
+    header: list[str] | None = None
+    for line in read_lines(path):
+        where = f"{path}:{line.number}"
+        try:
+            rows = list(csv.reader([line.data.decode()], strict=True))  # a line at a time: no cell goes over two
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: not UTF-8 ({error.reason}); save the file as that") from None
+        except csv.Error as error:
+            raise UserError(
+                f"{where}: no line of a CSV ({error}); write one run a line, lines ending as on Unix"
+            ) from None
+        cells = [cell.strip() for cell in rows[0]] if rows else []
+        if header is None:
+            header = cells
+            twice = sorted({name for name in header if name and header.count(name) > 1})
+            if twice:
+                raise UserError(
+                    f"{where}: two columns are called {printable(twice[0], limit=40)}; leave one of them out"
+                )
+            continue
+        if len(cells) != len(header):
+            raise UserError(f"{where}: has {len(cells)} cells, and the header has {len(header)}")
+        yield dict(zip(header, cells, strict=True)), where
 
 
 def _run(row: dict, *, where: str) -> ScalingRun:
@@ -64,6 +79,8 @@ def _run(row: dict, *, where: str) -> ScalingRun:
             raise UserError(f"{where}: {name} is missing; known columns: {known}")
     for name in ("parameters", "all_parameters"):
         if name in values:
+            if values[name] != round(values[name]):
+                raise UserError(f"{where}: {name}={values[name]:g} is not a whole number; write weights, not billions")
             values[name] = round(values[name])
     values |= {name: str(given[name]) for name in _TEXTS if name in given}
     if "seed" in given:

@@ -4,12 +4,11 @@ import dataclasses
 from collections.abc import Sequence
 
 from megatron_polar.config.presets import architecture_of
-from megatron_polar.scaling.laws import SIZES, Sizes, batch_size, peak_learning_rate
+from megatron_polar.scaling.laws import FEWEST_TOKENS, SIZES, Sizes, batch_size, peak_learning_rate
 from megatron_polar.scaling.memory import MemoryEstimate, usable_bytes
 from megatron_polar.scaling.plan import GB, Plan, plural
 from megatron_polar.scaling.search import Candidate
 
-_FEWEST_TOKENS = 1e8
 _HOST_BYTES_PER_PARAMETER = 12  # docs/training.md: what every rank gathers to save
 
 
@@ -164,7 +163,7 @@ def _law_lines(plan: Plan, *, base_tokens: float | None, reward_tokens: float | 
         return [
             _row("laws", "for pre-training; `megatron-polar plan` takes --reward-tokens where there is no data yet")
         ]
-    if not is_given and reward_tokens < _FEWEST_TOKENS:
+    if not is_given and reward_tokens < FEWEST_TOKENS:
         return [_row("laws", f"none: they were fitted on billions of tokens, and this is {short(reward_tokens)}")]
     preset = SIZES.get(config.model.preset or "")
     base_tokens = base_tokens or (preset.base_tokens if preset else None)

@@ -1,6 +1,7 @@
 """Score a suite, check the scoring against itself with the labels swapped, and write the figures."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import time
@@ -13,13 +14,13 @@ import numpy as np
 from megatron_polar import log
 from megatron_polar.data.references import mean_over_references
 from megatron_polar.errors import UserError
-from megatron_polar.manifest import HashedFile
+from megatron_polar.manifest import write_durably
 from megatron_polar.score.analysis import Analysis, analyse, headline
 from megatron_polar.score.more_references import items_with_references
 from megatron_polar.score.policy_pairs import policy_pairs_csv
 from megatron_polar.score.reference_counts import EachReward, check_counts, compare_reference_counts
 from megatron_polar.score.requests import Scorer, ScoreRequest, check_finite, for_references, outputs_cut
-from megatron_polar.score.statistics import Accuracy, compute_statistics, ordered_pairs
+from megatron_polar.score.statistics import Accuracy, compute_statistics, measure_accuracy, ordered_pairs
 from megatron_polar.score.suites import EvaluationItem
 
 # A margin below this share of the rewards' spread may change its sign when the batch changes: bf16 keeps about 8 bits.
@@ -58,9 +59,11 @@ def evaluate(
         scorer, swapped_items, description=f"{suite}: label-swap check", items_per_request=items_per_request
     )
     rewards, swapped_rewards = ([mean_over_references(rows) for rows in found] for found in (each, swapped_each))
+    if log.is_first_rank():  # of an earlier evaluation: it must not stand beside rewards that it does not tell of
+        (output / "summary.json").unlink(missing_ok=True)
     _write_atomically(output / "rewards.jsonl", _reward_lines(items, rewards, each))
     statistics = compute_statistics(items, rewards, seed=seed)
-    swapped = compute_statistics(swapped_items, swapped_rewards, seed=seed).micro
+    swapped = measure_accuracy(ordered_pairs(swapped_items, swapped_rewards))
     figures = dataclasses.asdict(statistics)
     analysis = analyse(items, rewards, suite=suite, scheme=reference_scheme, seed=seed)
     _write_policy_pairs(analysis, output / "policy_pairs.csv")
@@ -68,6 +71,7 @@ def evaluate(
         "suite": suite,
         "checkpoint": checkpoint,
         "num_items": len(items),
+        "items_sha256": _hash_of(items),
         "num_references": counts[-1],
         **{name: figures["micro"][name] for name in ("num_pairs", "num_ties", "accuracy", "low", "high")},
         **{name: value for name, value in figures.items() if name not in ("micro", "categories")},
@@ -87,6 +91,15 @@ def evaluate(
     log.info(_one_line(summary, also=headline(analysis)))
     _warn(summary)
     return summary
+
+
+def _hash_of(items: Sequence[EvaluationItem]) -> str:
+    """What was scored: a hash over all texts, references and levels."""
+    found = hashlib.sha256()
+    for item in items:
+        texts = (item.prompt, item.wrapper, *item.references, "candidates", *item.candidates, item.levels)
+        found.update(json.dumps(texts).encode() + b"\n")
+    return found.hexdigest()
 
 
 def _write_policy_pairs(analysis: Analysis, file: Path) -> None:
@@ -201,14 +214,7 @@ def _write_atomically(path: Path, lines: Iterable[str]) -> None:
     if not log.is_first_rank():  # every rank has all rewards; one writes
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with HashedFile(temporary) as stream:
-            for line in lines:
-                stream.write(f"{line}\n".encode())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_durably(path, "".join(f"{line}\n" for line in lines).encode(), suffix=f".{os.getpid()}.tmp")
 
 
 def _one_line(summary: dict[str, Any], *, also: str) -> str:

@@ -177,7 +177,7 @@ def _describe_event(event: dict) -> str:
 def read_rewards(path: Path) -> dict[str, list[float]]:
     """Read the `rewards.jsonl` of an evaluation as the rewards of the best and of the worst answers of every item."""
     groups: dict[str, list[float]] = {"best answers": [], "worst answers": []}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():  # of text it would end lines at U+2028, too, which names may hold
         item = json.loads(line)
         if not all(isinstance(reward, float) and math.isfinite(reward) for reward in item["rewards"]):
             raise ValueError("rewards that are no numbers")

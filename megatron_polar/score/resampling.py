@@ -32,7 +32,7 @@ def bootstrap_intervals(
     have a value.
     """
     drawn: dict[str, list[np.ndarray]] = {}
-    for counts in _draws(int(cluster.max()) + 1, seed=seed, replicates=replicates):
+    for counts in draws(int(cluster.max()) + 1, seed=seed, replicates=replicates):
         for name, values in statistic(counts[:, cluster]).items():
             drawn.setdefault(name, []).append(values)
     return {name: _percentiles(np.concatenate(values)) for name, values in drawn.items()}
@@ -44,7 +44,7 @@ def weighted_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
         return (weights @ values) / weights.sum(axis=1)
 
 
-def _draws(num_clusters: int, *, seed: int, replicates: int) -> Iterator[np.ndarray]:
+def draws(num_clusters: int, *, seed: int | Sequence[int], replicates: int = REPLICATES) -> Iterator[np.ndarray]:
     """How often each cluster is drawn, in chunks of replicates: [r, c]."""
     generator = np.random.default_rng(seed)
     for first in range(0, replicates, _CHUNK):

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_polar.score.resampling import REPLICATES, draws
 from megatron_polar.score.suites import EvaluationItem
 
 Z_95 = 1.959963984540054
 LENGTH_MATCH = 0.1  # lengths are matched when they differ by at most this share of the longer one
-BOOTSTRAP_REPLICATES = 2000
+_NO_VARIANCE = 1e-12  # what is left of rounding
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,6 @@ def compute_statistics(
     pairs = ordered_pairs(items, rewards)
     names = sorted({item.category for item in items})
     category = np.array([names.index(item.category) for item in items])[pairs.item]
-    everything = np.ones(len(pairs.item), dtype=bool)
     matched = np.abs(pairs.better_length - pairs.worse_length) <= LENGTH_MATCH * np.maximum(
         pairs.better_length, pairs.worse_length
     )
@@ -88,7 +88,7 @@ def compute_statistics(
     overlap = ordered_pairs(items, [word_overlap(item) for item in items])
     best, worst = _best_and_worst(items, rewards)
     return Statistics(
-        micro=measure_accuracy(pairs, everything),
+        micro=measure_accuracy(pairs),
         macro_accuracy=float(np.mean([accuracy.accuracy for accuracy in categories.values()])),
         macro_low=macro_low,
         macro_high=macro_high,
@@ -161,8 +161,12 @@ def pair_score(difference: np.ndarray) -> np.ndarray:
     return 0.5 * (1 + np.sign(difference))
 
 
-def measure_accuracy(pairs: Pairs, chosen: np.ndarray) -> Accuracy:
-    """Measure the chosen pairs, with Wilson's interval for as many independent trials as they are worth."""
+def measure_accuracy(pairs: Pairs, chosen: np.ndarray | None = None) -> Accuracy:
+    """Measure the chosen pairs (all for None), with Wilson's interval for the independent trials that they are worth.
+
+    chosen: bool [p].
+    """
+    chosen = np.ones(len(pairs.item), dtype=bool) if chosen is None else chosen
     num_pairs, num_items = int(chosen.sum()), len(np.unique(pairs.item[chosen]))
     if not num_pairs:
         return Accuracy(None, None, None, 0, 0, 0)
@@ -175,27 +179,28 @@ def _independent_trials(pairs: Pairs, chosen: np.ndarray, *, limit: int) -> floa
     """How many independent trials would give the variance that the pairs have when whole prompts are resampled.
 
     Pairs of one prompt tend to be right or wrong together. With one pair a prompt this is the number of pairs; it is
-    never more than the number of items.
+    never more than the number of items. Where prompts do not differ, as when all pairs are right, nothing is known of
+    that, and a prompt counts as one. Variances are those of samples: of few prompts it matters.
     """
     score = pairs.score[chosen]
-    accuracy = score.mean()
-    residuals = np.bincount(pairs.prompt[chosen], weights=score - accuracy)
-    variance = np.square(residuals).sum() / len(score) ** 2
-    return min(float(accuracy * (1 - accuracy) / variance), limit) if variance > 0 else limit
+    _, prompt = np.unique(pairs.prompt[chosen], return_inverse=True)
+    num_pairs, num_prompts = len(score), int(prompt.max()) + 1
+    residuals = np.bincount(prompt, weights=score - score.mean())
+    between = np.square(residuals).sum() / num_pairs**2 * num_prompts / max(1, num_prompts - 1)
+    if between < _NO_VARIANCE:
+        return min(num_prompts, limit)
+    return min(float(score.mean() * (1 - score.mean()) / (num_pairs - 1) / between) * num_pairs, limit)
 
 
 def _macro_interval(pairs: Pairs, category: np.ndarray, *, seed: int) -> tuple[float, float]:
-    """Bootstrap the macro average: items are drawn anew within each category; percentiles 2.5 and 97.5."""
-    generator = np.random.default_rng(seed)
-    total = np.zeros(BOOTSTRAP_REPLICATES)
-    present = np.unique(category)
+    """Bootstrap the macro average: prompts are drawn anew within each category; percentiles 2.5 and 97.5."""
+    total, present = np.zeros(REPLICATES), np.unique(category)
     for index in present:
-        _, item = np.unique(pairs.item[category == index], return_inverse=True)
-        right = np.bincount(item, weights=pairs.score[category == index])  # [items]
-        count = np.bincount(item)
-        for replicate in range(BOOTSTRAP_REPLICATES):
-            drawn = generator.integers(0, len(count), size=len(count))
-            total[replicate] += right[drawn].sum() / count[drawn].sum()
+        _, prompt = np.unique(pairs.prompt[category == index], return_inverse=True)
+        right = np.bincount(prompt, weights=pairs.score[category == index])  # [prompts]
+        count = np.bincount(prompt)
+        drawn = draws(len(count), seed=(seed, int(index)))
+        total += np.concatenate([(times @ right) / (times @ count) for times in drawn])
     low, high = np.percentile(total / len(present), [2.5, 97.5])
     return float(low), float(high)
 

@@ -10,7 +10,7 @@ from megatron_polar.data.public.alpaca_eval import (
     alpaca_eval_preferences,
     alpaca_eval_trajectories,
 )
-from megatron_polar.data.public.files import Record, describe_import, write_records
+from megatron_polar.data.public.files import Record, import_records, write_records
 from megatron_polar.data.public.gsm8k import gsm8k_preferences, gsm8k_split
 from megatron_polar.data.public.hh_rlhf import hh_rlhf_preferences
 from megatron_polar.data.public.judgebench import judgebench_answers
@@ -26,10 +26,10 @@ __all__ = (
     "Record",
     "alpaca_eval_preferences",
     "alpaca_eval_trajectories",
-    "describe_import",
     "gsm8k_preferences",
     "gsm8k_split",
     "hh_rlhf_preferences",
+    "import_records",
     "judgebench_answers",
     "reward_bench_2_answers",
     "rm_bench_answers",

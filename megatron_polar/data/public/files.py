@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_polar import log
 from megatron_polar.data.lines import list_inputs, read_jsonl
 from megatron_polar.errors import UserError
 from megatron_polar.manifest import HashedFile
@@ -20,7 +21,10 @@ Messages = list[dict[str, str]]
 
 
 def write_records(records: Iterable[Record], *, output: Path) -> int:
-    """Write records as JSONL (gzip when `output` ends in .gz), complete or not at all; return how many there were."""
+    """Write records as JSONL (gzip when `output` ends in .gz), complete or not at all; return how many there were.
+
+    Raises UserError where there is none: no empty file takes the place of another.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     count = 0
@@ -33,16 +37,25 @@ def write_records(records: Iterable[Record], *, output: Path) -> int:
                 # "replace": published JSON may escape half a surrogate pair, which no UTF-8 file can hold.
                 stream.write(json.dumps(record, ensure_ascii=False).encode("utf-8", errors="replace") + b"\n")
                 count += 1
+        if not count:
+            raise UserError(f"{output}: no record to write; check the input and the options that choose from it")
         os.replace(temporary, output)
     finally:
         temporary.unlink(missing_ok=True)
     return count
 
 
-def describe_import(count: int, output: Path, skipped: Counter[str]) -> str:
-    """Say in one line what an import wrote and what it left out."""
+def import_records(records: Iterable[Record], *, output: Path, skipped: Counter[str]) -> None:
+    """What an import tool does: write the records, and say in one line what was written and what was left out.
+
+    Raises UserError where nothing is written, also for an `output` that cannot be.
+    """
+    try:
+        count = write_records(records, output=output)
+    except OSError as error:
+        raise UserError(f"{error.filename or output}: {error.strerror}; choose another --output or mend it") from None
     left_out = "".join(f"; skipped {number}: {reason}" for reason, number in skipped.most_common())
-    return f"{output}: {count} records{left_out}"
+    log.info(f"{output}: {count} records{left_out}")
 
 
 def preference_record(
