@@ -111,12 +111,11 @@ def sample_pool(
             said = collect(pool, settings, shards, suffix=_unique_suffix()) if pending else {}
         entries = [_describe_shard(shard.path) for shard in shards]
         totals = {name: sum(entry[name] for entry in entries) for name in ("prompts", "trajectories", "words")}
-        if part is None:
+        if part is None and (pool.is_embedded or pending or not has_manifest):
             manifest = {**described, **totals, "shards": entries}
-            if not pool.is_embedded and (pending or not has_manifest):
+            if not pool.is_embedded:
                 manifest |= _describe_collected(pool, shards, output=output, said=said)
-            if pool.is_embedded or pending or not has_manifest:
-                _write_atomically(output / "manifest.json", _encode_json(manifest))
+            _write_atomically(output / "manifest.json", _encode_json(manifest))
     reused, is_complete = len(shards) - len(pending), part is None or has_manifest
     return SampleReport(output, *totals.values(), num_shards=len(shards), num_reused=reused, is_complete=is_complete)
 

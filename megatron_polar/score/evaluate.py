@@ -63,7 +63,6 @@ def evaluate(
         (output / "summary.json").unlink(missing_ok=True)
     _write_atomically(output / "rewards.jsonl", _reward_lines(items, rewards, each))
     statistics = compute_statistics(items, rewards, seed=seed)
-    swapped = measure_accuracy(ordered_pairs(swapped_items, swapped_rewards))
     figures = dataclasses.asdict(statistics)
     analysis = analyse(items, rewards, suite=suite, scheme=reference_scheme, seed=seed)
     _write_policy_pairs(analysis, output / "policy_pairs.csv")
@@ -75,9 +74,7 @@ def evaluate(
         "num_references": counts[-1],
         **{name: figures["micro"][name] for name in ("num_pairs", "num_ties", "accuracy", "low", "high")},
         **{name: value for name, value in figures.items() if name not in ("micro", "categories")},
-        "swapped_accuracy": swapped.accuracy,
-        "swap_check": _swap_check(items, rewards, accuracy=statistics.micro, swapped=swapped),
-        "swap_largest_reward_difference": _largest_difference(rewards, swapped_rewards),
+        **_self_check(items, rewards, swapped_items, swapped_rewards, accuracy=statistics.micro),
         **_oddities(items),
         "outputs_cut": cut,
         "seconds": seconds,
@@ -143,9 +140,9 @@ def _score_and_time(
     scorer: Scorer, items: Sequence[EvaluationItem], *, suite: str, items_per_request: int
 ) -> tuple[list[list[list[float]]], int, float]:
     """What `_score_items` returns, how many candidates were cut for it, and its seconds."""
-    start = time.monotonic()
+    start, cut_before = time.monotonic(), outputs_cut(scorer)
     each = _score_items(scorer, items, description=f"{suite}: scoring", items_per_request=items_per_request)
-    return each, outputs_cut(scorer), time.monotonic() - start
+    return each, outputs_cut(scorer) - cut_before, time.monotonic() - start
 
 
 def _score_items(
@@ -174,6 +171,22 @@ def _score_items(
 
 def _requests(item: EvaluationItem) -> tuple[ScoreRequest, ...]:
     return for_references(item.prompt, item.references, item.candidates, wrapper=item.wrapper)
+
+
+def _self_check(
+    items: Sequence[EvaluationItem],
+    rewards: Sequence[Sequence[float]],
+    swapped_items: Sequence[EvaluationItem],
+    swapped_rewards: Sequence[Sequence[float]],
+    *,
+    accuracy: Accuracy,
+) -> dict[str, Any]:
+    swapped = measure_accuracy(ordered_pairs(swapped_items, swapped_rewards))
+    return {
+        "swapped_accuracy": swapped.accuracy,
+        "swap_check": _swap_check(items, rewards, accuracy=accuracy, swapped=swapped),
+        "swap_largest_reward_difference": _largest_difference(rewards, swapped_rewards),
+    }
 
 
 def _swap_check(

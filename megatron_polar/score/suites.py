@@ -89,15 +89,7 @@ def load_suite(
     Items have `num_references` references each; those with fewer are left out, before `limit` is drawn.
     Raises UserError for an unknown name, unusable files, and a suite without a single comparison.
     """
-    if name not in SUITES:
-        nearest = difflib.get_close_matches(name, SUITES, n=1, cutoff=0.0)[0]
-        raise UserError(f"suite {name!r} is unknown; did you mean {nearest!r}? There are {', '.join(SUITES)}")
-    if limit is not None and limit < 1:
-        raise UserError(f"limit={limit} leaves nothing to evaluate; give 1 or more, or none")
-    if comparisons_per_group < 1:
-        raise UserError(f"comparisons_per_group={comparisons_per_group} draws nothing; give 1 or more")
-    if comparisons_per_group > 1 and name != "policies":
-        raise UserError(f"several comparisons per prompt are drawn in the suite 'policies' only, not in {name!r}")
+    _check_request(name, limit=limit, comparisons_per_group=comparisons_per_group)
     path, skipped = Path(path), Counter[str]()
     scheme = resolve_scheme(name, reference_scheme, has_answers=reference_answers is not None)
     own = OFFERED[name][0] if reference_answers is not None else scheme
@@ -124,6 +116,18 @@ def load_suite(
         )
     found = items_with_references(found, num_references, suite=name)
     return found if limit is None else _draw_items(found, limit, seed=seed)
+
+
+def _check_request(name: str, *, limit: int | None, comparisons_per_group: int) -> None:
+    if name not in SUITES:
+        nearest = difflib.get_close_matches(name, SUITES, n=1, cutoff=0.0)[0]
+        raise UserError(f"suite {name!r} is unknown; did you mean {nearest!r}? There are {', '.join(SUITES)}")
+    if limit is not None and limit < 1:
+        raise UserError(f"limit={limit} leaves nothing to evaluate; give 1 or more, or none")
+    if comparisons_per_group < 1:
+        raise UserError(f"comparisons_per_group={comparisons_per_group} draws nothing; give 1 or more")
+    if comparisons_per_group > 1 and name != "policies":
+        raise UserError(f"several comparisons per prompt are drawn in the suite 'policies' only, not in {name!r}")
 
 
 def _items(
