@@ -265,7 +265,7 @@ def test_writers_err_each_in_a_way_of_its_own():
     said = {writer: sources.solutions(problems, writer=writer) for writer in sources.WRITERS}
     assert said["exact"] == [problem["answer"] for problem in problems]
     assert said["doubles"][0] == "48/4 = <<48/4=48>>48 clips for $1.50, 1,024 in all.\n#### 48"
-    assert said["result-plus-3"][0] == solution.replace("#### 24", "#### 27"), "the result alone"
+    assert said["result-plus-16"][0] == solution.replace("#### 24", "#### 40"), "the result alone"
     assert said["mix-up-2"][:2] == ["It is 1.", "It is 2."]
     assert len({tuple(texts) for texts in said.values()}) == len(sources.WRITERS) == 31
     assert set(sources.UNSEEN_WRITERS) < set(sources.WRITERS)
@@ -372,9 +372,9 @@ def test_a_claim_holds_only_where_its_interval_says_so():
         differences = ("pretrained_reference - reference_only", "reference_only - neither")
         arms = {"differences": {name: {"mean": 0.03, "ci95": list(gain)} for name in differences}}
         figures = {
-            "settings": {"main_shape": "m"},
             "pretraining": {
                 "settings": settings,
+                "main": {start: f"m/{start}/2/1.0" for start in ("base", "random")},
                 "tables": {"data": [], "candidates": ["m/base/2/1.0", "m/base/8/1.0"]},
             },
             "scaling": {"exponent": 0.02, "ci95": list(law), "r2": 0.9},

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -140,24 +139,27 @@ def is_measured(study: Study, run: PretrainRun) -> bool:
 
 
 def pretraining(study: Study) -> dict:
-    """Every setting once, with where the tables find theirs; empty tables where nothing is measured."""
-    groups: dict[tuple, list[PretrainRun]] = {}
+    """Every setting once, with where the tables and the claims find theirs; nothing of what is not measured."""
+    groups: dict[str, list[PretrainRun]] = {}
     for run in filter(partial(is_measured, study), study.pretrain_runs):
-        groups.setdefault((run.shape, run.start, run.candidates, run.share), []).append(run)
-    figures = {"/".join(map(str, key)): pretrain_group(study, runs) for key, runs in groups.items()}
-    main = study.size.main_shape
+        groups.setdefault(run.setting, []).append(run)
+    figures = {setting: pretrain_group(study, runs) for setting, runs in groups.items()}
+    size, main = study.size, study.size.main_shape
+    whole = {
+        (shape, start): PretrainRun(shape, start, size.main_candidates, 1.0, 1)
+        for shape in size.shapes
+        for start in (BASE, RANDOM)
+    }
     tables = {
-        "start": [key for shape in study.size.shapes for key in figures if re.fullmatch(rf"{shape}/\w+/2/1\.0", key)],
-        "candidates": [f"{main}/{BASE}/{k}/1.0" for k in study.size.candidates],
-        "data": [f"{main}/{BASE}/2/{share}" for share in (*study.size.data_shares, 1.0)],
+        "start": [run.setting for run in whole.values()],
+        "candidates": [PretrainRun(main, BASE, k, 1.0, 1).setting for k in size.candidates],
+        "data": [PretrainRun(main, BASE, size.main_candidates, share, 1).setting for share in (*size.data_shares, 1.0)],
     }
     tables = {name: [key for key in keys if key in figures] for name, keys in tables.items()}
-    curves = {
-        start: learning_curve(study.run / "pretrain" / PretrainRun(main, start, 2, 1.0, 1).name)
-        for start in (BASE, RANDOM)
-        if f"{main}/{start}/2/1.0" in figures
-    }
-    return {"settings": figures, "tables": tables, "curves": curves}
+    mains = {start: whole[main, start] for start in (BASE, RANDOM) if whole[main, start].setting in figures}
+    curves = {start: learning_curve(study.run / "pretrain" / run.name) for start, run in mains.items()}
+    claims = {start: run.setting for start, run in mains.items()}
+    return {"settings": figures, "tables": tables, "main": claims, "curves": curves}
 
 
 def learning_curve(run: Path) -> list[tuple[int, float]]:
@@ -167,11 +169,12 @@ def learning_curve(run: Path) -> list[tuple[int, float]]:
 
 
 def scaling(study: Study, settings: dict) -> dict | None:
-    """The power law over sizes, base-initialised, K=2, all data: held-out loss of seen policies on unseen prompts.
+    """The power law over sizes, base-initialised, main K, all data: held-out loss of seen policies on unseen prompts.
 
     None where too few sizes are measured for a line to say anything.
     """
-    keys = [f"{shape}/{BASE}/2/1.0" for shape in study.size.shapes]
+    many = study.size.main_candidates
+    keys = [PretrainRun(shape, BASE, many, 1.0, 1).setting for shape in study.size.shapes]
     groups = [settings[key] for key in keys if key in settings]
     if len(groups) < MIN_SIZES:
         return None

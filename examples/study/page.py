@@ -131,6 +131,9 @@ def _start(figures: dict) -> Iterator[str]:
     if not pretrained["settings"]:
         yield NOT_MEASURED
         return
+    size = figures["settings"]
+    yield _paragraph(f"""{size["num_steps"]} steps of {size["global_batch_size"]} comparisons with K =
+        {size["main_candidates"]} candidates each: one of the reference's policy, the others of other policies.""")
     yield "![accuracy over steps and sizes](study/start.svg)"
     yield _settings_table(pretrained, "start", lambda g: f"{g['shape']}, {g['start']}", "size, start")
     some = next(iter(pretrained["settings"].values()))

@@ -25,8 +25,8 @@ def shortcomings(figures: dict) -> Iterator[str]:
 
 
 def _pretraining(figures: dict) -> Iterator[str]:
-    settings, main = figures["pretraining"]["settings"], figures["settings"]["main_shape"]
-    base, random = settings.get(f"{main}/base/2/1.0"), settings.get(f"{main}/random/2/1.0")
+    settings, main = figures["pretraining"]["settings"], figures["pretraining"]["main"]
+    base, random = (settings.get(main.get(start)) for start in ("base", "random"))
     if base is None:
         return
     for name in ("seen", "unseen"):

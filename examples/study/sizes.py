@@ -58,6 +58,8 @@ class Size:
     validation_comparisons: int
     base_seeds: dict[str, int]
     random_seeds: dict[str, int]
+    main_candidates: int
+    """K of all runs but those that compare K."""
     candidates: tuple[int, ...]
     data_shares: tuple[float, ...]
     ablation_seeds: int
@@ -113,6 +115,7 @@ CPU = Size(
     validation_comparisons=192,
     base_seeds={"xs": 3, "xxs": 2, "s": 2, "m": 2},
     random_seeds={"xs": 3},
+    main_candidates=4,
     candidates=(2, 4, 8),
     data_shares=(0.25, 0.5),
     ablation_seeds=2,
@@ -163,6 +166,7 @@ GPU = Size(
     validation_comparisons=512,
     base_seeds={"xs": 3, "s": 3, "m": 3, "l": 3, "xl": 3},
     random_seeds={"xs": 1, "s": 1, "m": 1, "l": 3, "xl": 1},
+    main_candidates=4,
     candidates=(2, 4, 8),
     data_shares=(0.0625, 0.125, 0.25, 0.5),
     ablation_seeds=3,
@@ -212,6 +216,7 @@ SMOKE = Size(
     validation_comparisons=4,
     base_seeds={"a": 1, "b": 1, "c": 1, "d": 1},
     random_seeds={"a": 1},
+    main_candidates=2,
     candidates=(2, 4),
     data_shares=(0.5,),
     ablation_seeds=1,

@@ -42,22 +42,24 @@ SLIPS: dict[str, Callable[[int], int]] = {
 """Writers who miscalculate, each in a way of its own, every number that the problem does not state."""
 MIX_UPS = {"mix-up-1": 1, "mix-up-2": 2, "mix-up-3": 3, "mix-up-5": 5, "mix-up-7": 7, "mix-up-11": 11}
 """Writers who solve another problem of the same side instead: the one that comes so many later."""
-RESULTS = {
-    **{f"result-plus-{offset}": offset for offset in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 20, 50)},
-    **{f"result-minus-{offset}": -offset for offset in (1, 2, 3, 4, 5, 10)},
+RESULTS: dict[str, Callable[[int], int]] = {
+    **{f"result-plus-{n}": n.__add__ for n in (7, 11, 16, 23, 34, 45, 58, 76, 89, 120, 250, 365)},
+    **{f"result-times-{n}": n.__mul__ for n in (2, 3, 4, 5, 6, 10)},
 }
-"""Writers who work rightly and then write down a result that is off by so much. They are many, so that to compare two
-results is less to learn than to know each writer by himself; a wrong result is what solutions of models differ by."""
+"""Writers who work rightly and then write down another result. They are many, so that to compare two results is less
+to learn than to know each writer by himself; a wrong result is what solutions of models differ by. Most digits of a
+result change: of results that are off by one or two, models of this size learn nothing for hundreds of steps."""
 EXACT = "exact"
 """The writer whose solutions are those published."""
 WRITERS = (EXACT, *SLIPS, *MIX_UPS, *RESULTS)
 UNSEEN_WRITERS = (
     *("two-more", "reverses", "mix-up-7", "mix-up-11"),
-    *("result-plus-3", "result-plus-7", "result-minus-2", "result-plus-50"),
+    *("result-plus-16", "result-plus-58", "result-plus-250", "result-times-4"),
 )
 TEXTS = ("reference", "chosen", "rejected")
 _ANNOTATION = re.compile(r"<<[^>]*>>")
 """What GSM8K's calculator has left in solutions: <<48/2=24>>."""
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
 _LAST_NUMBER = re.compile(r"(?<![\d.,])-?\d+(?![\d.,])(?=\D*$)")
 _WHOLE_NUMBER = re.compile(r"(?<![\d.,])\d+(?!\d|[.,]\d)")
 
@@ -184,9 +186,11 @@ def is_held_out(question: str) -> bool:
 def ending(solution: str, *, max_words: int) -> str:
     """How a solution ends: its last whole lines of at most `max_words` words and marks, and its last line in any case.
 
-    The calculator's annotations are left out, and the result's line is "A: ...", as models write it.
+    The calculator's annotations and the commas in 12,000 are left out, and the result's line is "A: ...", as models
+    write it.
     """
-    lines = _ANNOTATION.sub("", solution).strip().replace("#### ", "A: ").split("\n")
+    plain = _THOUSANDS.sub("", _ANNOTATION.sub("", solution))
+    lines = plain.strip().replace("#### ", "A: ").split("\n")
     first = len(lines) - 1
     while first and len(split_tokens("\n".join(lines[first - 1 :]))) <= max_words:
         first -= 1
@@ -208,7 +212,7 @@ def solutions(problems: Sequence[dict], *, writer: str) -> list[str]:
     if writer == EXACT:
         return own
     if writer in RESULTS:
-        return [_LAST_NUMBER.sub(lambda found: str(int(found[0]) + RESULTS[writer]), text) for text in own]
+        return [_LAST_NUMBER.sub(lambda found: str(RESULTS[writer](int(found[0]))), text) for text in own]
     return [slip(text, question=row["question"], writer=writer) for text, row in zip(own, problems, strict=True)]
 
 

@@ -43,6 +43,11 @@ class PretrainRun:
     def name(self) -> str:
         return f"{self.shape}-{self.start}-k{self.candidates}-d{self.share:g}-seed{self.seed}"
 
+    @property
+    def setting(self) -> str:
+        """What figures call it and its other seeds."""
+        return f"{self.shape}/{self.start}/{self.candidates}/{self.share}"
+
 
 @dataclass(frozen=True)
 class FineTuningRun:
@@ -85,11 +90,11 @@ class Study:
     @cached_property
     def pretrain_runs(self) -> list[PretrainRun]:
         """The runs without repetition: scaling, random start, data, K."""
-        size, main = self.size, self.size.main_shape
-        runs = [PretrainRun(s, BASE, 2, 1.0, seed) for s, n in size.base_seeds.items() for seed in _seeds(n)]
-        runs += [PretrainRun(s, RANDOM, 2, 1.0, seed) for s, n in size.random_seeds.items() for seed in _seeds(n)]
+        size, main, many = self.size, self.size.main_shape, self.size.main_candidates
+        runs = [PretrainRun(s, BASE, many, 1.0, seed) for s, n in size.base_seeds.items() for seed in _seeds(n)]
+        runs += [PretrainRun(s, RANDOM, many, 1.0, seed) for s, n in size.random_seeds.items() for seed in _seeds(n)]
         ablation = _seeds(size.ablation_seeds)
-        runs += [PretrainRun(main, BASE, 2, share, seed) for share in size.data_shares for seed in ablation]
+        runs += [PretrainRun(main, BASE, many, share, seed) for share in size.data_shares for seed in ablation]
         runs += [PretrainRun(main, BASE, k, 1.0, seed) for k in size.candidates for seed in ablation]
         return list(dict.fromkeys(runs))
 
@@ -101,8 +106,8 @@ class Study:
 
     def pretrained(self, seed: int) -> str:
         """The pre-trained run that fine-tuning with this seed starts from."""
-        main = self.size.main_shape
-        return PretrainRun(main, BASE, 2, 1.0, (seed - 1) % self.size.base_seeds[main] + 1).name
+        size, main = self.size, self.size.main_shape
+        return PretrainRun(main, BASE, size.main_candidates, 1.0, (seed - 1) % size.base_seeds[main] + 1).name
 
     def fold(self, seed: int) -> int:
         """The fold of GSM8K that fine-tuning with this seed holds out."""

@@ -12,8 +12,8 @@ HOLDS, UNCLEAR, REFUTED, NOT_MEASURED = "yes", "not clear", "no, the reverse", "
 def verdicts(figures: dict) -> Iterator[Verdict]:
     """All claims in the order of the page."""
     settings, tables = figures["pretraining"]["settings"], figures["pretraining"]["tables"]
-    main = figures["settings"]["main_shape"]
-    base, random = (settings.get(f"{main}/{start}/2/1.0") for start in ("base", "random"))
+    main = figures["pretraining"]["main"]
+    base, random = (settings.get(main.get(start)) for start in ("base", "random"))
     for name in ("seen", "unseen"):
         yield _above_chance(f"Pre-training learns to match {name} policies on new prompts", base and base[name])
     for name in ("seen", "unseen"):
