@@ -24,8 +24,8 @@ class SlowRank:
 class SlowReplica:
     """Slow ranks of one replica of the model, slowest first, which `ratio` and `seconds` are about.
 
-    Its tensor-, context- and pipeline-parallel ranks wait for each other within a step. So all of them are slow when
-    one is, and which one it is cannot be told from how long they take.
+    Its tensor-, context- and pipeline-parallel ranks wait for each other within a step. So a slow one slows the others,
+    and which one it is cannot be told for sure from how long they take.
     """
 
     ranks: tuple[int, ...]
