@@ -250,6 +250,9 @@ CASES = {
     "killed while its background writer writes": Case(
         2, 1, "in_shard:1@1=kill_parent", {"checkpoint__async_save": True}
     ),
+    "endless loop in a background writer": Case(
+        2, 1, "in_shard:1@1=hang", {"checkpoint__async_save": True, "checkpoint__save_interval": 1}
+    ),
     "killed with loader workers": Case(2, 1, "gradient:3@1=kill", {"data__num_workers": 2}),
     "stopped with loader workers": Case(2, 1, "gradient:3@1=stop", {"data__num_workers": 2}),
     "loader workers stopped": Case(
@@ -321,11 +324,11 @@ def straggler_figures(workdir: Path, *, undisturbed_steps: int = 200, world_size
     found, false_alarms = [], 0
     for world_size in world_sizes:
         slow_rank = world_size - 1
-        alarms = _alarms(corpus, workdir, world_size, num_steps=20, slow_rank=slow_rank)
-        found += [alarm for alarm in alarms if alarm["rank"] == slow_rank][:1]
-        false_alarms += sum(alarm["rank"] != slow_rank for alarm in alarms)
+        raised = alarms(corpus, workdir, world_size, num_steps=20, slow_rank=slow_rank)
+        found += [alarm for alarm in raised if alarm["rank"] == slow_rank][:1]
+        false_alarms += sum(alarm["rank"] != slow_rank for alarm in raised)
         if undisturbed_steps:
-            false_alarms += len(_alarms(corpus, workdir, world_size, num_steps=undisturbed_steps, slow_rank=None))
+            false_alarms += len(alarms(corpus, workdir, world_size, num_steps=undisturbed_steps, slow_rank=None))
     return {
         "slowed": len(world_sizes),
         "flagged": len(found),
@@ -336,7 +339,10 @@ def straggler_figures(workdir: Path, *, undisturbed_steps: int = 200, world_size
     }
 
 
-def _alarms(corpus: Path, workdir: Path, world_size: int, *, num_steps: int, slow_rank: int | None) -> list[dict]:
+def alarms(
+    corpus: Path, workdir: Path, world_size: int, *, num_steps: int, slow_rank: int | None, **changes
+) -> list[dict]:
+    """Events of stragglers in a run with one rank slowed twofold, or none; `changes` are tiny_config's."""
     directory = Path(tempfile.mkdtemp(dir=workdir))
     config = tiny_config(
         corpus,
@@ -346,6 +352,7 @@ def _alarms(corpus: Path, workdir: Path, world_size: int, *, num_steps: int, slo
         checkpoint__save_interval=10_000,
         evaluation__interval=10_000,
         logging__interval=10,
+        **changes,
     )
     outcome = run_job(_train_slowly, world_size, config, slow_rank, orphan_seconds=0.0, patience=600.0)
     assert outcome.exit_codes == [0] * world_size, outcome.output

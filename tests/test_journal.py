@@ -49,3 +49,20 @@ def test_lines_that_cannot_be_written_wait_and_come_in_order(tmp_path, monkeypat
     file.append({"n": 3})
     assert [orjson.loads(line)["n"] for line in (tmp_path / "lines").read_bytes().splitlines()] == [0, 1, 2, 3]
     assert capfd.readouterr().err.count("cannot be written now") == 1
+
+
+def test_a_report_of_bad_steps_that_cannot_be_written_is_a_warning_and_a_fenced_job_writes_none(tmp_path, capfd):
+    journal = Journal(tmp_path, writes=True)
+    journal.write("start", step=0)
+    for step in (3, 5, 6):
+        journal.write("bad_step", step=step, reason="loss is nan")
+    Journal(tmp_path, writes=True, may_write=lambda: False).write_bad_steps(first=5, replay="again")
+    Journal(tmp_path, writes=False).write_bad_steps(first=5, replay="again")
+    assert not (tmp_path / "bad_steps.json").exists()
+    (tmp_path / "bad_steps.json").mkdir()
+    journal.write_bad_steps(first=5, replay="again")
+    assert "bad_steps.json: cannot be written (Is a directory); events.jsonl" in capfd.readouterr().err
+    (tmp_path / "bad_steps.json").rmdir()
+    journal.write_bad_steps(first=5, replay="again")
+    written = orjson.loads((tmp_path / "bad_steps.json").read_bytes())
+    assert ([event["step"] for event in written["steps"]], written["replay"]) == ([5, 6], "again")

@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 from megatron_polar.config.presets import PRESETS
 from megatron_polar.config.schema import DataSection, DatasetSource
@@ -106,6 +107,28 @@ def test_without_dali_the_message_says_what_to_install(trajectory_corpus, monkey
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(UserError, match=r"data\.loader=dali needs nvidia-dali.*requirements-gpu\.txt"):
         next(load_steps(make_dataset(trajectory_corpus), start=0, stop=1, data=section(0, loader="dali")))
+
+
+class StuckAt(Dataset):
+    """Steps of which one is never ready, as on storage that does not answer."""
+
+    def __init__(self, steps: StepDataset, number: int):
+        self.steps, self.number = steps, number
+
+    def __getitem__(self, number: int) -> Step:
+        if number == self.number:
+            time.sleep(600)
+        return self.steps[number]
+
+
+def test_a_loader_that_is_closed_leaves_no_worker_not_even_a_stuck_one(trajectory_corpus, monkeypatch):
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # torch's patience, seconds
+    before = helpers()
+    steps = load_steps(StuckAt(make_dataset(trajectory_corpus), 1), start=0, stop=9, data=section(2))
+    assert next(steps).number == 0
+    assert len(helpers() - before) == 2
+    steps.close()
+    assert not helpers() - before
 
 
 def test_a_finished_run_has_no_steps_left(trajectory_corpus):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 
+import faults_ranks
 import faults_training
 import orjson
 import psutil
@@ -16,6 +17,7 @@ from ranks import run_ranks
 from tiny_runs import STEPS, change, checkpoint_of, metric_rows, tiny_config, train_with, training_refusal
 
 from megatron_polar import faults
+from megatron_polar.config.schema import CurriculumSection
 from megatron_polar.errors import FENCED, STALLED, STOPPED
 from megatron_polar.train.checkpoint_files import find_checkpoint
 from megatron_polar.train.lock import TAKE_OVER
@@ -114,6 +116,25 @@ def test_loader_workers_leave_signals_to_their_rank(tmp_path, trajectory_corpus)
     config = tiny_config(trajectory_corpus, tmp_path / "run", data__num_workers=2, train__num_steps=30)
     ((status, _),) = run_ranks(signal_the_whole_family, 1, config)
     assert status == STOPPED
+
+
+def test_workers_that_wait_for_a_table_of_difficulties_do_not_outlive_a_stopped_run(tmp_path, trajectory_corpus):
+    config = tiny_config(
+        trajectory_corpus,
+        tmp_path / "run",
+        data__num_workers=2,
+        data__prefetch_factor=4,
+        data__contrast="by_difficulty",
+        data__curriculum=CurriculumSection(interval=2),  # eight steps ahead: two periods further than what is known
+        train__num_steps=30,
+        checkpoint__save_interval=30,
+        evaluation__interval=30,
+    )
+    outcome = faults_ranks.run_job(train, 1, config, fault="data:2=term", orphan_seconds=0.5, patience=30.0)
+    assert outcome.exit_codes == [STOPPED], outcome.output
+    assert outcome.orphans == 0
+    assert outcome.seconds < 10  # torch waits 5 s for each worker that does not end by itself
+    assert "Traceback" not in outcome.output[0]
 
 
 def signal_the_whole_family(config) -> tuple[int, str]:

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,8 +20,14 @@ import torch.distributed as dist
 from faults_ranks import join, loop, run_job
 from ranks import free_port, rank_environment, run_ranks
 
+from megatron_polar import faults
+from megatron_polar.config.schema import ParallelSection
 from megatron_polar.errors import STALLED, STOPPED, USER_ERROR, RunStopped, UserError
-from megatron_polar.train.stragglers import SlowRank, Stragglers, find_slow
+from megatron_polar.parallel.device import select_device
+from megatron_polar.parallel.readback import read_back
+from megatron_polar.parallel.topology import initialize
+from megatron_polar.train import watchdog as watchdog_module
+from megatron_polar.train.stragglers import SlowRank, SlowReplica, Stragglers, by_replica, find_slow
 from megatron_polar.train.verdicts import Beat, find_hung, kill_all
 from megatron_polar.train.watchdog import Process, Watchdog
 
@@ -178,7 +185,10 @@ def test_two_stopped_ranks_of_which_one_listens_to_the_other_are_both_ended(tmp_
     assert outcome.seconds < LIMIT
 
 
-@pytest.mark.parametrize("name", ["stopped in a step", "killed while its background writer writes"])
+@pytest.mark.parametrize(
+    "name",
+    ["stopped in a step", "killed while its background writer writes", "endless loop in a background writer"],
+)
 def test_a_training_run_with_a_hung_or_dead_rank_ends_in_time_and_leaves_no_process(name, tmp_path, trajectory_corpus):
     found = faults_ranks.run_case(name, trajectory_corpus, tmp_path, orphan_seconds=0.5)
     assert found["named"], found["output"]
@@ -212,6 +222,31 @@ def test_storage_that_hangs_with_the_stacks_does_not_keep_the_job(tmp_path):
     (tmp_path / "stacks" / "rank_00000.txt").symlink_to(tmp_path / "fifo")
     outcome = run_job(stalled_alone, 1, tmp_path, orphan_seconds=0.0)
     assert outcome.exit_codes == [STALLED]
+
+
+def loop_like_nccl(directory: Path) -> None:
+    """A job whose collectives return at once: a rank waits where it reads the sum."""
+
+    class OnDevice:
+        """Stands in for a GPU's tensor: to copy it waits, outside Python, for what it is computed from."""
+
+        def __init__(self, sum_over_ranks: dist.Work):
+            self.cpu = sum_over_ranks.wait
+
+    store, rank, world_size = join()
+    with Watchdog(store, rank=rank, world_size=world_size, timeout_seconds=TIMEOUT, directory=directory) as watchdog:
+        for step in range(1, 100_000):
+            watchdog.enter("step", step)
+            faults.point("gradient")
+            read_back(OnDevice(dist.all_reduce(torch.ones(1), async_op=True)))
+            time.sleep(0.01)
+
+
+def test_a_rank_that_waits_where_it_reads_a_result_is_not_the_one_that_hangs(tmp_path):
+    outcome = run_job(loop_like_nccl, 3, tmp_path, fault="gradient:20@1=hang", orphan_seconds=0.3)
+    assert outcome.named == [1]
+    assert outcome.exit_codes == [STALLED] * 3
+    assert outcome.seconds < LIMIT
 
 
 # --- Errors of ranks -------------------------------------------------------------------------------------------------
@@ -379,6 +414,17 @@ def test_nobody_is_accused_in_a_job_that_is_well(name, tmp_path):
     assert not (tmp_path / "stacks").exists()
 
 
+@pytest.mark.parametrize("timeout", [0.0, 20.0])
+def test_the_first_rank_beats_for_the_launcher_whatever_the_time_out(timeout, tmp_path, monkeypatch):
+    monkeypatch.setattr(watchdog_module, "_HEARTBEAT_SECONDS", 0.05)
+    first = Watchdog(None, rank=0, world_size=1, timeout_seconds=timeout, directory=tmp_path)
+    with first:
+        first.enter("step", 3)
+        wait_for((tmp_path / "heartbeat").exists)
+    assert (tmp_path / "heartbeat").read_text() == "step of step 3\n"
+    assert not any(thread.name.startswith("watchdog") for thread in threading.enumerate())
+
+
 def test_without_a_timeout_a_dead_rank_is_named_all_the_same(tmp_path):
     outcome = run_job(loop, 2, tmp_path, 0.0, fault="gradient:5@1=kill", orphan_seconds=0.0)
     assert outcome.exit_codes == [STALLED, -signal.SIGKILL]
@@ -423,20 +469,45 @@ def test_a_rank_is_slow_when_most_of_its_steps_are():
 
 
 def report_stragglers() -> list:
-    join()
+    topology = initialize(ParallelSection(), device=select_device("cpu", local_rank=0))
     stragglers, nothing = Stragglers(ratio=1.5, fewest_steps=4), Stragglers(ratio=0)
     reports = []
     for _ in range(3):
         for _ in range(2):
             stragglers.add(0.2 if dist.get_rank() == 1 else 0.1)
             nothing.add(1.0 + dist.get_rank())
-        reports.append(stragglers.report(dist.group.WORLD))
-    return [*reports, nothing.report(dist.group.WORLD)]
+        reports.append(stragglers.report(topology))
+    return [*reports, nothing.report(topology)]
 
 
 def test_stragglers_are_reported_on_all_ranks_when_there_are_enough_steps():
     first, second = run_ranks(report_stragglers, 2)
-    assert first == second == [[], [SlowRank(1, 2.0, 0.2)], [], []]
+    assert first == second == [[], [SlowReplica((1,), 2.0, 0.2)], [], []]
+
+
+def test_slow_ranks_of_a_replica_are_named_together():
+    found = [(1, SlowRank(2, 2.0, 0.2)), (0, SlowRank(1, 1.6, 0.16)), (1, SlowRank(3, 2.1, 0.21))]
+    together = by_replica(found)
+    assert together == [SlowReplica((3, 2), 2.1, 0.21), SlowReplica((1,), 1.6, 0.16)]
+    assert str(together[0]).startswith("ranks 3, 2, which wait for each other within a step, take 2.10 times as long")
+    assert str(together[1]).startswith("rank 1 takes 1.60 times as long as the others (160 ms a step)")
+
+
+def test_a_slow_rank_of_a_later_stage_is_written_down_with_those_that_wait_for_it(tmp_path, trajectory_corpus):
+    parallel = {"pipeline_model_parallel_size": 2}
+    (alarm,) = faults_ranks.alarms(
+        trajectory_corpus,
+        tmp_path,
+        4,
+        num_steps=10,
+        slow_rank=3,
+        data__max_tokens_per_micro_batch=2000,
+        parallel=parallel,
+    )
+    assert 3 in alarm["ranks"]
+    assert alarm["rank"] == alarm["ranks"][0]
+    assert set(alarm["ranks"]) <= {1, 3}
+    assert alarm["ratio"] > 1.5
 
 
 def test_a_training_run_reports_a_rank_slowed_twofold_within_20_steps_and_no_other(tmp_path):

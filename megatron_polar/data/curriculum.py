@@ -16,6 +16,7 @@ import numpy as np
 
 from megatron_polar.config.schema import CurriculumSection
 from megatron_polar.data.pair_counts import PairCounts, error_rates, pair_keys
+from megatron_polar.errors import UserError
 
 _POLL_SECONDS = 0.01
 
@@ -109,7 +110,8 @@ class DifficultyTables:
     """Tables of the periods by their number. The process that makes this object publishes them; its workers, forked or
     unpickled, read a table from its file, and wait for it where they run that far ahead.
 
-    Steps of a period only need steps of earlier periods, and workers prepare steps in order, so the wait ends.
+    Steps of a period only need steps of earlier periods, and workers prepare steps in order, so the wait ends: with the
+    table, or, when the run ends before it, with the directory, which the run deletes before it closes its loader.
     """
 
     def __init__(self, section: CurriculumSection, *, directory: Path):
@@ -134,7 +136,8 @@ class DifficultyTables:
         return step // self.section.interval in self._known
 
     def of_step(self, step: int) -> DifficultyTable:
-        """The table that step `step` (from 0) is drawn with. In a worker it may take until it is published."""
+        """The table that step `step` (from 0) is drawn with. In a worker it may take until it is published. Raises
+        UserError there when it will never be."""
         period = step // self.section.interval
         if period not in self._known:
             if os.getpid() == self._owner:
@@ -149,6 +152,11 @@ class DifficultyTables:
                 with np.load(io.BytesIO(self._file(period).read_bytes()), allow_pickle=False) as arrays:
                     return PairCounts(arrays["keys"], arrays["won"], arrays["lost"])
             except FileNotFoundError:
+                if not self.directory.is_dir():  # nobody reads this if the run deleted it
+                    raise UserError(
+                        f"{self.directory}: is gone, and with it the tables by which data.contrast=by_difficulty "
+                        f"draws; something else than the run has deleted it; start the same command again"
+                    ) from None
                 time.sleep(_POLL_SECONDS)
 
     def _file(self, period: int) -> Path:

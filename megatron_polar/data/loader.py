@@ -1,5 +1,6 @@
 """Steps prepared ahead by worker processes, of torch or of DALI."""
 
+import multiprocessing
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -36,7 +37,8 @@ def load_steps(
     """Yield steps start..stop-1 in order, prepared ahead by `data.num_workers` processes.
 
     With `gpu`, the number of this rank's, DALI copies their arrays there as well; the steps are the same. Raises
-    UserError (a document that is damaged or does not fit), on one line from whatever process it comes.
+    UserError (a document that is damaged or does not fit), on one line from whatever process it comes. To be closed
+    where it is not read to its end: then no process is left.
     """
     if data.loader == "dali":
         from megatron_polar.data.dali import load_steps_with_dali
@@ -54,10 +56,19 @@ def load_steps(
         # A generator of its own: the default would draw from torch's global RNG and spoil bit-exact resume.
         generator=torch.Generator(),
     )
-    for item in loader:
-        if isinstance(item, UserError):
-            raise item
-        yield item
+    others = multiprocessing.active_children()
+    items = iter(loader)  # starts the workers
+    for worker in multiprocessing.active_children():
+        if worker not in others:
+            # How torch ends a worker that is stuck: a SIGTERM, which it leaves to the rank (processes.py).
+            worker.terminate = worker.kill
+    try:
+        for item in items:
+            if isinstance(item, UserError):
+                raise item
+            yield item
+    finally:
+        del items  # torch ends its workers
 
 
 def _start_worker(rank_process: int, worker: int) -> None:

@@ -170,7 +170,9 @@ def _describe_event(event: dict) -> str:
     if event["event"] == "save":
         return event["problem"] or f"{event['seconds']:.1f} s, of which {event['stalled_seconds']:.1f} s standing still"
     if event["event"] == "straggler":
-        return f"rank {event['rank']} takes {event['ratio']:.2f} times as long as the others"
+        ranks = event.get("ranks", [event["rank"]])
+        who = f"rank {ranks[0]} takes" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} take"
+        return f"{who} {event['ratio']:.2f} times as long as the others"
     return str(event.get("reason", ""))
 
 

@@ -140,17 +140,20 @@ class Checkpointer:
         """Wait for the save in the background, if there is one."""
         if self._pending is not None:
             started, written = time.monotonic(), -1
-            while not self._writer.is_current_async_call_done(blocking=False):
-                if (now := self._pending.strategy.writer.report.num_written) != written or not self._is_writing:
+            # For this rank's own writer first, and then in a collective for the others': so the watchdog can tell the
+            # rank whose writer hangs from those that wait for it, and only a writer that gets on keeps it quiet.
+            while self._is_writing:
+                if (now := self._pending.strategy.writer.report.num_written) != written:
                     written = now
                     self._after_each()
                 time.sleep(0.02)
+            self._writer.is_current_async_call_done(blocking=True)
             self._pending.stalled += time.monotonic() - started
             self._complete(self._pending)
 
     @property
     def _is_writing(self) -> bool:
-        """Whether this rank's own writer is at work; if not, we wait for those of other ranks."""
+        """Whether this rank's own writer is at work."""
         return self._writer.process is not None and self._writer.process.is_alive()
 
     def _start(self, state: TrainingState, *, others: Mapping[str, bytes], started: float) -> _Pending | None:

@@ -10,6 +10,7 @@ from megatron_polar.data.comparisons import ComparisonDataset
 from megatron_polar.data.steps import RowShape, build_step
 from megatron_polar.model.build import BuiltModel
 from megatron_polar.parallel.device import Device
+from megatron_polar.parallel.readback import read_back
 from megatron_polar.parallel.topology import Topology
 from megatron_polar.train.objective import SUMS
 from megatron_polar.train.step import reduce_sums, run_schedule
@@ -41,7 +42,7 @@ def evaluate_held_out(
         step = build_step(comparisons, indices, number=0, rank=topology.dp_rank, shape=shape)
         faults.point("evaluation")
         own = run_schedule(model, step.micro_batches, topology=topology, device=device, forward_only=True)
-        sums = reduce_sums(own, topology=topology, device=device)[0].tolist()
+        sums = read_back(reduce_sums(own, topology=topology, device=device)[0]).tolist()
         after_each()
         total = {name: total.get(name, 0.0) + value for name, value in zip(SUMS, sums, strict=True)}
     return total

@@ -19,6 +19,7 @@ from megatron_polar.errors import BAD_STEPS, REPLICAS_DIFFER, RunStopped, UserEr
 from megatron_polar.model.build import BuiltModel
 from megatron_polar.model.fp8_weights import is_fp8_weight, plain
 from megatron_polar.parallel.device import Device
+from megatron_polar.parallel.readback import read_back
 from megatron_polar.parallel.topology import Topology
 from megatron_polar.train.gradients import gather_updated_weights
 
@@ -67,7 +68,7 @@ class StepGuard:
         None. Collective."""
         worst = torch.tensor([verdict.code], dtype=torch.int, device=device.torch_device)
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        code = int(worst)
+        code = int(read_back(worst))
         self.skipped += code != GOOD
         self.nonfinite += code == NOT_FINITE
         self.in_a_row = self.in_a_row + 1 if code != GOOD else 0
@@ -150,7 +151,7 @@ def compare_replicas(model: BuiltModel, *, topology: Topology) -> list[Deviation
     own = torch.stack(sums)
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, own, group=group)
-    table = torch.stack(gathered).cpu()
+    table = read_back(torch.stack(gathered))
     ranks = dist.get_process_group_ranks(group)
     found = [
         Deviation(names[column], _minority(table[:, column].tolist(), ranks))
@@ -158,7 +159,7 @@ def compare_replicas(model: BuiltModel, *, topology: Topology) -> list[Deviation
     ]
     anything = torch.tensor([len(found)], device=own.device)
     dist.all_reduce(anything, op=dist.ReduceOp.MAX)
-    if not anything:
+    if not read_back(anything):
         return []
     everyone: list = [None] * topology.world_size
     dist.all_gather_object(everyone, found)

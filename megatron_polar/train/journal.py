@@ -12,7 +12,7 @@ import orjson
 from megatron_polar import log
 from megatron_polar.manifest import write_durably
 
-EVENTS, STATUS = "events.jsonl", "status.json"
+EVENTS, STATUS, BAD_STEPS_FILE = "events.jsonl", "status.json", "bad_steps.json"
 
 
 class LineFile:
@@ -89,6 +89,19 @@ class Journal:
             if not (state == "done" and self._is_done):
                 self.write(state, step=self.step, **({"reason": reason} if reason else {}))
             self.status(state, exit_status=exit_status, reason=reason)
+
+    def write_bad_steps(self, *, first: int, replay: str) -> None:
+        """Say in `bad_steps.json` which steps from `first` on were skipped, and with which command to look into them.
+        What cannot be written does not change how the run ends."""
+        if not (self._writes and self._may_write()):
+            return
+        path = self.directory / BAD_STEPS_FILE
+        try:
+            bad = [event for event in bad_steps(self.read()) if event["step"] >= first]
+            report = {"steps": bad, "replay": replay, "time": time.time()}
+            write_durably(path, orjson.dumps(report, option=orjson.OPT_INDENT_2))
+        except OSError as error:
+            log.warn(f"{path}: cannot be written ({error.strerror or error}); {EVENTS} and the log name the steps")
 
     def status(self, state: str, *, exit_status: int | None = None, reason: str = "") -> None:
         """Say in `status.json` where the run stands: a launcher behind torchrun cannot see our exit status."""

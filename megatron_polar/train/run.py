@@ -1,6 +1,6 @@
 """train(config): build, resume, loop. Reads as the table of contents of a run."""
 
-import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from megatron_polar.train.checkpoint_files import TrainingState
 from megatron_polar.train.ending import written_down
 from megatron_polar.train.evaluation import evaluate_held_out
 from megatron_polar.train.guard import check_replicas, flip_a_bit
-from megatron_polar.train.journal import Journal, bad_steps, last_sign_of_life
+from megatron_polar.train.journal import BAD_STEPS_FILE, Journal, last_sign_of_life
 from megatron_polar.train.lock import RunLock, lock_run
 from megatron_polar.train.metrics import Metrics, StepTimer, peak_tflops
 from megatron_polar.train.optimizer import current_learning_rate
@@ -77,6 +77,7 @@ def _train(training: Training) -> None:
     run, watchdog = training.run, training.watchdog
     try:
         with (
+            ExitStack() as at_last,
             run.pairs.handing_over() as tables,
             log.Progress("training", total=run.num_steps, unit="steps", quiet=not log.on_terminal()) as bar,
         ):
@@ -92,7 +93,9 @@ def _train(training: Training) -> None:
             timer = StepTimer()
             watchdog.enter("data", training.done + 1)
             gpu = run.device.torch_device.index
-            for step in load_steps(dataset, start=training.done, stop=run.num_steps, data=run.config.data, gpu=gpu):
+            steps = load_steps(dataset, start=training.done, stop=run.num_steps, data=run.config.data, gpu=gpu)
+            at_last.callback(steps.close)  # when the tables are gone: a worker may wait for one that will never come
+            for step in steps:
                 _one_step(training, step, timer=timer)
                 _after_step(training)
                 _stop_if_asked(training)
@@ -322,15 +325,10 @@ def _write_metrics(training: Training) -> None:
 
 def _report_stragglers(training: Training) -> None:
     topology = training.run.topology
-    found = training.stragglers.report(topology.groups.dp_cp, device=training.run.device.torch_device)
-    if topology.tp_rank or topology.cp_rank or topology.dp_rank:
-        return  # the first replica of each pipeline stage speaks for its group
-    for slow in found:
-        training.journal.write("straggler", step=training.done, **vars(slow))
-        log.warn(
-            f"iteration {training.done}: rank {slow.rank} takes {slow.ratio:.2f} times as long as the others "
-            f"({slow.seconds * 1000:.0f} ms a step)"
-        )
+    for slow in training.stragglers.report(topology, device=training.run.device.torch_device):
+        training.journal.write("straggler", step=training.done, rank=slow.ranks[0], **vars(slow))
+        if topology.rank == 0:
+            log.warn(f"iteration {training.done}: {slow}")
 
 
 def _write_down_bad_step(training: Training, result: StepResult) -> None:
@@ -383,9 +381,6 @@ def _stop_if_steps_keep_failing(training: Training) -> None:
         _save(training, blocking=True)  # skipped steps have changed nothing: these are the last good weights
     first = done - run.guard.in_a_row + 1
     command = f"megatron-polar train {run.directory}/config.yaml --replay-step {first}"
-    if run.topology.rank == 0:
-        bad = [event for event in bad_steps(training.journal.read()) if event["step"] >= first]
-        report = {"steps": bad, "replay": command, "time": time.time()}
-        write_durably(run.directory / "bad_steps.json", orjson.dumps(report, option=orjson.OPT_INDENT_2))
-    remedy = f"see {run.directory}/bad_steps.json, and look into the first of them, with as many ranks: {command}"
+    training.journal.write_bad_steps(first=first, replay=command)
+    remedy = f"see {run.directory}/{BAD_STEPS_FILE}, and look into the first of them, with as many ranks: {command}"
     run.guard.check_limit(step=done, remedy=remedy)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_polar.errors import STOPPED, RunStopped
 from megatron_polar.parallel.device import Device
+from megatron_polar.parallel.readback import read_back
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -57,4 +58,5 @@ class StopSignals:
             self._received = signal.SIGHUP
         number = torch.tensor([self._received or 0], dtype=torch.int, device=device.torch_device)
         dist.all_reduce(number, op=dist.ReduceOp.MAX)
-        return signal.Signals(int(number)).name if number else None
+        agreed = int(read_back(number))
+        return signal.Signals(agreed).name if agreed else None

@@ -17,6 +17,7 @@ from megatron_polar.data.steps import Step
 from megatron_polar.model.build import BuiltModel
 from megatron_polar.model.row_layout import RowLayout, make_row_layout
 from megatron_polar.parallel.device import Device
+from megatron_polar.parallel.readback import read_back
 from megatron_polar.parallel.topology import Topology
 from megatron_polar.parallel.transfer import move
 from megatron_polar.train.gradients import (
@@ -126,7 +127,7 @@ def train_step(
         outcomes=outcomes,
     )
     sums = local if in_order else reduce_sums(local, topology=topology, device=device)
-    figures = dict(zip(SUMS, sums.sum(0).tolist(), strict=True))
+    figures = dict(zip(SUMS, read_back(sums.sum(0)).tolist(), strict=True))
     grad_norm = measure_gradients(optimizer)
     loss = figures["loss"] / max(figures["pairs"], 1.0)
     verdict = guard.judge(loss=loss, grad_norm=grad_norm, are_finite=reduction.own_gradients_are_finite is not False)

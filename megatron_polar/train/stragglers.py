@@ -1,10 +1,14 @@
 """Ranks that are slower than the others, told by how long they work before they wait."""
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+from megatron_polar.parallel.readback import read_back
+from megatron_polar.parallel.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -14,6 +18,25 @@ class SlowRank:
     rank: int
     ratio: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class SlowReplica:
+    """Slow ranks of one replica of the model, slowest first, which `ratio` and `seconds` are about.
+
+    Its tensor-, context- and pipeline-parallel ranks wait for each other within a step. So a slow one slows the others,
+    and which one it is cannot be told for sure from how long they take.
+    """
+
+    ranks: tuple[int, ...]
+    ratio: float
+    seconds: float
+
+    def __str__(self) -> str:
+        takes = f"{self.ratio:.2f} times as long as the others ({self.seconds * 1000:.0f} ms a step)"
+        if len(self.ranks) == 1:
+            return f"rank {self.ranks[0]} takes {takes}"
+        return f"ranks {', '.join(map(str, self.ranks))}, which wait for each other within a step, take {takes}"
 
 
 class Stragglers:
@@ -28,8 +51,10 @@ class Stragglers:
         if self.ratio:
             self._seconds.append(busy_seconds)
 
-    def report(self, group: dist.ProcessGroup, *, device: torch.device | str = "cpu") -> list[SlowRank]:
-        """Ranks of `group` that were slow since the last report, slowest first. Collective: one small all_gather."""
+    def report(self, topology: Topology, *, device: torch.device | str = "cpu") -> list[SlowReplica]:
+        """Replicas that were slow since the last report, the same on every rank, slowest first. Collective: two small
+        gatherings where there are enough steps."""
+        group = topology.groups.dp_cp
         if len(self._seconds) < self.fewest_steps:
             return []
         own = torch.tensor(self._seconds, dtype=torch.float64, device=device)
@@ -38,8 +63,24 @@ class Stragglers:
             return []
         gathered = [torch.empty_like(own) for _ in range(group.size())]
         dist.all_gather(gathered, own, group=group)
-        seconds = [values.tolist() for values in gathered]
-        return find_slow(seconds, ranks=dist.get_process_group_ranks(group), ratio=self.ratio)
+        seconds = read_back(torch.stack(gathered)).tolist()
+        found = find_slow(seconds, ranks=dist.get_process_group_ranks(group), ratio=self.ratio)
+        everyone: list[tuple[int, SlowRank] | None] = [None] * topology.world_size
+        mine = next((slow for slow in found if slow.rank == topology.rank), None)
+        dist.all_gather_object(everyone, mine and (topology.dp_rank, mine))
+        return by_replica([entry for entry in everyone if entry is not None])
+
+
+def by_replica(found: Sequence[tuple[int, SlowRank]]) -> list[SlowReplica]:
+    """Put slow ranks, each given with the number of its replica, together; the slowest replica first."""
+    replicas: dict[int, list[SlowRank]] = {}
+    for number, slow in found:
+        replicas.setdefault(number, []).append(slow)
+    together = []
+    for slow in replicas.values():
+        slow.sort(key=lambda one: -one.ratio)
+        together.append(SlowReplica(tuple(one.rank for one in slow), slow[0].ratio, slow[0].seconds))
+    return sorted(together, key=lambda replica: -replica.ratio)
 
 
 def find_slow(seconds: list[list[float]], *, ranks: list[int], ratio: float) -> list[SlowRank]:

@@ -16,27 +16,16 @@ import os
 import sys
 import threading
 import time
-from datetime import timedelta
 from pathlib import Path
 
-import orjson
 import psutil
 import torch.distributed as dist
 
 from megatron_polar import log
 from megatron_polar.errors import STALLED
 from megatron_polar.train.last_words import LastWords
-from megatron_polar.train.verdicts import (
-    SHOW_STACK,
-    Beat,
-    Process,
-    Verdict,
-    find_hung,
-    kill_all,
-    read_beat,
-    read_verdict,
-    wait_until,
-)
+from megatron_polar.train.notices import NoticeBoard
+from megatron_polar.train.verdicts import SHOW_STACK, Beat, Process, Verdict, find_hung, kill_all, wait_until
 
 _LONGEST_INTERVAL_SECONDS = 0.5
 _LONGEST_GRACE_SECONDS = 10.0
@@ -49,8 +38,17 @@ _NUM_JUDGES = 2
 """Ranks that look at all others when nothing moves; if these fall silent themselves, their listeners notice."""
 
 _SIGNS_OF_A_LOST_PEER = ("closed by peer", "connection", "timed out", "timeout", "broken pipe", "nccl", "gloo")
-_WAITING = ("/torch/distributed/", "/megatron/core/distributed/", "/megatron/core/pipeline_parallel/")
-"""A main thread whose innermost Python frame is in one of these waits for other ranks."""
+_WAITING = (
+    "/torch/distributed/",
+    "/megatron/core/distributed/",
+    "/megatron/core/pipeline_parallel/",
+    # NCCL's calls return at once: there a rank waits where the host reads what comes of them.
+    "/megatron_polar/parallel/readback.py:",
+    "/megatron/core/optimizer/clip_grads.py:",
+    "/megatron/core/dist_checkpointing/strategies/async_utils.py:",
+    "/torch/cuda/__init__.py:synchronize",
+)
+"""A main thread whose innermost Python frame (file:function) is in one of these waits for other ranks."""
 
 
 class Watchdog:
@@ -79,7 +77,8 @@ class Watchdog:
         self.words = LastWords(directory, process=self._me, exit_code=exit_code)
         # torchrun's agent hosts the store of its ranks; without it rank 0 does.
         self._launcher_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        self._main_store, self._store, self._has_lost_store = store, None, False
+        self._store, self._has_lost_store = store, False
+        self._board: NoticeBoard | None = None
         self._clock = 0.0
         """Seconds for which this process has been running, as fine as `interval`. It stands still while the process is
         stopped, so that a whole job that is suspended and resumed ends nobody."""
@@ -99,22 +98,18 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         self._main_thread = threading.get_ident()
-        if self._main_store is not None:
-            # A connection of its own: a main thread that waits for a key would lock this one. And keys of its own: a
-            # process may run several jobs, one after the other.
-            store = self._main_store.clone()
-            job = (store.add("watchdog", 1) - 1) // self.world_size
-            self._store = dist.PrefixStore(f"watchdog/{job}", store)
-            self._store.set_timeout(timedelta(seconds=max(self.timeout, 5.0)))
+        if self._store is not None:
+            sizes = {"rank": self.rank, "world_size": self.world_size}
+            self._board = NoticeBoard(self._store, **sizes, timeout_seconds=self.timeout)
             self._beat()
+        targets = [self._beat_for_launcher] if self.rank == 0 else []
         if self.timeout > 0:
             # Not all threads: to walk the frames of a thread that runs would crash the process now and then.
             faulthandler.register(SHOW_STACK, file=2, all_threads=False)
-            talks = [self._talk] if self._store is not None else []
-            beats = [self._beat_for_launcher] if self.rank == 0 else []
-            for target in [self._keep_time, *talks, *beats]:
-                self._threads.append(threading.Thread(target=target, name=f"watchdog {target.__name__}", daemon=True))
-                self._threads[-1].start()
+            targets += [self._keep_time, self._talk] if self._board is not None else [self._keep_time]
+        for target in targets:
+            self._threads.append(threading.Thread(target=target, name=f"watchdog {target.__name__}", daemon=True))
+            self._threads[-1].start()
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -122,22 +117,22 @@ class Watchdog:
             text = " ".join(str(error).encode(errors="replace").decode().split())
             self._error = text[:300] or kind.__name__
         self._left = True
-        if self.timeout > 0:
-            if self._store is not None:
-                self._wake.set()
-                if error is None:
-                    self._others_left.wait()
-                elif self._said.wait(_SECONDS_FOR_OTHERS) and self._hosts_the_store:
-                    self._others_left.wait(_SECONDS_FOR_OTHERS)
-            with self._lock:
-                self._ended.set()
+        if self._board is not None and self.timeout > 0:
             self._wake.set()
-            for thread in self._threads:  # one that is in a store call when the interpreter ends would abort it
-                thread.join(_SECONDS_FOR_OTHERS)
-            faulthandler.unregister(SHOW_STACK)
-        elif self._store is not None:
+            if error is None:
+                self._others_left.wait()
+            elif self._said.wait(_SECONDS_FOR_OTHERS) and self._hosts_the_store:
+                self._others_left.wait(_SECONDS_FOR_OTHERS)
+        elif self._board is not None:
             with contextlib.suppress(RuntimeError):
                 self._say_goodbye()
+        with self._lock:
+            self._ended.set()
+        self._wake.set()
+        for thread in self._threads:  # one that is in a store call when the interpreter ends would abort it
+            thread.join(_SECONDS_FOR_OTHERS)
+        if self.timeout > 0:
+            faulthandler.unregister(SHOW_STACK)
 
     def enter(self, phase: str, step: int) -> None:
         """The main thread begins a phase (one of start, load, data, step, evaluation, save) of a step."""
@@ -149,14 +144,14 @@ class Watchdog:
 
     def explain(self, error: BaseException, *, wait_seconds: float = 3.0) -> str | None:
         """After a collective has failed: a sentence that names the rank which left it, or None."""
-        if self._store is None or not any(sign in str(error).lower() for sign in _SIGNS_OF_A_LOST_PEER):
+        if self._board is None or not any(sign in str(error).lower() for sign in _SIGNS_OF_A_LOST_PEER):
             return None
         found: list[Verdict | None] = [None]
 
         def is_found() -> bool:
             if not self._has_lost_store:
                 with contextlib.suppress(RuntimeError):
-                    found[0] = self._published() or self._find_dead()
+                    found[0] = self._board.published() or self._find_dead()
                     return found[0] is not None
             found[0] = self._about_the_store("is gone")
             self._say(found[0])
@@ -174,7 +169,7 @@ class Watchdog:
             now = time.monotonic()
             self._clock += min(now - last, 2 * self.interval)
             last = now
-            if self._store is None or self._has_lost_store:
+            if self._board is None or self._has_lost_store:
                 if not self._left and self._seconds_since(self._moved) > self.timeout:
                     self._end(Verdict(f"{self._nothing_moves}: {self._me} hangs in {self._own_beat()}", []), says=True)
             elif self._seconds_since(self._answered) > self.timeout:
@@ -232,14 +227,14 @@ class Watchdog:
 
     def _beat(self) -> None:
         self._number += 1
-        self._store.set(f"beat/{self.rank}", orjson.dumps(self._own_beat()))
+        self._board.post_beat(self._own_beat())
 
     def _own_beat(self) -> Beat:
         (phase, step), still, waits, at = self._place, self._seconds_since(self._moved), False, ""
         if still > min(self.timeout / 2, 2.0):
             frame = sys._current_frames()[self._main_thread]
             file, name = frame.f_code.co_filename, frame.f_code.co_name
-            waits = any(part in file for part in _WAITING)
+            waits = any(part in f"{file}:{name}" for part in _WAITING)
             at = f"{'/'.join(Path(file).parts[-2:])}:{frame.f_lineno} in {name}"
         return Beat(self._number, self._me, phase, step, self._left, still, waits, at)
 
@@ -254,16 +249,16 @@ class Watchdog:
 
     def _count_me(self) -> None:
         if not self._is_counted:
-            self._store.add("left", 1)
+            self._board.count_one_that_left()
             self._is_counted = True
 
     def _have_others_left(self) -> bool:
         """Whether all ranks have counted themselves, or all that a verdict does not name."""
         is_final = self._verdict is not None and not self._verdict[0].is_patient
-        return self._store.add("left", 0) >= self.world_size - (len(self._verdict[0].processes) if is_final else 0)
+        return self._board.num_left() >= self.world_size - (len(self._verdict[0].processes) if is_final else 0)
 
     def _heed_verdict(self) -> None:
-        if self._verdict is None and (published := self._published()):
+        if self._verdict is None and (published := self._board.published()):
             self._verdict = (published, self._clock)
             self._has_said |= not published.is_patient  # whoever has published it has said it
         if self._verdict is None or self._error is not None:
@@ -283,10 +278,10 @@ class Watchdog:
     def _listen(self) -> None:
         """Notice that the successor is silent, or, on the same machine, dead."""
         if self._host is None and not self._launcher_hosts:
-            self._host = self._beat_of(0)
+            self._host = self._board.beat_of(0)
         successor = (self.rank + 1) % self.world_size
         earlier, since = self._heard
-        beat = self._beat_of(successor, is_known=earlier is not None)
+        beat = self._board.beat_of(successor, is_known=earlier is not None)
         if beat != earlier:
             self._heard = (beat, self._clock)
         is_silent = beat == earlier and self._seconds_since(since) > self.timeout
@@ -294,11 +289,11 @@ class Watchdog:
             if is_silent:
                 self._conclude(f"rank {successor} (of unknown host) has not begun after {self.timeout:g} s", [])
         elif not beat.left:
-            if beat.process.is_gone and not self._beat_of(successor).left:
+            if beat.process.is_gone and not self._board.beat_of(successor).left:
                 self._conclude(_is_dead(beat), [beat.process])
             elif is_silent:
                 # Whoever stops one process often stops several.
-                stopped = [other for other in self._beats_nearby() if other and other.process.state == "T"]
+                stopped = [other for other in self._board.beats_nearby() if other and other.process.state == "T"]
                 silent = [beat, *(other for other in stopped if other.process != beat.process)]
                 heard = f"not been heard of for {self.timeout:g} s"
                 parts = [
@@ -310,11 +305,11 @@ class Watchdog:
     def _judge(self) -> None:
         """This rank has not got on for the time-out: look at all ranks, twice, and say whom the job waits for."""
         if self._before is None:
-            self._before = (self._beats_of(range(self.world_size)), self._clock)
+            self._before = (self._board.beats_of(range(self.world_size)), self._clock)
         before, since = self._before
         if self._seconds_since(since) < max(1.0, 2 * self.interval):
             return
-        beats = self._beats_of(range(self.world_size))
+        beats = self._board.beats_of(range(self.world_size))
         hung = find_hung(beats, before=before, seconds=self.timeout - 3 * self.interval)
         if hung is None:
             self._before = (beats, self._clock)
@@ -331,34 +326,14 @@ class Watchdog:
 
     # --- What the store knows ---
 
-    def _beat_of(self, rank: int, *, is_known: bool = False) -> Beat | None:
-        key = f"beat/{rank}"
-        return read_beat(self._store.get(key)) if is_known or self._store.check([key]) else None
-
-    def _beats_of(self, ranks: range) -> list[Beat | None]:
-        keys = [f"beat/{rank}" for rank in ranks]
-        if self._store.check(keys):
-            return [read_beat(data) for data in self._store.multi_get(keys)]
-        return [self._beat_of(rank) for rank in ranks]
-
-    def _beats_nearby(self) -> list[Beat | None]:
-        """Of the ranks on this machine at least."""
-        if "LOCAL_WORLD_SIZE" not in os.environ:
-            return self._beats_of(range(self.world_size))
-        first = self.rank - int(os.environ["LOCAL_RANK"])  # torchrun gives a machine ranks that follow each other
-        return self._beats_of(range(first, first + int(os.environ["LOCAL_WORLD_SIZE"])))
-
-    def _published(self) -> Verdict | None:
-        return read_verdict(self._store.get("verdict")) if self._store.check(["verdict"]) else None
-
     def _find_dead(self) -> Verdict | None:
-        dead = [beat for beat in self._beats_nearby() if beat and not beat.left and beat.process.is_gone]
+        dead = [beat for beat in self._board.beats_nearby() if beat and not beat.left and beat.process.is_gone]
         message = "; ".join(map(_is_dead, dead))
         return self._publish(Verdict(message, [beat.process for beat in dead])) if dead else None
 
     @property
     def _hosts_the_store(self) -> bool:
-        return self.rank == 0 and self._store is not None and not self._launcher_hosts
+        return self.rank == 0 and self._board is not None and not self._launcher_hosts
 
     def _about_the_store(self, what: str) -> Verdict:
         """Why a job ends whose store is lost: nobody can publish anything any more."""
@@ -375,7 +350,7 @@ class Watchdog:
 
     def _publish(self, verdict: Verdict) -> Verdict:
         """Returns the verdict that counts, which is the first one."""
-        counts = read_verdict(self._store.compare_set("verdict", "", orjson.dumps(verdict).decode()))
+        counts = self._board.publish(verdict)
         if counts == verdict and not verdict.is_patient:
             self._say(verdict)
         return counts
@@ -386,7 +361,7 @@ class Watchdog:
             return
         self._has_said = True
         with contextlib.suppress(RuntimeError):
-            if not self._has_lost_store and self._store is not None and self._store.add("said", 1) > 1:
+            if not self._has_lost_store and self._board is not None and not self._board.is_first_to_say_it():
                 return
         log.warn(f"rank {self.rank} ends the job: {verdict.message}")
         phase, step = self._place
@@ -403,7 +378,7 @@ class Watchdog:
                 return
             if says:
                 self._say(verdict)
-            if self._has_lost_store or self._store is None:
+            if self._has_lost_store or self._board is None:
                 self.words.stacks(verdict.message)
             kill_all(verdict.processes)
             self.words.finish()
