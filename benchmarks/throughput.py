@@ -171,7 +171,7 @@ def planned_bytes(trainer: Trainer, *, longest: int) -> int:
     data = dataclasses.replace(trainer.config.data, max_tokens_per_micro_batch=longest, max_sequence_length=1)
     config = dataclasses.replace(trainer.config, data=data)
     stage = estimate_memory(config, world_size=1, embedding_rows=trainer.model.vocab_size, longest_response=1).largest
-    return stage.total - stage.runtime
+    return stage.states + stage.step
 
 
 def planned_seconds(trainer: Trainer, work: Work, *, comparisons: int) -> float:

@@ -1,15 +1,17 @@
 """The YAML says exactly what runs, and whatever does not fit is refused with the key, the value and the remedy."""
 
 import dataclasses
+import math
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 
 from megatron_polar.config.load import dump_config, load_config
 from megatron_polar.config.presets import PRESETS, architecture_of, padded_vocab_size
-from megatron_polar.config.schema import ModelSection
+from megatron_polar.config.schema import ModelSection, RunConfig
 from megatron_polar.errors import UserError
 
 GOOD = """
@@ -167,8 +169,8 @@ NOT_NEGATIVE = [
     "optimizer.clip_grad",
     "optimizer.adam_eps",
     "model.reward_head_init_std",
-    "model.init_method_std",
 ]
+ABOVE_0 = ["model.rotary_base", "model.rope_scaling_factor", "model.layernorm_epsilon", "model.init_method_std"]
 FRACTIONS = [
     "model.hidden_dropout",
     "model.attention_dropout",
@@ -179,11 +181,12 @@ RULES = [
     *[(f"{key}=0", f"{key}=0", "at least 1") for key in AT_LEAST_ONE],
     *[(f"{key}=-1", f"{key}=-1", "must not be negative") for key in NOT_NEGATIVE],
     *[(f"{key}=1.5", f"{key}=1.5", "between 0 and 1") for key in FRACTIONS],
+    *[(f"{key}={value}", f"{key}={value}.0 must be above 0", "leave it out") for key in ABOVE_0 for value in (0, -1)],
+    ("model.kv_channels=33", "model.kv_channels=33 must be even", "hidden_size / num_attention_heads"),
+    ("model.num_attention_heads=128 model.num_query_groups=2", "model.kv_channels=1", "set an even number"),
     ("optimizer.adam_beta1=1", "optimizer.adam_beta1=1.0", "below 1"),
     ("optimizer.adam_beta2=-0.5", "optimizer.adam_beta2=-0.5", "at least 0"),
     ("optimizer.lr=0", "optimizer.lr=0.0", "above 0"),
-    ("optimizer.lr=.nan", "optimizer.lr=nan", "above 0"),
-    ("optimizer.clip_grad=.nan", "optimizer.clip_grad=nan", "must not be negative"),
     ("data.candidates_per_comparison=1", "data.candidates_per_comparison=1", "at least 2"),
     ("data.max_sequence_length=8", "data.max_sequence_length=8", "use 16 or more"),
     ("train.num_steps=null", "train.num_steps=None", "exactly one of the two"),
@@ -197,11 +200,15 @@ RULES = [
         "use_distributed_optimizer=true",
     ),
     ("model.attention_dropout=0.1", "model.attention_dropout=0.1", "data.layout=padded"),
+    (
+        "model.attention_dropout=0.1 data.layout=padded model.attention=dense",
+        "model.attention_dropout=0.1 is not possible with model.attention=dense",
+        "use model.attention=auto",
+    ),
     ("optimizer.use_distributed_optimizer=false", "train.precision=bf16", "set it to true"),
     ("data.train=[]", "data.train is empty", "megatron-polar preprocess"),
     ("data.train=[{path: a, weight: 1}, {path: b}]", "data.train", "give all a weight, or none"),
     ("data.validation=[{path: a, weight: 0}]", "data.validation: weights [0.0]", "above 0"),
-    ("data.train=[{path: a, weight: .nan}]", "data.train: weights [nan]", "above 0"),
     ("parallel.tensor_model_parallel_size=3", "parallel.tensor_model_parallel_size=3", "use 1, 2"),
     ("model.num_query_groups=3", "model.num_query_groups=3", "model.num_attention_heads=4"),
     ("parallel.context_parallel_size=4", "parallel.context_parallel_size=4", "use 1, 2"),
@@ -261,6 +268,36 @@ def test_every_rule_names_key_value_and_remedy(load, overrides, what, remedy):
     message = refusal(load, *pieces)
     assert what in message
     assert remedy in message
+
+
+def float_keys(section: type, prefix: str = "") -> list[str]:
+    """Every key of the schema that takes a float, but for those of datasets, which stand in lists."""
+    keys = []
+    for name, hint in typing.get_type_hints(section).items():
+        if dataclasses.is_dataclass(hint):
+            keys += float_keys(hint, f"{prefix}{name}.")
+        elif float in (hint, *typing.get_args(hint)):
+            keys.append(f"{prefix}{name}")
+    return keys
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_no_number_of_the_configuration_may_be_infinite_or_nan(load, number):
+    keys = float_keys(RunConfig)
+    assert {"train.num_epochs", "data.curriculum.floor", "optimizer.lr", "model.rotary_base"} <= {*keys}
+    for key in keys:
+        message = refusal(load, f"{key}={number}")
+        assert f"{key}={number} is no finite number" in message
+        assert "leave the key out" in message
+    for name in ("train", "validation"):
+        message = refusal(load, f"data.{name}=[{{path: a, weight: 1}}, {{path: b, weight: {number}}}]")
+        assert f"data.{name}[1].weight={number} is no finite number" in message
+
+
+def test_an_architecture_takes_no_infinite_number_wherever_it_comes_from():
+    for number in (math.nan, math.inf):
+        with pytest.raises(UserError, match=rf"model.rotary_base={number} must be above 0, and finite"):
+            architecture_of(ModelSection(preset="nano", rotary_base=number))
 
 
 def test_limits_themselves_are_allowed(load):

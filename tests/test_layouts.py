@@ -144,11 +144,35 @@ def test_dp2_equals_the_single_process_with_either_optimizer(optimizer, trajecto
         np.testing.assert_allclose(figures, single_process, rtol=1e-6)
 
 
-def test_overlapped_communication_changes_nothing(trajectory_corpus, single_process):
-    config = make_config(str(trajectory_corpus), parallel={})
+@pytest.mark.parametrize("name", ["dp2", "pp2", "pp2_interleaved", "tp2_sp"])
+def test_overlapped_communication_changes_nothing(name, trajectory_corpus, single_process):
+    """On two data-parallel ranks, which are two times two where a layout has two of its own."""
+    config = make_config(str(trajectory_corpus), parallel=LAYOUTS[name])
     section = dataclasses.replace(config.optimizer, overlap_grad_reduce=True, overlap_param_gather=True)
-    for figures in run_ranks(train_three_steps, 2, dataclasses.replace(config, optimizer=section)):
+    world_size = 2 if name == "dp2" else 4
+    for figures in run_ranks(train_three_steps, world_size, dataclasses.replace(config, optimizer=section)):
         np.testing.assert_allclose(figures, single_process, rtol=1e-6)
+
+
+def with_bias_and_qk_norm(config: RunConfig) -> RunConfig:
+    model = dataclasses.replace(config.model, add_qkv_bias=True, qk_layernorm=True)
+    return dataclasses.replace(config, model=model)
+
+
+@pytest.fixture(scope="module")
+def single_process_with_bias_and_qk_norm(trajectory_corpus) -> list[tuple[float, float]]:
+    config = with_bias_and_qk_norm(make_config(str(trajectory_corpus), parallel={}))
+    return run_ranks(train_three_steps, 1, config)[0]
+
+
+@pytest.mark.parametrize("name", ["tp2", "tp2_sp", "cp2"])
+def test_biases_and_norms_of_queries_and_keys_train_as_in_the_single_process(
+    name, trajectory_corpus, single_process_with_bias_and_qk_norm
+):
+    """Every tensor-parallel rank has some of the heads, and all have the norms' weights."""
+    config = with_bias_and_qk_norm(make_config(str(trajectory_corpus), parallel=LAYOUTS[name]))
+    for figures in run_ranks(train_three_steps, 2, config):
+        np.testing.assert_allclose(figures, single_process_with_bias_and_qk_norm, rtol=1e-6)
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
@@ -161,6 +185,15 @@ def test_every_row_layout_trains_the_same(layout, trajectory_corpus, single_proc
 def test_recomputation_changes_nothing(recompute, trajectory_corpus, single_process):
     config = make_config(str(trajectory_corpus), parallel={}, recompute=recompute)
     assert run_ranks(train_three_steps, 1, config)[0] == single_process
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("name", ["tp2_sp", "tp2_sp_pp2"])
+def test_recomputation_changes_nothing_in_parallel_layouts(name, recompute, trajectory_corpus, single_process):
+    """Gathers of sequence-parallel rows are repeated, too, and so are the reward rows of the last layer."""
+    config = make_config(str(trajectory_corpus), parallel=LAYOUTS[name], recompute=recompute)
+    for figures in run_ranks(train_three_steps, WORLD_SIZES[name], config):
+        np.testing.assert_allclose(figures, single_process, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["tp2_sp", "dp2"])

@@ -89,6 +89,7 @@ def held_on_this_rank(config) -> dict[str, int]:
     """Train one step on this rank; returns its stage, the bytes it holds, and the most micro-batches in flight."""
     from megatron_polar.data.steps import StepDataset
     from megatron_polar.train.build import build_run, join_ranks
+    from megatron_polar.train.state_dict import sharded_state
     from megatron_polar.train.step import train_step
 
     device, topology = join_ranks(config)
@@ -118,7 +119,28 @@ def held_on_this_rank(config) -> dict[str, int]:
         "gradients": size_of(parameter.main_grad for parameter in parameters),
         "optimizer": size_of(moments + fp32_weights),
         "in_flight": flights.most,
+        "saving": most_gathered(
+            lambda: sharded_state(run.model, optimizer=run.optimizer, topology=topology, is_loading=False)
+        ),
     }
+
+
+def most_gathered(gather) -> int:
+    """Bytes of the largest all-gather of a function: what is sent, received, and once more NCCL's flat copy of that."""
+    import torch.distributed as dist
+
+    found, all_gather = [], dist.all_gather
+
+    def watched(parts, part, *arguments):
+        found.append(size_of([part]) + 2 * size_of(parts))
+        return all_gather(parts, part, *arguments)
+
+    dist.all_gather = watched
+    try:
+        gather()
+    finally:
+        dist.all_gather = all_gather
+    return max(found)
 
 
 def size_of(tensors) -> int:
@@ -137,10 +159,62 @@ def test_what_the_real_model_holds_is_what_was_estimated(name, trajectory_corpus
         assert rank["weights"] == stage.weights
         assert rank["gradients"] == stage.gradients
         assert rank["in_flight"] == stage.in_flight
+        # megatron-core pads each tensor to 64 numbers, which counts in a model as small as this.
+        assert stage.saving <= rank["saving"] <= 1.15 * stage.saving
     # Shards are equal but for padding at tensors' ends, so data-parallel ranks are compared together.
     for stage in estimate.stages:
         total = sum(rank["optimizer"] for rank in held if rank["stage"] == stage.stage)
         assert total == stage.optimizer * world_size // parallel.get("pipeline_model_parallel_size", 1)
+
+
+def test_a_save_gathers_a_bucket_at_a_time(seven_billion):
+    """Sent, received and copied: 4/D + 4 + 4 bytes a weight."""
+
+    def stages(*overrides, nodes=8):
+        config = seven_billion("parallel.sequence_parallel=false", *overrides)
+        return estimate_memory(config, world_size=8 * nodes, embedding_rows=92544).stages
+
+    tp1, no_overlap = "parallel.tensor_model_parallel_size=1", "optimizer.overlap_grad_reduce=false"
+    (whole,) = stages(tp1, no_overlap)
+    numbers = PRESETS["polar_7b"].num_parameters(92544) - 4096  # the head is in a bucket of its own
+    assert whole.saving == 8 * numbers + -(-4 * numbers // 64)
+    assert whole.total == whole.states + whole.saving + whole.runtime
+    # The first stage closes buckets at a million numbers a data-parallel rank, behind a weight: the embedding at most.
+    (overlap,) = stages(tp1)
+    numbers = 64_000_000 + 92544 * 4096
+    assert overlap.saving == 8 * numbers + -(-4 * numbers // 64) < overlap.step
+    assert overlap.total == overlap.states + overlap.step + overlap.runtime
+    (few,) = stages(tp1, nodes=1)
+    numbers = 40_000_000 + 92544 * 4096
+    assert few.saving == 8 * numbers + numbers // 2
+    # Later stages have one bucket for each chunk, whatever overlaps.
+    for chunks in (1, 2):
+        interleaved = [f"parallel.virtual_pipeline_model_parallel_size={chunks}"] if chunks > 1 else []
+        later = stages(tp1, "parallel.pipeline_model_parallel_size=2", *interleaved)[1]
+        layers = later.num_parameters - 2 * 4096  # without final norm and head
+        numbers = layers // chunks + 4096
+        assert later.saving == 8 * numbers + -(-4 * numbers // 32)
+    assert stages(tp1, no_overlap, "optimizer.use_distributed_optimizer=false", "train.precision=fp32")[0].saving == 0
+
+
+def test_fp8_weights_are_gathered_in_bf16_for_a_save(seven_billion):
+    config = seven_billion(*FP8, "train.fp8_param_gather=true")
+    (stage,) = estimate_memory(config, world_size=512, embedding_rows=92544).stages
+    assert stage.saving == 2 * 30 * PRESETS["polar_7b"].layer_parameters // 2  # TP 2, and 30 layers in FP8
+
+
+def test_a_plan_says_that_only_a_save_does_not_fit(capsys):
+    example = str(ROOT / "examples/pretrain_7b.yaml")
+    tp1 = ["parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false"]
+    arguments = ["plan", example, "--no-paths", "--nodes", "8", *tp1, "optimizer.overlap_grad_reduce=false"]
+    assert main(arguments) == USER_ERROR
+    printed = capsys.readouterr()
+    assert "gathered at a save, when 17.02 of a training step are gone" in printed.out
+    assert "does not fit" in printed.out and "activations" not in printed.out
+    assert "optimizer.overlap_grad_reduce=true would take 67.5 GB" in printed.err
+    assert main([*arguments[:-1]]) == 0
+    printed = capsys.readouterr()
+    assert "gathered at a save" not in printed.out and "activations kept" in printed.out
 
 
 def test_all_stages_together_are_the_whole_model():

@@ -7,6 +7,7 @@ import torch
 from test_attention import batch_of
 
 from megatron_polar.model.row_layout import RowLayout, make_row_layout
+from megatron_polar.parallel import transfer
 from megatron_polar.parallel.device import Device
 from megatron_polar.parallel.transfer import move, pack, tensors_of, unpack, with_tensors
 from megatron_polar.train.step import _MovedWhenAsked
@@ -56,6 +57,22 @@ def test_a_layout_is_rebuilt_around_other_tensors(kind):
 def test_on_the_cpu_nothing_moves():
     layout = layout_of("shared_prefix")
     assert move(layout, CPU) is layout
+
+
+def test_a_tensor_in_several_places_is_copied_once(monkeypatch):
+    """The reward rows share the gathered rows, the largest index of a layout, with the layout itself."""
+    layout, uploaded = layout_of("shared_prefix"), []
+
+    def upload(tensors, place):
+        uploaded.extend(tensors)
+        return [tensor.clone() for tensor in tensors]
+
+    monkeypatch.setattr(transfer, "_upload", upload)
+    moved = move(layout, Device("cuda", torch.device("cpu"), "nccl", "cuda"))
+    assert len(uploaded) == len({id(tensor) for tensor in uploaded}) < len(list(tensors_of(layout)))
+    assert moved.reward_rows.kv_rows is moved.kv_rows is not layout.kv_rows
+    for one, other in zip(tensors_of(layout), tensors_of(moved), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_micro_batches_are_laid_out_in_turn_when_they_are_asked_for():

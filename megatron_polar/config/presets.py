@@ -84,6 +84,8 @@ def architecture_of(model: ModelSection) -> Architecture:
     for name in names:
         if isinstance(shape.get(name), int) and not isinstance(shape[name], bool) and shape[name] < 1:
             raise UserError(f"model.{name}={shape[name]} must be at least 1")
+        if isinstance(shape.get(name), float) and not 0 < shape[name] < float("inf"):
+            raise UserError(f"model.{name}={shape[name]} must be above 0, and finite; leave it out for the default")
     if model.preset is None:
         shape.setdefault("num_query_groups", shape["num_attention_heads"])
     heads_changed = model.num_attention_heads is not None or model.hidden_size is not None
@@ -94,6 +96,11 @@ def architecture_of(model: ModelSection) -> Architecture:
                 f"{shape['num_attention_heads']}; change one, or set model.kv_channels"
             )
         shape["kv_channels"] = shape["hidden_size"] // shape["num_attention_heads"]
+    if shape["kv_channels"] % 2:
+        raise UserError(
+            f"model.kv_channels={shape['kv_channels']} must be even, since RoPE turns channels in pairs; set an even "
+            f"number (default: hidden_size / num_attention_heads)"
+        )
     return Architecture(**shape)
 
 

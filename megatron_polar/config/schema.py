@@ -35,7 +35,7 @@ class ModelSection:
     num_query_groups: int | None = None
     """Key/value heads (grouped-query attention); equal to `num_attention_heads` without grouping."""
     kv_channels: int | None = None
-    """Dimension of one head; default `hidden_size / num_attention_heads`."""
+    """Dimension of one head, an even number; default `hidden_size / num_attention_heads`."""
     rotary_base: float | None = None
     """RoPE base (theta)."""
     rope_scaling_factor: float | None = None
@@ -57,9 +57,9 @@ class ModelSection:
     reward_head_init_std: float = 0.0
     """Standard deviation of the reward head's initial weights; 0 as in the released POLAR runs."""
     hidden_dropout: float = 0.0
-    """Dropout after attention and MLP, a probability."""
+    """Dropout after the embedding, attention and MLP, a probability."""
     attention_dropout: float = 0.0
-    """Dropout on attention weights, a probability (the shared-prefix kernels require 0)."""
+    """Dropout on attention weights, a probability (`layout: padded` only, and not with `attention: dense`)."""
     attention: Literal["auto", "te", "sdpa", "dense"] = "auto"
     """Core attention: Transformer Engine, torch SDPA, or the dense-mask oracle; `auto` takes `te` for bf16 on CUDA,
     else `sdpa`."""

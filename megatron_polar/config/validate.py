@@ -1,5 +1,9 @@
 """Checks across sections: what does not fit together is refused before a GPU hour is spent."""
 
+import dataclasses
+import math
+from typing import Any
+
 from megatron_polar.config.presets import Architecture, architecture_of
 from megatron_polar.config.schema import DataSection, ParallelSection, RunConfig
 from megatron_polar.errors import UserError
@@ -10,6 +14,7 @@ def validate(config: RunConfig, *, for_training: bool = True) -> None:
 
     Not `for_training`: data may be missing, as in a checkpoint that was converted from another format.
     """
+    _check_finite(config)
     architecture = architecture_of(config.model)
     _check_ranges(config)
     check_layout(config.parallel, architecture)
@@ -21,7 +26,7 @@ def validate(config: RunConfig, *, for_training: bool = True) -> None:
         weights = [source.weight for source in getattr(config.data, name)]
         if any(w is None for w in weights) and any(w is not None for w in weights):
             raise UserError(f"data.{name}: some sources have a weight and some do not; give all a weight, or none")
-        if any(w is not None and not w > 0 for w in weights):
+        if any(w is not None and w <= 0 for w in weights):
             raise UserError(f"data.{name}: weights {weights} must be above 0; remove a source that shall not be used")
 
 
@@ -65,6 +70,18 @@ def check_layout(parallel: ParallelSection, architecture: Architecture) -> None:
         )
 
 
+def _check_finite(value: Any, key: str = "") -> None:
+    """Refuse .inf and .nan in every section; what follows compares numbers, and nan passes half of all comparisons."""
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            _check_finite(getattr(value, field.name), f"{key}.{field.name}" if key else field.name)
+    elif isinstance(value, tuple):
+        for index, item in enumerate(value):
+            _check_finite(item, f"{key}[{index}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{key}={value} is no finite number; give one, or leave the key out for its default")
+
+
 def _check_ranges(config: RunConfig) -> None:
     _check_counts(config)
     _check_not_negative(config)
@@ -83,7 +100,7 @@ def _check_ranges(config: RunConfig) -> None:
             raise UserError(f"optimizer.{key}={value} must be at least 0 and below 1")
     above_0 = {"optimizer.lr": config.optimizer.lr, "logging.hardware_peak_tflops": config.logging.hardware_peak_tflops}
     for key, value in above_0.items():
-        if value is not None and not 0 < value < float("inf"):
+        if value is not None and value <= 0:
             raise UserError(f"{key}={value} must be above 0")
     _check_curriculum(config.data)
     if config.data.max_sequence_length < 16:
@@ -99,9 +116,9 @@ def _check_curriculum(data: DataSection) -> None:
             raise UserError(f"data.curriculum.{key}={getattr(section, key)} must be at least {least}")
     if not 0 <= section.floor <= 1:
         raise UserError(f"data.curriculum.floor={section.floor} must lie between 0 and 1: it is a share of the draws")
-    if not 0.05 <= section.temperature < float("inf"):
-        raise UserError(f"data.curriculum.temperature={section.temperature} must be at least 0.05, and finite")
-    if not 0 < section.prior_comparisons < float("inf"):
+    if section.temperature < 0.05:
+        raise UserError(f"data.curriculum.temperature={section.temperature} must be at least 0.05")
+    if section.prior_comparisons <= 0:
         raise UserError(
             f"data.curriculum.prior_comparisons={section.prior_comparisons} must be above 0: a pair that was never "
             f"seen would have no error rate"
@@ -145,7 +162,6 @@ def _check_not_negative(config: RunConfig) -> None:
     not_negative = {
         "run.seed": config.run.seed,
         "optimizer.adam_eps": config.optimizer.adam_eps,
-        "model.init_method_std": config.model.init_method_std or 0.0,
         "data.num_workers": config.data.num_workers,
         "checkpoint.keep": config.checkpoint.keep,
         "checkpoint.keep_every": config.checkpoint.keep_every,
@@ -161,7 +177,7 @@ def _check_not_negative(config: RunConfig) -> None:
         "model.reward_head_init_std": config.model.reward_head_init_std,
     }
     for key, value in not_negative.items():
-        if not value >= 0:  # nan is refused, too
+        if value < 0:
             raise UserError(f"{key}={value} must not be negative")
 
 
@@ -199,6 +215,11 @@ def _check_training(config: RunConfig) -> None:
         )
     _check_fp8(config)
     _check_canonical_reduction(config)
+    if config.model.attention_dropout > 0 and config.model.attention == "dense":
+        raise UserError(
+            f"model.attention_dropout={config.model.attention_dropout} is not possible with model.attention=dense, "
+            f"which drops nothing; set it to 0, or use model.attention=auto"
+        )
     if config.model.attention_dropout > 0 and config.data.layout != "padded":
         raise UserError(
             f"model.attention_dropout={config.model.attention_dropout} is not possible with data.layout="

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -86,21 +86,14 @@ def from_hf(
         raise UserError(f"{output}: has checkpoints already; choose another --output")
     kind = DTYPES[dtype] if dtype else torch.bfloat16 if source.dtype == torch.bfloat16 else torch.float32
     config = config_of(source, run_directory=str(output), dtype=kind)
-    architecture = source.architecture
     saved = saving_directory(output, 0)
-    writer = TensorWriter(saved, num_layers=architecture.num_layers)
-    wanted = list(entries(source.family, architecture, with_head=has_head))
+    writer = TensorWriter(saved, num_layers=source.architecture.num_layers)
+    wanted = list(entries(source.family, source.architecture, with_head=has_head))
     rows = padded_vocab_size(config.model.vocab_size, multiple=config.model.make_vocab_size_divisible_by)
     try:
-        with log.Progress("converting", total=len(wanted), unit="tensors") as bar:
-            for entry in wanted:
-                tensor = _in_range(source.read(entry), kind if entry.key != HEAD else torch.float32, entry=entry)
-                if entry.key == EMBEDDING:
-                    tensor = padded(tensor, rows=rows)
-                writer.add(entry.key, tensor, layer=entry.layer)
-                bar.advance()
+        _write_weights(wanted, source=source, writer=writer, dtype=kind, embedding_rows=rows)
         if not has_head:
-            writer.add(HEAD, torch.zeros(1, architecture.hidden_size))
+            writer.add(HEAD, torch.zeros(1, source.architecture.hidden_size))
         writer.finish()
         state = TrainingState(
             step=0,
@@ -135,6 +128,23 @@ def _decide_head(source: HuggingFaceModel, head: str | None, *, is_needed: bool)
     if is_needed and (head == "init" or not is_there):
         raise UserError(f"{where}: --verify compares rewards, and the reward head starts at zero; leave --verify out")
     return is_there and head != "init"
+
+
+def _write_weights(
+    wanted: Sequence[Entry],
+    *,
+    source: HuggingFaceModel,
+    writer: TensorWriter,
+    dtype: torch.dtype,
+    embedding_rows: int,
+) -> None:
+    with log.Progress("converting", total=len(wanted), unit="tensors") as bar:
+        for entry in wanted:
+            tensor = _in_range(source.read(entry), dtype if entry.key != HEAD else torch.float32, entry=entry)
+            if entry.key == EMBEDDING:
+                tensor = padded(tensor, rows=embedding_rows)
+            writer.add(entry.key, tensor, layer=entry.layer)
+            bar.advance()
 
 
 def _write_small_files(

@@ -209,7 +209,6 @@ def make_transformer_config(
 ) -> TransformerConfig:
     """Translate the run's configuration into megatron-core's. `fuse_gradients` is for megatron-core's own layers
     (gradient_fusion.py)."""
-    interleaved = topology.vpp_size is not None
     recompute = {"none": None, "selective": "selective", "full": "full"}[config.train.recompute]
     return TransformerConfig(
         num_layers=architecture.num_layers,
@@ -227,21 +226,8 @@ def make_transformer_config(
         qk_layernorm=architecture.qk_layernorm,
         hidden_dropout=config.model.hidden_dropout,
         attention_dropout=config.model.attention_dropout,
-        tensor_model_parallel_size=topology.tp_size,
-        pipeline_model_parallel_size=topology.pp_size,
-        virtual_pipeline_model_parallel_size=topology.vpp_size,
-        context_parallel_size=topology.cp_size,
-        sequence_parallel=config.parallel.sequence_parallel,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        pipeline_dtype=dtype if topology.pp_size > 1 else None,
-        # Rows differ in length from micro-batch to micro-batch, so pipeline stages tell each other the shape first;
-        # megatron-core then insists on this dispatcher even without experts.
-        variable_seq_lengths=topology.pp_size > 1,
-        moe_token_dispatcher_type="alltoall",
-        # Interleaving with batched p2p between two ranks gives silently wrong activations in megatron-core 0.16.1.
-        overlap_p2p_comm=interleaved,
-        batch_p2p_comm=not interleaved,
         # Gradients are sums over pairs; finalize_model_grads divides them once by the global number of pairs.
         calculate_per_token_loss=True,
         # model/initialization.py fills the weights; megatron-core only marks which of them are tensor-parallel, on the
@@ -259,8 +245,28 @@ def make_transformer_config(
         recompute_num_layers=config.train.recompute_num_layers if recompute == "full" else None,
         deterministic_mode=config.run.deterministic and device.kind == "cuda",
         fp8_param=keep_weights_in_fp8,
+        **_parallel_settings(topology, dtype=dtype, sequence_parallel=config.parallel.sequence_parallel),
         **_fp8_settings(config.train),
     )
+
+
+def _parallel_settings(topology: Topology, *, dtype: torch.dtype, sequence_parallel: bool) -> dict:
+    is_interleaved = topology.vpp_size is not None
+    return {
+        "tensor_model_parallel_size": topology.tp_size,
+        "pipeline_model_parallel_size": topology.pp_size,
+        "virtual_pipeline_model_parallel_size": topology.vpp_size,
+        "context_parallel_size": topology.cp_size,
+        "sequence_parallel": sequence_parallel,
+        "pipeline_dtype": dtype if topology.pp_size > 1 else None,
+        # Rows differ in length from micro-batch to micro-batch, so pipeline stages tell each other the shape first;
+        # megatron-core then insists on this dispatcher even without experts.
+        "variable_seq_lengths": topology.pp_size > 1,
+        "moe_token_dispatcher_type": "alltoall",
+        # Interleaving with batched p2p between two ranks gives silently wrong activations in megatron-core 0.16.1.
+        "overlap_p2p_comm": is_interleaved,
+        "batch_p2p_comm": not is_interleaved,
+    }
 
 
 def _fp8_settings(train: TrainSection) -> dict:

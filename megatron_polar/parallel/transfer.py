@@ -21,12 +21,12 @@ _ALIGNMENT = 16
 
 def move(value: T, device: Device) -> T:
     """A dataclass, tuple or list, or any nesting of them, with its tensors on the device; a new one, or on the CPU the
-    same. Tensors that are there already stay as they are."""
+    same. Tensors that are there already stay as they are; one that stands in several places is copied once."""
     if device.kind == "cpu":
         return value
-    waiting = [tensor for tensor in tensors_of(value) if tensor.device.type == "cpu"]
-    moved = iter(_upload(waiting, device.torch_device))
-    return with_tensors(value, iter([next(moved) if t.device.type == "cpu" else t for t in tensors_of(value)]))
+    waiting = {id(tensor): tensor for tensor in tensors_of(value) if tensor.device.type == "cpu"}
+    moved = dict(zip(waiting, _upload(list(waiting.values()), device.torch_device), strict=True))
+    return with_tensors(value, iter([moved.get(id(tensor), tensor) for tensor in tensors_of(value)]))
 
 
 def _upload(tensors: Sequence[torch.Tensor], place: torch.device) -> list[torch.Tensor]:

@@ -49,8 +49,17 @@ get_pp_rank_microbatches: warm-up plus one).
 Buffers that come and go, at their largest in the backward pass through fc1: the gradient of its output (2ef/t a token),
 its all-gathered input and the gradient of that (2eh), the gradient of the residual stream (eh/p), and the largest
 weight's gradient before it is added to the fp32 one (e a weight).
+
+A save has a peak of its own, when activations and these buffers are gone. With the distributed optimizer megatron-core
+(get_parameter_state_dp_zero) gathers its state on every rank, one bucket of DDP's and one of its three fp32 tensors at
+a time: 4/D bytes a weight of the bucket that are sent, 4 received, and 4 more into which NCCL gathers before torch
+copies them apart. A bucket is all weights of a model chunk: only with `overlap_grad_reduce`, and on the first pipeline
+stage alone, is it closed at 40 million weights, or a million for each data-parallel rank where that is more, of which
+the last may be a large one. `fp8_param_gather` then takes 2 bytes for each weight in FP8 (train/main_weights.py). The
+larger of the two peaks counts.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 from megatron_polar.config.presets import Architecture, architecture_of
@@ -98,12 +107,23 @@ class StageMemory:
     activations: int
     recomputed: int
     buffers: int
+    saving: int
+    """Optimizer state gathered while a checkpoint is saved, when nothing of a step is left."""
     runtime: int
 
     @property
+    def states(self) -> int:
+        """What is always there."""
+        return self.weights + self.fp8_weights + self.gradients + self.optimizer
+
+    @property
+    def step(self) -> int:
+        """What comes and goes in a training step, at its most."""
+        return self.activations + self.recomputed + self.buffers
+
+    @property
     def total(self) -> int:
-        states = self.weights + self.fp8_weights + self.gradients + self.optimizer
-        return states + self.activations + self.recomputed + self.buffers + self.runtime
+        return self.states + max(self.step, self.saving) + self.runtime
 
 
 @dataclass(frozen=True)
@@ -205,10 +225,11 @@ def _stage_memory(
     all_in_fp8 = fp8_layers == layers_per_chunk(architecture, layout=layout) * (layout.vpp or 1)
     recomputed = tokens * block * layer_activations(config, layout=layout, in_fp8=all_in_fp8)
     buffers = tokens * _buffers(architecture, layout=layout, width=width, in_fp8=fp8_layers > 0)
-    largest_weight = 2 * architecture.ffn_hidden_size * hidden // layout.tp
-    if stage == 0:
-        largest_weight = max(largest_weight, embedding_rows // layout.tp * hidden)
-    buffers += width * largest_weight
+    buffers += width * _largest_weight(architecture, layout=layout, stage=stage, embedding_rows=embedding_rows)
+    saving = 0
+    if config.optimizer.use_distributed_optimizer:
+        bucket = _largest_bucket(config, layout=layout, stage=stage, embedding_rows=embedding_rows)
+        saving = max(8 * bucket + -(-4 * bucket // shards), 2 * only_in_fp8)
     return StageMemory(
         stage=stage,
         num_parameters=count,
@@ -220,8 +241,29 @@ def _stage_memory(
         activations=activations,
         recomputed=recomputed,
         buffers=buffers,
+        saving=saving,
         runtime=RUNTIME_BYTES + int(FRAGMENTATION * (activations + recomputed + buffers)),
     )
+
+
+def _largest_weight(architecture: Architecture, *, layout: Layout, stage: int, embedding_rows: int) -> int:
+    """Numbers in the largest tensor of a rank: gate and up of a layer, or the embedding."""
+    rows = max(2 * architecture.ffn_hidden_size, embedding_rows if stage == 0 else 0)
+    return rows // layout.tp * architecture.hidden_size
+
+
+def _largest_bucket(config: RunConfig, *, layout: Layout, stage: int, embedding_rows: int) -> int:
+    """Weights in the largest of the buckets into which megatron-core's DDP divides a model chunk; where it cuts, the
+    most there can be."""
+    architecture = architecture_of(config.model)
+    chunks = dataclasses.replace(architecture, num_layers=architecture.num_layers // (layout.vpp or 1))
+    chunk = stage_parameters(chunks, embedding_rows=embedding_rows, layout=layout, stage=stage)
+    if stage == layout.pp - 1 and config.train.precision == "bf16":
+        chunk -= architecture.hidden_size  # the reward head is fp32, and a bucket has one type
+    if stage > 0 or not config.optimizer.overlap_grad_reduce:
+        return chunk
+    largest = _largest_weight(architecture, layout=layout, stage=stage, embedding_rows=embedding_rows)
+    return min(chunk, max(40_000_000, 1_000_000 * layout.dp) + largest)
 
 
 def layer_activations(config: RunConfig, *, layout: Layout, in_fp8: bool = False) -> int:

@@ -211,15 +211,19 @@ def _too_large(config: RunConfig, *, memory: MemoryEstimate, cluster: Cluster, r
 
 
 def _what_fits(config: RunConfig, *, cluster: Cluster, rows: int, paths: Paths | None) -> str:
-    """The fewest changes of recomputation, TP within a node and PP that fit by the estimate, as overrides."""
+    """The fewest changes of overlap, recomputation, TP within a node and PP that fit by the estimate, as overrides."""
     architecture, parallel = architecture_of(config.model), config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     tps = [tp] + [size for size in (tp * 2**k for k in range(1, 10)) if size <= cluster.gpus_per_node]
     pps = [pp] if parallel.virtual_pipeline_model_parallel_size else [pp * 2**k for k in range(7)]
-    choices = list(product(dict.fromkeys((config.train.recompute, "full")), tps, pps))
-    changes = [(choice[0] != config.train.recompute) + (choice[1] != tp) + (choice[2] != pp) for choice in choices]
+    overlaps = [config.optimizer.overlap_grad_reduce]
+    if not (overlaps[0] or config.train.canonical_reduction):
+        overlaps.append(True)  # cuts what a save gathers
+    choices = list(product(dict.fromkeys((config.train.recompute, "full")), tps, pps, overlaps))
+    now = (config.train.recompute, tp, pp, overlaps[0])
+    changes = [sum(new != old for new, old in zip(choice, now, strict=True)) for choice in choices]
     for _, choice in sorted(zip(changes, choices, strict=True), key=lambda item: (item[0], item[1][2], item[1][1])):
-        overrides = _overrides(config, recompute=choice[0], tp=choice[1], pp=choice[2])
+        overrides = _overrides(config, recompute=choice[0], tp=choice[1], pp=choice[2], overlap=choice[3])
         changed = _change(config, overrides)
         try:
             check_layout(changed.parallel, architecture)
@@ -233,9 +237,11 @@ def _what_fits(config: RunConfig, *, cluster: Cluster, rows: int, paths: Paths |
     return "no TP within a node, PP up to 64 times as large and recompute=full fits; take more or larger GPUs"
 
 
-def _overrides(config: RunConfig, *, recompute: str, tp: int, pp: int) -> dict[str, object]:
+def _overrides(config: RunConfig, *, recompute: str, tp: int, pp: int, overlap: bool) -> dict[str, object]:
     """The keys to set for these choices, without those that stay."""
     parallel, overrides = config.parallel, {}
+    if overlap != config.optimizer.overlap_grad_reduce:
+        overrides |= {"optimizer.overlap_grad_reduce": overlap}
     if recompute != config.train.recompute:
         overrides |= {"train.recompute": recompute}
         if config.train.recompute_num_layers != 1:

@@ -73,7 +73,8 @@ def _memory_lines(plan: Plan, *, memory: MemoryEstimate) -> list[str]:
     if layout.pp > 1:
         lines.append(_row("", f"all stages: {', '.join(f'{stage.total / GB:.1f}' for stage in memory.stages)}"))
     if config.optimizer.use_distributed_optimizer:
-        host = largest.num_parameters * _HOST_BYTES_PER_PARAMETER * cluster.gpus_per_node / GB
+        most = max(stage.num_parameters for stage in memory.stages)
+        host = most * _HOST_BYTES_PER_PARAMETER * cluster.gpus_per_node / GB
         lines.append(_row("host", f"{host:.0f} GB of a node's own memory while a checkpoint is saved"))
     return lines
 
@@ -120,14 +121,18 @@ def _terms(plan: Plan, *, memory: MemoryEstimate) -> list[tuple[str, int]]:
     state = "fp32 weights and AdamW's moments" if config.train.precision == "bf16" else "AdamW's moments"
     passes = plural(largest.in_flight, "micro-batch").replace("batchs", "batches")
     chunks = " x chunk" if layout.vpp else ""
+    of_a_step = [
+        (f"activations kept, {passes}{chunks} in flight", largest.activations),
+        (f"activations recomputed, {plural(config.train.recompute_num_layers, 'layer')} at a time", largest.recomputed),
+        ("buffers of the backward pass", largest.buffers),
+    ]
+    of_a_save = [(f"gathered at a save, when {largest.step / GB:.2f} of a training step are gone", largest.saving)]
     return [
         (f"weights, {config.train.precision}", largest.weights),
         ("weights in FP8, and their transposes", largest.fp8_weights),
         ("gradients, fp32", largest.gradients),
         (f"{state}, over {plural(shards, 'rank')}", largest.optimizer),
-        (f"activations kept, {passes}{chunks} in flight", largest.activations),
-        (f"activations recomputed, {plural(config.train.recompute_num_layers, 'layer')} at a time", largest.recomputed),
-        ("buffers of the backward pass", largest.buffers),
+        *(of_a_step if largest.step >= largest.saving else of_a_save),
         ("CUDA, NCCL, workspaces, fragmentation (assumed)", largest.runtime),
     ]
 

@@ -109,10 +109,7 @@ class RewardClient:
         self.engine, self.model, self.layout = engine, model, layout
         self.batch_size, self.max_concurrency, self.deadline_seconds = batch_size, max_concurrency, deadline_seconds
         self.num_truncated = self.num_duplicate_references = 0
-        config = {} if tokenizer is None else read_export(tokenizer)
-        codec = None if tokenizer is None else load_tokenizer(tokenizer)
-        if codec is not None:
-            check_exported_tokenizer(config, codec.fingerprint, where=f"{tokenizer}")
+        config, codec = _open_tokenizer(tokenizer) if tokenizer is not None else ({}, None)
         self._encode = _choose_encoder(
             engine=engine,
             tokenizer=tokenizer,
@@ -127,11 +124,8 @@ class RewardClient:
         inspect = codec and ServedModel(
             tokenizer, fingerprint=codec.fingerprint, guessed_wrapper=self._wrapper if is_guess else None, model=model
         )
-        urls = (urls,) if isinstance(urls, str) else tuple(urls)
-        if not urls:
-            raise UserError("urls is empty; give at least one server, such as http://127.0.0.1:8000")
         self._transport = Transport(
-            urls,
+            _several(urls),
             token=read_token(api_key_file, variable=api_key_env),
             timeout_seconds=timeout_seconds,
             retries=retries,
@@ -311,6 +305,20 @@ def _text(side: str | list[dict]) -> str:
     text = prompt_text(side)
     text.encode("utf-8")  # a lone surrogate has no place in JSON, and tokenizers fail on it in ways of their own
     return text
+
+
+def _open_tokenizer(path: Path | str) -> tuple[dict, Tokenizer]:
+    """What the export that holds the tokenizer says (nothing, if none does), and the tokenizer, checked against it."""
+    config, codec = read_export(path), load_tokenizer(path)
+    check_exported_tokenizer(config, codec.fingerprint, where=f"{path}")
+    return config, codec
+
+
+def _several(urls: str | Sequence[str]) -> tuple[str, ...]:
+    urls = (urls,) if isinstance(urls, str) else tuple(urls)
+    if not urls:
+        raise UserError("urls is empty; give at least one server, such as http://127.0.0.1:8000")
+    return urls
 
 
 def _choose_encoder(
