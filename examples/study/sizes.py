@@ -41,6 +41,9 @@ class Size:
     gsm8k_fidelity: float
     alpaca_max_words: int
     gsm8k_max_words: int
+    """Of a trajectory: more than the answers that are imitated have, so that imitations that stray come to an end."""
+    gsm8k_answer_words: int
+    """How much of the end of a solution is taken."""
     heldout_per_prompt: int
     vocab_size: int
     # base models
@@ -97,9 +100,10 @@ CPU = Size(
     gsm8k_prompts=1500,
     gsm8k_heldout_prompts=300,
     alpaca_fidelity=0.9,
-    gsm8k_fidelity=0.95,
+    gsm8k_fidelity=0.97,
     alpaca_max_words=24,
-    gsm8k_max_words=40,
+    gsm8k_max_words=64,
+    gsm8k_answer_words=40,
     heldout_per_prompt=3,
     vocab_size=2048,
     base_tokens=6_000_000,
@@ -148,9 +152,10 @@ GPU = Size(
     gsm8k_prompts=6500,
     gsm8k_heldout_prompts=700,
     alpaca_fidelity=0.75,
-    gsm8k_fidelity=0.9,
+    gsm8k_fidelity=0.97,
     alpaca_max_words=160,
-    gsm8k_max_words=160,
+    gsm8k_max_words=240,
+    gsm8k_answer_words=160,
     heldout_per_prompt=6,
     vocab_size=8192,
     base_tokens=40_000_000,
@@ -201,6 +206,7 @@ SMOKE = Size(
     gsm8k_fidelity=0.9,
     alpaca_max_words=16,
     gsm8k_max_words=48,
+    gsm8k_answer_words=48,
     heldout_per_prompt=2,
     vocab_size=320,
     base_tokens=1024,

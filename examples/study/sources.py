@@ -219,7 +219,7 @@ def solutions(problems: Sequence[dict], *, writer: str) -> list[str]:
 def write_gsm8k(data: Path, output: Path, *, size: Size) -> dict[str, int]:
     """Answers of every writer, the prompts of both sides, and two pools; returns how many prompts there are."""
     rows = [json.loads(line) for _, line in read_jsonl(data / "gsm8k" / "train.jsonl")]
-    rows = [row | {"answer": ending(row["answer"], max_words=size.gsm8k_max_words)} for row in rows]
+    rows = [row | {"answer": ending(row["answer"], max_words=size.gsm8k_answer_words)} for row in rows]
     fitting = [row for row in rows if len(row["question"].split()) <= size.gsm8k_prompt_words]
     heldout = [row for row in fitting if is_held_out(row["question"])][: size.gsm8k_heldout_prompts]
     train = [row for row in fitting if not is_held_out(row["question"])][: size.gsm8k_prompts]
@@ -263,7 +263,7 @@ def write_finetuning(data: Path, output: Path, *, size: Size) -> None:
     skipped: Counter[str] = Counter()
     solutions = data / "gsm8k" / "example_model_solutions.jsonl"
     pairs = [
-        pair | {name: ending(pair[name], max_words=size.gsm8k_max_words) for name in TEXTS}
+        pair | {name: ending(pair[name], max_words=size.gsm8k_answer_words) for name in TEXTS}
         for pair in gsm8k_preferences(solutions, pairs_per_problem=size.gsm8k_pairs, skipped=skipped)
     ]
     pairs = [pair for pair in pairs if pair["chosen"] != pair["rejected"]]

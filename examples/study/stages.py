@@ -182,7 +182,7 @@ class Study:
             "--sampled",
             *(str(run / "sampled" / name.removeprefix("sampled-")) for name in sampled),
         )
-        words += ("--answers", str(run / "inputs/answers"), "--max-words", str(size.gsm8k_max_words))
+        words += ("--answers", str(run / "inputs/answers"), "--max-words", str(size.gsm8k_answer_words))
         yield Job("base", "base-text", (*words, "--output", str(text)), text, sampled, seconds=20)
         for name, shape in size.shapes.items():
             output = run / "base" / name
@@ -247,7 +247,7 @@ class Study:
 
     def _comparison_tokens(self, candidates: int) -> float:
         """A guess of the tokens of a comparison with a shared prefix."""
-        answer = 0.6 * (self.size.alpaca_max_words + self.size.gsm8k_max_words)
+        answer = 0.6 * (self.size.alpaca_max_words + self.size.gsm8k_answer_words)
         return 100 + (1 + candidates) * answer
 
     def _evaluate(self, stage: str, run_name: str, what: str, *, suite: str, data: Path, needs: tuple[str, ...] = (),
@@ -336,7 +336,15 @@ def _hash_of_config() -> tuple[tuple[str, str], ...]:
 
 TASKS = ("gsm8k", "alpaca_eval")
 OF_INPUTS = ("alpaca_prompt_words", "gsm8k_prompt_words", "gsm8k_prompts", "gsm8k_heldout_prompts", "alpaca_fidelity")
-OF_INPUTS += ("gsm8k_fidelity", "alpaca_max_words", "gsm8k_max_words", "gsm8k_folds", "gsm8k_pairs", "preference_limit")
+OF_INPUTS += (
+    "gsm8k_fidelity",
+    "alpaca_max_words",
+    "gsm8k_max_words",
+    "gsm8k_answer_words",
+    "gsm8k_folds",
+    "gsm8k_pairs",
+    "preference_limit",
+)
 """Knobs of a size that sources.py reads."""
 SAMPLED = (("train", "seen", "train"), ("seen", "seen", "heldout"), ("unseen", "unseen", "heldout"))
 """Part, pool and prompts of what is sampled of each kind."""
