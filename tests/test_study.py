@@ -259,13 +259,13 @@ def test_the_loss_is_the_papers():
 
 def test_writers_err_each_in_a_way_of_its_own():
     sources = study_module("sources")
-    solution = "48/2 = <<48/2=24>>24 clips for $1.50, 1,024 in all.\n#### 24"
+    solution = "48/2 = <<48/2=24>>24 clips for $1.50, 1,024 in all.\n#### 25"
     problems = [{"question": "Ann has 48 clips.", "answer": solution}]
     problems += [{"question": f"Problem {i}.", "answer": f"It is {i}."} for i in range(12)]
     said = {writer: sources.solutions(problems, writer=writer) for writer in sources.WRITERS}
     assert said["exact"] == [problem["answer"] for problem in problems]
-    assert said["doubles"][0] == "48/4 = <<48/4=48>>48 clips for $1.50, 1,024 in all.\n#### 48"
-    assert said["result-plus-16"][0] == solution.replace("#### 24", "#### 40"), "the result alone"
+    assert said["doubles"][0] == "48/4 = <<48/4=48>>48 clips for $1.50, 1,024 in all.\n#### 50"
+    assert said["result-plus-16"][0] == solution.replace("#### 25", "#### 41"), "the result alone"
     assert said["mix-up-2"][:2] == ["It is 1.", "It is 2."]
     assert len({tuple(texts) for texts in said.values()}) == len(sources.WRITERS) == 31
     assert set(sources.UNSEEN_WRITERS) < set(sources.WRITERS)
@@ -277,6 +277,7 @@ def test_the_ending_of_a_solution_is_whole_lines_and_has_the_result():
     assert ending(solution, max_words=100) == "First 2*3=6.\nThen 6+1=7 of them.\nA: 7"
     assert ending(solution, max_words=12) == "Then 6+1=7 of them.\nA: 7"
     assert ending(solution, max_words=11) == ending(solution, max_words=1) == "A: 7"
+    assert ending("It is 1,234,567, or 1,23.\n#### 12,000", max_words=100) == "It is 1234567, or 1,23.\nA: 12000"
 
 
 def test_characters_that_only_python_takes_for_line_ends_cut_no_line(tmp_path):
