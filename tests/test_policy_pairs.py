@@ -428,7 +428,7 @@ def test_the_run_has_drawn_its_pairs(alone):
         ({"interval": 1}, "interval=1 must be at least 2"),
         ({"half_life": 0}, "half_life=0 must be at least 1"),
         ({"floor": 1.5}, "floor=1.5 must lie between 0 and 1"),
-        ({"floor": float("nan")}, "floor=nan must lie between 0 and 1"),
+        ({"floor": float("nan")}, "floor=nan is no finite number"),
         ({"temperature": 0.0}, "temperature=0.0 must be at least 0.05"),
         ({"prior_comparisons": 0.0}, "prior_comparisons=0.0 must be above 0"),
         ({"record": False}, "record=false counts nothing"),
