@@ -115,14 +115,18 @@ class HashedFile:
 
 def write_durably(path: Path, content: bytes, *, suffix: str = ".tmp") -> dict:
     """Write a file so that after a kill or power failure it has its old content or all of the new; returns its
-    entry.
+    entry. Where it cannot be written, nothing new is left.
 
     It is written under its name with `suffix` first: give one of your own where two processes may write it at once.
     """
     temporary = path.with_name(path.name + suffix)
-    with HashedFile(temporary) as file:
-        file.write(content)
-    temporary.replace(path)
+    try:
+        with HashedFile(temporary) as file:
+            file.write(content)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_directory(path.parent)
     return file.entry
 

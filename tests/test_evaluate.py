@@ -1,11 +1,13 @@
 """evaluate: what it writes, and that its label-swap self-check passes for scorers of text and fails for others."""
 
 import dataclasses
+import errno
 import json
 
 import pytest
 
 from megatron_polar.errors import UserError
+from megatron_polar.manifest import HashedFile
 from megatron_polar.scaling.items import read_items
 from megatron_polar.score.evaluate import evaluate, exit_status, swap_labels
 from megatron_polar.score.report import read_rewards
@@ -150,3 +152,13 @@ def test_the_page_takes_names_with_line_separators(tmp_path):
     items = [dataclasses.replace(item, category="one\u2028two\x85three") for item in ITEMS]
     evaluate(WordOverlap(), items, output=tmp_path, suite="preferences")
     assert len(read_rewards(tmp_path / "rewards.jsonl")["best answers"]) == 3
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
+    def full(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device", str(self.path))
+
+    monkeypatch.setattr(HashedFile, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        evaluate(WordOverlap(), ITEMS, output=tmp_path, suite="preferences")
+    assert not list(tmp_path.iterdir())

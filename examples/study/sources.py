@@ -47,8 +47,8 @@ RESULTS: dict[str, Callable[[int], int]] = {
     **{f"result-times-{n}": n.__mul__ for n in (2, 3, 4, 5, 6, 10)},
 }
 """Writers who work rightly and then write down another result. They are many, so that to compare two results is less
-to learn than to know each writer by himself; a wrong result is what solutions of models differ by. Most digits of a
-result change: of results that are off by one or two, models of this size learn nothing for hundreds of steps."""
+to learn than to know each writer by himself; a wrong result is what solutions of models differ by. Most of a result's
+digits, which are tokens, change."""
 EXACT = "exact"
 """The writer whose solutions are those published."""
 WRITERS = (EXACT, *SLIPS, *MIX_UPS, *RESULTS)

@@ -26,7 +26,7 @@ def move(value: T, device: Device) -> T:
         return value
     waiting = {id(tensor): tensor for tensor in tensors_of(value) if tensor.device.type == "cpu"}
     moved = dict(zip(waiting, _upload(list(waiting.values()), device.torch_device), strict=True))
-    return with_tensors(value, iter([moved.get(id(tensor), tensor) for tensor in tensors_of(value)]))
+    return with_tensors(value, iter([moved[id(t)] if t.device.type == "cpu" else t for t in tensors_of(value)]))
 
 
 def _upload(tensors: Sequence[torch.Tensor], place: torch.device) -> list[torch.Tensor]:
