@@ -1,9 +1,11 @@
 """The study, end to end on generated text, and the parts of it that figures depend on."""
 
+import argparse
 import importlib
 import json
 import math
 import os
+import random
 import re
 import subprocess
 import sys
@@ -297,8 +299,50 @@ def test_characters_that_only_python_takes_for_line_ends_cut_no_line(tmp_path):
         def encode(self, text):
             return [ord(letter) for letter in text]
 
-    rows, held_out = study_module("base_model").read_rows(path, Letters(), context=16, seed=1)
-    assert sum(row.tolist().count(0x2028) for row in (*rows, *held_out)) == 50
+    documents, held_out = study_module("base_model").read_documents(path, Letters(), context=64, seed=1)
+    assert sum(document.tolist().count(0x2028) for document in (*documents, *held_out)) == 50
+
+
+def test_base_models_read_every_document_once_and_nothing_of_the_padding():
+    import torch
+
+    base_model = study_module("base_model")
+    lengths = random.Random(1).choices(range(4, 40), k=1200)
+    documents = [torch.arange(n) % 30 + 1 + i % 7 for i, n in enumerate(lengths)]
+    found = list(base_model.batches(documents, max_tokens=128, rng=random.Random(2)))
+    assert sorted(id(document) for batch in found for document in batch) == sorted(map(id, documents))
+    padded_sizes = [len(batch) * max(map(len, batch)) for batch in found]
+    assert max(padded_sizes) <= 128 and sum(padded_sizes) < 1.05 * sum(lengths)
+    assert [len(b) for b in base_model.batches([torch.arange(200)] * 2, max_tokens=128, rng=random.Random(2))] == [1, 1]
+
+    options = argparse.Namespace(hidden_size=16, num_layers=1, ffn_hidden_size=16, num_heads=2, num_query_groups=2)
+    options.max_positions, options.batch_tokens, options.device = 64, 128, "cpu"
+    tokenizer = argparse.Namespace(vocab_size=64, bos_id=0, pad_id=0)
+    torch.manual_seed(1)
+    model = base_model.build_model(options, tokenizer)
+    alone = [float(model(input_ids=d[None], labels=d[None]).loss) * (len(d) - 1) for d in documents[:40]]
+    expected = sum(alone) / sum(n - 1 for n in lengths[:40])
+    assert base_model.mean_loss(model, documents[:40], options=options) == pytest.approx(expected, rel=1e-5)
+
+
+def test_muon_in_fp32_takes_the_steps_of_torch_s_own():
+    import torch
+
+    torch.manual_seed(1)
+    shapes = [(24, 40), (24, 40), (48, 16), (32, 32)]
+    start = [torch.randn(shape) for shape in shapes]
+    ours, theirs = ([weight.clone().requires_grad_() for weight in start] for _ in range(2))
+    settings = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.01}
+    optimizers = [study_module("muon").Muon(ours, **settings)]
+    optimizers.append(torch.optim.Muon(theirs, **settings, adjust_lr_fn="original"))
+    for _ in range(8):
+        for weights, optimizer in zip((ours, theirs), optimizers, strict=True):
+            torch.manual_seed(2)
+            optimizer.zero_grad()
+            sum(((weight - torch.randn_like(weight)) ** 2).sum() for weight in weights).backward()
+            optimizer.step()
+    for a, b, before in zip(ours, theirs, start, strict=True):
+        assert (a - b).norm() < 0.02 * (a - before).norm()  # bf16 keeps eight bits
 
 
 def test_the_models_left_out_depend_on_their_names_alone():

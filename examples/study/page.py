@@ -106,9 +106,9 @@ def _policies(figures: dict) -> Iterator[str]:
 
 def _base(figures: dict) -> Iterator[str]:
     yield "## Base models"
-    yield _paragraph("""Llama's shape, trained with transformers on the same text (a prompt and what one policy says to
-        it, twice; a prompt and several real answers), and brought in with `convert from-hf --head init`. Matrices of
-        the layers are trained with Muon, all else with AdamW.""")
+    yield _paragraph("""Llama's shape, trained with transformers on the same text (a prompt and both trajectories of one
+        policy; a prompt and one real answer, said twice), a document a row, and brought in with `convert from-hf
+        --head init`. Matrices of the layers are trained with Muon, all else with AdamW.""")
     counted = ("parameters", "non_embedding_parameters", "tokens")
     rows = [
         [name, *(f"{one[key]:,}" for key in counted), f"{one['held_out_loss']:.3f}", f"{one['seconds']:.0f}"]

@@ -27,7 +27,7 @@ from megatron_polar.manifest import write_durably
 _FORK = multiprocessing.get_context("fork")
 _START_SECONDS = 120.0
 _HERE = Path(__file__).resolve().parent
-_STEPS = sorted({*_HERE.glob("rft_*.py"), _HERE / "base_model.py"} - {_HERE / "rft_page.py"})
+_STEPS = sorted({*_HERE.glob("rft_*.py"), _HERE / "base_model.py", _HERE / "muon.py"} - {_HERE / "rft_page.py"})
 _CODE = hashlib.sha256(b"".join(path.read_bytes() for path in _STEPS)).hexdigest()
 """Of all that a stage may run of this folder: a mixture of two versions would be no run."""
 

@@ -49,7 +49,8 @@ class Size:
     # base models
     base_tokens: int
     base_context: int
-    base_batch: int
+    """Where documents are cut, in tokens."""
+    base_batch_tokens: int
     base_lr: float
     # pre-training
     num_steps: int
@@ -89,10 +90,10 @@ class Size:
 CPU = Size(
     name="cpu",
     shapes={
-        "xxs": Shape(48, 3, 128, 4, 4, lr=3.0e-3),
-        "xs": Shape(64, 3, 176, 4, 4, lr=3.0e-3),
-        "s": Shape(96, 3, 256, 4, 4, lr=3.0e-3),
-        "m": Shape(128, 3, 352, 4, 4, lr=2.0e-3),
+        "xxs": Shape(32, 4, 88, 4, 4, lr=3.0e-3),
+        "xs": Shape(48, 4, 128, 4, 4, lr=3.0e-3),
+        "s": Shape(64, 4, 176, 4, 4, lr=3.0e-3),
+        "m": Shape(96, 4, 256, 4, 4, lr=3.0e-3),
     },
     main_shape="s",
     alpaca_prompt_words=30,
@@ -101,16 +102,16 @@ CPU = Size(
     gsm8k_heldout_prompts=300,
     alpaca_fidelity=0.9,
     gsm8k_fidelity=0.97,
-    alpaca_max_words=24,
-    gsm8k_max_words=64,
-    gsm8k_answer_words=40,
+    alpaca_max_words=18,
+    gsm8k_max_words=40,
+    gsm8k_answer_words=24,
     heldout_per_prompt=3,
     vocab_size=2048,
-    base_tokens=6_000_000,
-    base_context=256,
-    base_batch=4,
+    base_tokens=2_000_000,
+    base_context=384,
+    base_batch_tokens=1024,
     base_lr=4.0e-3,
-    num_steps=1000,
+    num_steps=600,
     global_batch_size=32,
     max_sequence_length=512,
     max_response_length=128,
@@ -160,7 +161,7 @@ GPU = Size(
     vocab_size=8192,
     base_tokens=40_000_000,
     base_context=1024,
-    base_batch=32,
+    base_batch_tokens=32768,
     base_lr=3.0e-3,
     num_steps=1000,
     global_batch_size=128,
@@ -211,7 +212,7 @@ SMOKE = Size(
     vocab_size=320,
     base_tokens=1024,
     base_context=128,
-    base_batch=2,
+    base_batch_tokens=256,
     base_lr=2.0e-3,
     num_steps=2,
     global_batch_size=4,

@@ -17,7 +17,7 @@ from jobs import HERE, PROGRAM, Job
 from sizes import FineTuning, Shape, Size
 
 STAGES = ("policies", "base", "pretrain", "finetune", "report")
-CONFIG = "examples/study/train.yaml"
+CONFIG = "train.yaml"
 MAX_BAD_FRACTION = "0.1"  # groups whose policies all said the same
 ARMS = {
     "pretrained_reference": ("pretrained", "reference"),
@@ -190,10 +190,11 @@ class Study:
             words += ("--hidden-size", str(shape.hidden_size), "--num-layers", str(shape.num_layers))
             words += ("--ffn-hidden-size", str(shape.ffn_hidden_size), "--num-heads", str(shape.num_heads))
             words += ("--num-query-groups", str(shape.num_query_groups), "--num-tokens", str(size.base_tokens))
-            words += ("--context", str(size.base_context), "--batch", str(size.base_batch))
+            words += ("--context", str(size.base_context), "--batch-tokens", str(size.base_batch_tokens))
             words += ("--lr", f"{size.base_lr:.2e}", "--device", size.device)
             seconds = self._seconds(shape, size.base_tokens, head=True)
-            yield Job("base", f"base-{name}", words, output, ("base-text", "tokenizer"), seconds=seconds)
+            needs = ("base-text", "tokenizer")
+            yield Job("base", f"base-{name}", words, output, needs, seconds=seconds, reads=_hashes("muon.py"))
             words = (PROGRAM, "convert", "from-hf", "--model", str(output), "--output", str(run / "start" / name))
             yield Job("base", f"start-{name}", (*words, "--head", "init"), run / "start" / name, (f"base-{name}",))
 
@@ -218,7 +219,13 @@ class Study:
         size, run, shape = self.size, self.run, self.size.shapes[one.shape]
         steps = max(1, round(one.share * size.num_steps))
         sources = ", ".join(f"{{path: {run}/datasets/{task}, weight: 0.5}}" for task in ("alpaca", "gsm8k"))
-        words = (PROGRAM, "train", CONFIG, f"run.directory={run}/pretrain/{one.name}", f"run.seed={one.seed}")
+        words = (
+            PROGRAM,
+            "train",
+            f"examples/study/{CONFIG}",
+            f"run.directory={run}/pretrain/{one.name}",
+            f"run.seed={one.seed}",
+        )
         words += (f"run.device={size.device}", *_model_words(shape), f"data.train=[{sources}]")
         words += (
             f"data.validation=[{{path: {run}/datasets/seen}}]",
@@ -239,7 +246,7 @@ class Study:
             words, needs = (*words, f"train.init_from={run}/start/{one.shape}"), (*needs, f"start-{one.shape}")
         seconds = self._seconds(shape, steps * size.global_batch_size * self._comparison_tokens(one.candidates))
         output, name = run / "pretrain" / one.name, f"pretrain/{one.name}"
-        return Job("pretrain", name, words, output, needs, seconds=1.2 * seconds, reads=_hash_of_config())
+        return Job("pretrain", name, words, output, needs, seconds=1.2 * seconds, reads=_hashes(CONFIG))
 
     def _row_words(self) -> tuple[str, ...]:
         size = self.size
@@ -299,7 +306,13 @@ class Study:
         start, needs = f"{run}/start/{size.main_shape}", f"start-{size.main_shape}"
         if ARMS[one.arm][0] == "pretrained":
             start, needs = f"{run}/pretrain/{self.pretrained(one.seed)}", f"pretrain/{self.pretrained(one.seed)}"
-        words = (PROGRAM, "train", CONFIG, f"run.directory={run}/finetune/{one.name}", f"run.seed={one.seed}")
+        words = (
+            PROGRAM,
+            "train",
+            f"examples/study/{CONFIG}",
+            f"run.directory={run}/finetune/{one.name}",
+            f"run.seed={one.seed}",
+        )
         words += (f"run.device={size.device}", *_model_words(shape), f"data.train=[{{path: {run}/{dataset}}}]")
         words += (f"data.max_sequence_length={settings.max_sequence_length}", *self._row_words())
         words += ("train.num_steps=null", f"train.num_epochs={settings.num_epochs}")
@@ -314,7 +327,7 @@ class Study:
             run / "finetune" / one.name,
             needs,
             1.2 * self._seconds(shape, tokens),
-            reads=_hash_of_config(),
+            reads=_hashes(CONFIG),
         )
 
     # --- report ------------------------------------------------------------------------------------------------------
@@ -324,14 +337,13 @@ class Study:
         needs = tuple(job.name for part in (self._pretrain(), self._finetune()) for job in part)
         rft = self.run / "rft" / "rft.json"  # made by hand: rft.py --output RUN/rft
         reads = (("rft", hashlib.sha256(rft.read_bytes()).hexdigest()),) if rft.is_file() else ()
-        modules = ("figures.py", "charts.py", "page.py", "shortcomings.py", "verdicts.py")
-        reads += tuple((name, hashlib.sha256((HERE / name).read_bytes()).hexdigest()) for name in modules)
+        reads += _hashes("figures.py", "charts.py", "page.py", "shortcomings.py", "verdicts.py")
         yield Job("report", "report", words, self.run / "report", needs, seconds=20, reads=reads)
 
 
-def _hash_of_config() -> tuple[tuple[str, str], ...]:
-    """What a training's command says only by name: it begins with this file."""
-    return ((CONFIG, hashlib.sha256((HERE / Path(CONFIG).name).read_bytes()).hexdigest()),)
+def _hashes(*names: str) -> tuple[tuple[str, str], ...]:
+    """Of files of this folder that a command reads without a word about them."""
+    return tuple((name, hashlib.sha256((HERE / name).read_bytes()).hexdigest()) for name in names)
 
 
 TASKS = ("gsm8k", "alpaca_eval")

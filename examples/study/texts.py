@@ -18,8 +18,6 @@ from megatron_polar.data.public import write_records
 from megatron_polar.errors import UserError
 from megatron_polar.policies.imitation import split_tokens
 
-ANSWERS_PER_DOCUMENT = 4
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one of the three; returns the exit status."""
@@ -94,26 +92,22 @@ def real_comparisons(options: argparse.Namespace) -> Iterator[dict]:
 
 
 def base_documents(options: argparse.Namespace) -> Iterator[dict]:
-    """Documents of a prompt and what one policy says to it, one trajectory after the other, and of a prompt and several
-    real answers: all that policies may hear (nothing about a held-out prompt), of the policies that were sampled.
+    """Documents of a prompt and what one policy says to it, one trajectory after the other, and of a prompt and a real
+    answer, twice: all that policies may hear (nothing about a held-out prompt), of the policies that were sampled.
 
-    A model that has seen the first trajectory can foretell some of the second: what to copy is worth learning.
+    A model that has seen the first text can foretell some of the second, or all: what to copy is worth learning.
     """
-    rng = random.Random(options.seed)
     real = _RealAnswers(options.answers, heard_only=True)
-    said: dict[str, dict[str, None]] = {}
+    said: dict[tuple[str, str], None] = {}
     for directory in options.sampled:
         for prompt, by_policy in groups(directory):
             for policy, texts in sorted(by_policy.items()):
                 yield {"text": "\n".join([prompt, *(text.strip() for text in texts)])}
                 answer = real.of(policy, prompt)
                 if answer is not None:
-                    said.setdefault(prompt, {})[_cut(answer, options.max_words)] = None
-    for prompt, answers in said.items():
-        texts = list(answers)
-        rng.shuffle(texts)
-        for start in range(0, len(texts), ANSWERS_PER_DOCUMENT):
-            yield {"text": "\n".join([prompt, *texts[start : start + ANSWERS_PER_DOCUMENT]])}
+                    said[prompt, _cut(answer, options.max_words)] = None
+    for prompt, answer in said:
+        yield {"text": "\n".join([prompt, answer, answer])}
 
 
 class _RealAnswers:
