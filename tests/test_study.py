@@ -354,6 +354,17 @@ def test_the_models_left_out_depend_on_their_names_alone():
     assert len(split(names[:6])[1]) == 2
 
 
+def test_seeds_that_differ_by_more_than_their_interval_are_named():
+    figures = json.loads((REPOSITORY / "docs/study.json").read_text())
+    pretraining = figures["pretraining"]
+    seen = pretraining["settings"][pretraining["main"]["base"]]["seen"]
+    seen |= {"ci95": [0.66, 0.70], "each_seed": [0.69, 0.78, 0.57]}
+    shortcomings = study_module("shortcomings").shortcomings
+    assert any("further apart (0.690, 0.780, 0.570)" in sentence for sentence in shortcomings(figures))
+    seen["each_seed"] = [0.68, 0.69, 0.67]
+    assert not any("further apart" in sentence for sentence in shortcomings(figures))
+
+
 # --- a report on a part ----------------------------------------------------------------------------------------------
 
 

@@ -35,9 +35,10 @@ def _start(figures: dict, plt):
     pretrained = figures["pretraining"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 2.8))
     for start, colour in (("base", BASE_COLOUR), ("random", RANDOM_COLOUR)):
-        if start in pretrained["curves"]:
-            steps, accuracies = zip(*pretrained["curves"][start], strict=True)
-            left.plot(steps, accuracies, color=colour, marker="o", markersize=3, label=f"from {start} weights")
+        for seed, curve in enumerate(pretrained["curves"].get(start, ())):
+            steps, accuracies = zip(*curve, strict=True)
+            label = None if seed else f"from {start} weights"
+            left.plot(steps, accuracies, color=colour, marker="o", markersize=2, linewidth=1, label=label)
         groups = [pretrained["settings"][key] for key in pretrained["tables"]["start"] if f"/{start}/" in key]
         for name, style in (("seen", "-"), ("unseen", "--")):
             _errors(
@@ -48,7 +49,7 @@ def _start(figures: dict, plt):
                 style,
                 f"{start}, {name}",
             )
-    left.set(xlabel="steps", ylabel="held-out accuracy", title="main size, inside the training loop")
+    left.set(xlabel="steps", ylabel="held-out accuracy", title="main size, every seed, while training")
     right.set(xlabel="parameters", xscale="log", title="at the end, by size")
     _mark(right, [g["parameters"]["all"] for g in pretrained["settings"].values()])
     for axes in (left, right):

@@ -157,7 +157,10 @@ def pretraining(study: Study) -> dict:
     }
     tables = {name: [key for key in keys if key in figures] for name, keys in tables.items()}
     mains = {start: whole[main, start] for start in (BASE, RANDOM) if whole[main, start].setting in figures}
-    curves = {start: learning_curve(study.run / "pretrain" / run.name) for start, run in mains.items()}
+    curves = {
+        start: [learning_curve(study.run / "pretrain" / run.name) for run in groups[main_run.setting]]
+        for start, main_run in mains.items()
+    }
     claims = {start: run.setting for start, run in mains.items()}
     return {"settings": figures, "tables": tables, "main": claims, "curves": curves}
 

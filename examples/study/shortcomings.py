@@ -29,6 +29,10 @@ def _pretraining(figures: dict) -> Iterator[str]:
     base, random = (settings.get(main.get(start)) for start in ("base", "random"))
     if base is None:
         return
+    each, (low, high) = base["seen"]["each_seed"], base["seen"]["ci95"]
+    if max(each) - min(each) > high - low:
+        shown = ", ".join(f"{one:.3f}" for one in each)
+        yield f"Seen policies: the main size's seeds are further apart ({shown}) than the interval over prompts says."
     for name in ("seen", "unseen"):
         if random and base[name]["ci95"][0] <= random[name]["ci95"][1]:
             both = f"{interval(base[name])} against {interval(random[name])}"
