@@ -225,10 +225,11 @@ def test_only_answers_are_learnt_unless_told_otherwise(model):
 
 def test_muon_takes_the_matrices_of_the_layers_and_adamw_the_rest(model):
     import torch
+    from muon import Muon
 
     network, _ = policies.load(model, device="cpu")
     (adamw, slow), (muon, fast) = policies.optimizers_of(network, policies.Fit(1, 1, lr=1e-3, muon_lr=1e-2))
-    assert type(adamw) is torch.optim.AdamW and type(muon) is torch.optim.Muon and (slow, fast) == (1e-3, 1e-2)
+    assert type(adamw) is torch.optim.AdamW and type(muon) is Muon and (slow, fast) == (1e-3, 1e-2)
     names = {id(p): name for name, p in network.named_parameters()}
     theirs = [{names[id(p)] for group in o.param_groups for p in group["params"]} for o in (adamw, muon)]
     assert theirs[1] == {name for name in names.values() if "_proj" in name} and len(theirs[1]) == 7
