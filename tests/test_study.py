@@ -301,6 +301,9 @@ def test_characters_that_only_python_takes_for_line_ends_cut_no_line(tmp_path):
 
     documents, held_out = study_module("base_model").read_documents(path, Letters(), context=64, seed=1)
     assert sum(document.tolist().count(0x2028) for document in (*documents, *held_out)) == 50
+    path.write_text('{"text": "one"}\n')
+    with pytest.raises(UserError, match="1 documents; two are needed"):
+        study_module("base_model").read_documents(path, Letters(), context=64, seed=1)
 
 
 def test_base_models_read_every_document_once_and_nothing_of_the_padding():

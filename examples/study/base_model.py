@@ -13,6 +13,7 @@ which is what matching builds on, in half of the tokens that AdamW alone takes (
 """
 
 import argparse
+import itertools
 import json
 import random
 import sys
@@ -61,11 +62,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from megatron_polar import log
     from megatron_polar.data.tokenizer import load_tokenizer
+    from megatron_polar.errors import USER_ERROR, UserError
 
     torch.manual_seed(options.seed)
     torch.set_float32_matmul_precision("high")  # on GPUs; weights and sums stay fp32
     tokenizer = load_tokenizer(options.tokenizer)
-    documents, held_out = read_documents(options.text, tokenizer, context=options.context, seed=options.seed)
+    try:
+        documents, held_out = read_documents(options.text, tokenizer, context=options.context, seed=options.seed)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
     model = build_model(options, tokenizer).to(options.device)
     started = time.monotonic()
     with log.Progress(f"base model {options.output.name}", total=options.num_tokens, unit="tokens") as bar:
@@ -90,13 +96,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def read_documents(path: Path, tokenizer, *, context: int, seed: int):
     """Encode the documents in random order, BOS before and behind, cut to `context` ids.
 
-    Returns documents to train on and documents that were set aside, each a vector of ids.
+    Returns documents to train on and documents that were set aside, each a vector of ids. UserError for fewer than two.
     """
     import torch
 
     from megatron_polar.data.lines import read_jsonl
+    from megatron_polar.errors import UserError
 
     texts = [json.loads(line)["text"] for _, line in read_jsonl(path)]
+    if len(texts) < 2:
+        raise UserError(f"{path}: {len(texts)} documents; two are needed, one to train on and one to set aside")
     random.Random(seed).shuffle(texts)
     bos = tokenizer.bos_id
     documents = [torch.tensor([bos, *tokenizer.encode(text), bos][:context]) for text in texts]
@@ -167,15 +176,13 @@ def train(model, documents: Sequence, *, options: argparse.Namespace, bar) -> tu
     optimizers = build_optimizers(model, lr=options.lr)
     peaks = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     rng = random.Random(options.seed)
-    upcoming: Iterator[list] = iter(())
     losses: list[float] = []
     num_tokens = 0
     model.train()
-    while num_tokens < options.num_tokens:
-        batch = next(upcoming, None)
-        if batch is None:
-            upcoming = batches(documents, max_tokens=options.batch_tokens, rng=rng)
-            continue
+    epochs = (batches(documents, max_tokens=options.batch_tokens, rng=rng) for _ in itertools.count())
+    for batch in itertools.chain.from_iterable(epochs):
+        if num_tokens >= options.num_tokens:
+            break
         ids, labels = padded(batch, device=options.device)
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()

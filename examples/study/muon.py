@@ -29,9 +29,10 @@ class Muon(torch.optim.Optimizer):
                 if weight.grad is not None:
                     by_shape.setdefault(weight.shape, []).append(weight)
             for shape, weights in by_shape.items():
-                mean_grads = [self.state[weight].setdefault("mean", torch.zeros_like(weight)) for weight in weights]
-                torch._foreach_lerp_(mean_grads, [weight.grad for weight in weights], 1 - momentum)
-                ahead = [w.grad.lerp(mean, momentum) for w, mean in zip(weights, mean_grads, strict=True)]
+                ahead = []
+                for weight in weights:
+                    mean = self.state[weight].setdefault("mean", torch.zeros_like(weight))
+                    ahead.append(weight.grad.lerp(mean.lerp_(weight.grad, 1 - momentum), momentum))
                 updates = orthogonal(torch.stack(ahead)).unbind()
                 for weight, update in zip(weights, updates, strict=True):
                     weight.mul_(1 - lr * group["weight_decay"])
