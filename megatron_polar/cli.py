@@ -131,6 +131,11 @@ def _add_sample(verbs) -> None:
     verb.add_argument("--wrapper", choices=("sft", "pretrain"), default="pretrain")
     verb.add_argument("--seed", type=int, default=1)
     verb.add_argument("--workers", type=int, default=1)
+    verb.add_argument("--prompts-per-shard", type=int, default=500, help="what a part of an array takes at a time")
+    verb.add_argument(
+        "--wait-for-servers", type=float, default=0.0, metavar="SECONDS", help="that they may take to start"
+    )
+    verb.add_argument("--retry-failed", action="store_true", help="send requests that failed for good once more")
     _add_part(verb, "only every N-th shard, from shard I on; then once without --part")
     verb.set_defaults(run=_sample)
 
@@ -147,6 +152,7 @@ def _part(options: argparse.Namespace):
 
 
 def _sample(options: argparse.Namespace) -> None:
+    from megatron_polar.policies.collect import Asking
     from megatron_polar.policies.sample import sample_pool
 
     check_output_directory(options.output)
@@ -168,6 +174,8 @@ def _sample(options: argparse.Namespace) -> None:
         documents=options.documents,
         tokenizer=options.tokenizer,
         max_prefix_tokens=options.max_prefix_tokens,
+        prompts_per_shard=options.prompts_per_shard,
+        asking=Asking(patience=options.wait_for_servers, retry_failed=options.retry_failed),
     )
     if report is None:
         return

@@ -72,6 +72,8 @@ def test_a_long_text_of_nearly_repeated_parts_is_cleaned_in_milliseconds():
         ("Whole.", "Whole."),
         ("about 3.14 and", "about 3.14 and"),
         ("...", "..."),
+        ("1. First item\n2. Second it", "1. First item"),
+        ("It was in 1984. And th", "It was in 1984."),
     ],
 )
 def test_an_ending_is_trimmed_behind_its_last_whole_sentence(text, trimmed):

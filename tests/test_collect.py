@@ -13,10 +13,12 @@ from pathlib import Path
 import chat_server
 import orjson
 import pytest
+from flaky_server import FlakyServer
 
 from megatron_polar.data.lines import read_jsonl
 from megatron_polar.data.records import TrajectoryGroup, parse_record
 from megatron_polar.errors import UserError
+from megatron_polar.policies.collect import Asking
 from megatron_polar.policies.live import LiveProgress
 from megatron_polar.policies.sample import sample_pool
 
@@ -319,6 +321,8 @@ def test_parts_give_the_bytes_of_one_call(server, straight, tmp_path):
     seen = server.counts()["seen"]
     assert draw(pool, output).is_complete and server.counts()["seen"] == seen == 240
     assert shards(output) == shards(straight)
+    served = [policy["served"] for policy in manifest_of(output)["collected"]["policies"]]
+    assert served == [{"owned_by": "tests"}] * 3, "the last call has asked no server, and the parts have"
 
 
 # --- what cannot be used ---------------------------------------------------------------------------------------------
@@ -385,6 +389,54 @@ def test_a_server_that_fails_for_good_ends_the_run_and_the_same_command_goes_on(
     server.behave(fail=0.0)
     draw(pool, output)
     assert shards(output) == shards(straight) and quarantined(output) == []
+
+
+def test_where_one_server_dies_the_others_end_what_they_have(server, straight, tmp_path, capsys):
+    dead = FlakyServer(lambda request: None, models=lambda: (200, {}, {"data": [{"id": "c"}]}))
+    pool, output = write_pool(tmp_path, server, retries=1), tmp_path / "out"
+    whole = pool.read_text()
+    last = whole.rstrip().splitlines()[-1]
+    with dead:
+        pool.write_text(whole.replace(last, last.replace(server.url, dead.url)))
+        with pytest.raises(UserError, match=rf"{dead.url}: nothing was answered for .*start the same command again"):
+            draw(pool, output)
+    assert "(the other sources go on)" in capsys.readouterr().err
+    wanted = sum(t.policy != "policy-c" for record in groups(straight) for t in record.trajectories)
+    assert finished(output) == wanted < 240
+    pool.write_text(whole)
+    draw(pool, output)
+    assert shards(output) == shards(straight) and set(server.counts()["answered"].values()) == {1}
+
+
+def test_requests_that_failed_for_good_are_sent_once_more_where_that_is_wanted(server, straight, tmp_path):
+    pool, output = write_pool(tmp_path, server), tmp_path / "out"
+    server.behave(fail=0.1, kinds=[422])
+    draw(pool, output)
+    failed = len([entry for entry in quarantined(output) if "policy" in entry])
+    assert failed > 5
+    server.behave(fail=0.0)
+    seen = server.counts()["seen"]
+    assert draw(pool, output).num_reused == 3 and server.counts()["seen"] == seen
+    for _ in range(2):
+        draw(pool, output, asking=Asking(retry_failed=True))
+        assert server.counts()["seen"] == seen + failed
+    assert shards(output) == shards(straight) and quarantined(output) == []
+
+
+def test_a_shard_that_cannot_be_written_ends_the_run_at_once(server, straight, tmp_path, monkeypatch):
+    pool, output = write_pool(tmp_path, server, max_concurrency=2), tmp_path / "out"
+    server.behave(delay=0.02)
+
+    def full_disk(*given, **named):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_polar.policies.collect.assemble", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            draw(pool, output)
+    assert server.counts()["seen"] < 200
+    draw(pool, output)
+    assert shards(output) == shards(straight) and set(server.counts()["answered"].values()) == {1}
 
 
 def test_answers_are_cleaned_and_counted(server, tmp_path, capsys):

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import chat_server
@@ -156,6 +157,61 @@ def test_a_request_that_alone_fails_is_given_up_where_others_are_answered(server
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("is_answered_between", [False, True])
+def test_a_request_that_is_under_way_when_the_server_dies_is_not_given_up(tmp_path, monkeypatch, is_answered_between):
+    """Others were answered after it was sent, or even after its first failure: it is the server all the same."""
+    monkeypatch.setattr(Endpoint, "_backoff", lambda self, spec, failures: 0.4)
+    monkeypatch.setattr("megatron_polar.policies.endpoint._LOOKS", 1)
+    first = 0.0 if is_answered_between else 0.3
+
+    def reply(request):
+        if request.body["prompt"].startswith("slow"):
+            time.sleep(first if request.number < 2 else 0.0)
+            return None
+        return 200, {}, {"choices": [{"text": "quick", "finish_reason": "stop"}]}
+
+    async def run():
+        with FlakyServer(reply, models=lambda: None) as flaky:
+            endpoint = endpoint_of(tmp_path, flaky.url, retries=1)
+            slow = asyncio.create_task(endpoint.answer(ask_for(0, "slow")))
+            await asyncio.sleep(0.15)
+            assert (await endpoint.answer(ask_for(1))).text == "quick"
+            with pytest.raises(UserError, match=r"nothing was answered for .* no connection"):
+                await slow
+            await endpoint.close()
+
+    asyncio.run(run())
+
+
+def test_a_request_that_fails_while_others_wait_for_a_busy_server_is_to_blame_itself(tmp_path):
+    def reply(request):
+        if request.body["prompt"].startswith("BROKEN"):
+            return 500, {}, {}
+        time.sleep(1.0)
+        return 200, {}, {"choices": [{"text": "late", "finish_reason": "stop"}]}
+
+    with FlakyServer(reply, models=lambda: (200, {}, {"data": [{"id": "a"}, {"id": "b"}]})) as busy:
+        asks = [ask_for(0, "BROKEN"), ask_for(1)]
+        failure, late = answers(lambda: endpoint_of(tmp_path, busy.url, retries=1, max_concurrency=2), asks)
+    assert isinstance(failure, NoAnswer) and late.text == "late"
+
+
+def test_a_pause_holds_for_requests_that_wait_for_their_turn(tmp_path):
+    """Eight at a time, ten a second: without a second look seven would arrive in the pause."""
+
+    def reply(request):
+        if request.number == 0:
+            return 429, {"Retry-After": "1"}, {}
+        return 200, {}, {"choices": [{"text": "well", "finish_reason": "stop"}]}
+
+    with FlakyServer(reply) as flaky:
+        settings = {"requests_per_minute": 600, "max_concurrency": 8}
+        found = answers(lambda: endpoint_of(tmp_path, flaky.url, **settings), map(ask_for, range(8)))
+        assert [answer.text for answer in found] == ["well"] * 8
+        first, *rest = sorted(request.time for request in flaky.requests)
+        assert sum(time < first + 0.9 for time in rest) <= 2
+
+
 def test_a_reply_that_does_not_come_is_given_up_in_time(server, tmp_path):
     server.behave(delay=5.0)
     (failure,) = answers(lambda: endpoint_of(tmp_path, server.url, retries=1, timeout_seconds=0.2), [ask_for(0)])
@@ -167,6 +223,16 @@ def test_a_base_model_is_given_the_newline_that_sft_trajectories_stand_behind(tm
     spec = load_pool(tmp_path / "pool.yaml").specs[0]
     assert request_body(spec, ask_for(1), wrapper="pretrain")[1]["prompt"] == "the start 1"
     assert request_body(spec, ask_for(1), wrapper="sft")[1]["prompt"] == "the start 1\n"
+
+
+def test_other_keys_of_requests_are_sent_and_belong_to_the_policy(tmp_path):
+    path = tmp_path / "pool.yaml"
+    path.write_text(pool_text("http://x", top_k=0, extra="{top_k: -1, min_p: 0.0}"), encoding="utf-8")
+    spec = load_pool(path).specs[0]
+    body = request_body(spec, ask_for(1), wrapper="pretrain")[1]
+    assert (body["top_k"], body["min_p"]) == (-1, 0.0) and spec.identity()["extra"] == {"top_k": -1, "min_p": 0.0}
+    path.write_text(pool_text("http://x"), encoding="utf-8")
+    assert "extra" not in load_pool(path).specs[0].identity(), "outputs that were begun before there was this key go on"
 
 
 # --- health ----------------------------------------------------------------------------------------------------------
@@ -211,6 +277,32 @@ def test_a_server_that_cannot_be_used_is_named_with_the_reason(tmp_path, reply, 
         with pytest.raises(UserError, match=message) as caught:
             check(lambda: endpoint_of(tmp_path, flaky.url))
         assert str(caught.value).startswith(flaky.url) and "\n" not in str(caught.value)
+
+
+def test_a_server_may_take_its_time_to_start(tmp_path):
+    with FlakyServer(lambda request: None, models=lambda: models(flaky.num_looks)) as flaky:
+
+        def models(look):
+            return (503, {}, {}) if look < 7 else (200, {}, {"data": [{"id": "a"}, {"id": "b"}]})
+
+        def patient():
+            endpoint = endpoint_of(tmp_path, flaky.url)
+            endpoint.check = partial(endpoint.check, patience=30.0)
+            return endpoint
+
+        with pytest.raises(UserError, match="HTTP 503"):
+            check(lambda: endpoint_of(tmp_path, flaky.url))
+        assert set(check(patient)) == {"a", "b"} and flaky.num_looks == 7
+
+
+def test_a_server_that_has_no_room_for_a_prompt_is_named(tmp_path):
+    models = [{"id": "a", "max_model_len": 4097}, {"id": "b", "max_model_len": 4096}]
+    with FlakyServer(lambda request: None, models=lambda: (200, {}, {"data": models})) as full:
+        with pytest.raises(
+            UserError, match=r"max_tokens=4096 of policy pb leaves no room for a prompt in the 4096 tok"
+        ):
+            check(lambda: endpoint_of(tmp_path, full.url))
+        assert check(lambda: endpoint_of(tmp_path, full.url, max_tokens=4000))["b"] == {"max_model_len": 4096}
 
 
 def test_a_server_without_a_list_of_models_is_left_to_the_first_request(server, tmp_path):
@@ -302,6 +394,33 @@ def test_every_mistake_in_a_section_is_one_clear_line(tmp_path, rest, message):
     path.write_text(pool_text("http://h") + rest, encoding="utf-8")
     with pytest.raises(UserError, match=message):
         load_pool(path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"extra": "{seed: 3}"}, "extra has seed, which `sample` sets in every request; take it out"),
+        ({"extra": "{top_k: -1}"}, "extra has top_k, .*take it out, or set top_k: 0"),
+        ({"extra": "[min_p]"}, "extra=.* a mapping of other keys of requests"),
+    ],
+)
+def test_other_keys_of_requests_must_not_be_ours(tmp_path, settings, message):
+    path = tmp_path / "pool.yaml"
+    path.write_text(pool_text("http://x", **settings), encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        load_pool(path)
+
+
+def test_two_names_of_one_policy_are_refused(tmp_path):
+    path, url = tmp_path / "pool.yaml", "http://x"
+    twins = pool_text(url).replace("model: b", "model: a")
+    path.write_text(twins, encoding="utf-8")
+    with pytest.raises(UserError, match="pa and pb are one model with one way of sampling"):
+        load_pool(path)
+    path.write_text(twins.replace("{name: pb,", "{name: pb, temperature: 0.7,"), encoding="utf-8")
+    assert len(load_pool(path).specs) == 2
+    path.write_text(twins.replace(f"name: pb, endpoint: '{url}'", f"name: pb, endpoint: '{url}2'"), encoding="utf-8")
+    assert len(load_pool(path).specs) == 2, "another server may have another model by that name"
 
 
 def test_policies_of_one_endpoint_must_agree_on_its_limits(tmp_path):

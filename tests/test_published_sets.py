@@ -51,7 +51,7 @@ def test_rm_bench_takes_the_whole_file_of_a_folder_once_and_the_parts_without_it
     assert [item.identifier for item in load_suite("rm-bench", tmp_path)] == ["math/1", "math/1~2", "code/2"]
 
 
-def test_rm_bench_scores_equal_the_readme_s_definition(tmp_path):
+def test_rm_bench_scores_equal_the_publishers_definition(tmp_path):
     draw = random.Random(2)
     domains = ["chat"] * 5 + ["math"] * 3 + ["safety-refuse"] * 4 + ["safety-response"] * 2
     rows = [rm_bench_row(number, domain=domain) for number, domain in enumerate(domains)]
@@ -64,14 +64,13 @@ def test_rm_bench_scores_equal_the_readme_s_definition(tmp_path):
         hard = (cell[0][1] + cell[0][2] + cell[1][2]) / 3
         return [easy, (cell[0][0] + cell[1][1] + cell[2][2]) / 3, hard, np.mean(cell)]
 
-    by_domain = {name: levels([n for n, d in enumerate(domains) if d == name]) for name in sorted(set(domains))}
-    safety = np.mean([by_domain["safety-refuse"], by_domain["safety-response"]], axis=0)
-    overall = np.mean([by_domain["chat"], by_domain["math"], safety], axis=0)
+    # 4 and 2 of the two kinds of safety: as in the publishers' scripts/utils.py they are one domain, item by item
+    names = ("chat", "math", "safety")
+    by_domain = {name: levels([n for n, d in enumerate(domains) if d.startswith(name)]) for name in names}
+    overall = np.mean(list(by_domain.values()), axis=0)
     found = published_scores("rm-bench", items, rewards)
-    for name, expected in {**by_domain, "safety": safety, "overall": overall}.items():
-        if name.startswith("safety-"):
-            assert f"{name}: all" not in found.scores  # merged into safety
-            continue
+    assert not any(name.startswith("safety-") for name in found.scores)
+    for name, expected in {**by_domain, "overall": overall}.items():
         values = [found.scores[f"{name}: {level}"].score for level in ("easy", "normal", "hard", "all")]
         assert values == pytest.approx(list(expected))
     assert found.scores["safety: all"].num_items == 6 and found.scores["overall: all"].num_items == 14

@@ -60,8 +60,11 @@ class Source(Protocol):
     name: str
     concurrency: int
 
-    async def check(self) -> dict:
-        """Find out whether requests can be answered; what the source says of itself. Raises UserError."""
+    async def check(self, *, patience: float = 0.0) -> dict:
+        """Find out whether requests can be answered; what the source says of itself. Raises UserError.
+
+        `patience`: seconds that a server may take to start.
+        """
         ...
 
     async def answer(self, ask: Ask) -> Answer:

@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple
 _LONGEST_UNIT = 1000  # characters of what a loop repeats
 _SHINGLE_WORDS = 3
 _PERMUTATIONS = 128
+_NUMBER_OF_LINE = re.compile(r"(?:^|\n)[ \t]*\d{1,3}\.$")
+"""The number of an item of a list is no sentence."""
 _SENTENCE_END = re.compile(r"[.!?。！？…][\"'”’»)\]*_`]*(?=\s|$)|[。！？]|\n(?=\s*\S)|```(?=\s|$)")
 
 
@@ -87,7 +89,7 @@ def _periodic_end(text: str, unit: int) -> int:
 
 def trim_ending(text: str) -> str:
     """Cut `text` behind its last whole sentence or line; without one it stays as it is."""
-    ends = [found.end() for found in _SENTENCE_END.finditer(text)]
+    ends = [found.end() for found in _SENTENCE_END.finditer(text) if not _NUMBER_OF_LINE.search(text[: found.end()])]
     return text[: ends[-1]].rstrip() if ends and text[: ends[-1]].strip() else text
 
 

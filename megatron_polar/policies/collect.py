@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from megatron_polar.errors import UserError
-from megatron_polar.log import info
+from megatron_polar.log import info, warn
 from megatron_polar.manifest import write_durably
 from megatron_polar.policies.answers import Answer, Ask, Journal, NoAnswer, Place, Source
 from megatron_polar.policies.assemble import assemble
@@ -76,17 +76,39 @@ def _hash_of(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def collect(pool: Pool, settings: DrawSettings, shards: Sequence[Shard], *, suffix: str) -> dict[str, dict]:
+def is_collected(shard: Shard, *, retry_failed: bool = False) -> bool:
+    """Whether nothing is left to ask for a shard; `retry_failed`: requests that failed for good are."""
+    summary = read_summary(shard)
+    if summary is None or not retry_failed:
+        return summary is not None
+    return not any(counts["failed"] for counts in summary["counts"]["policies"].values())
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How a call asks: seconds that servers may take to start, and whether failed requests are sent once more."""
+
+    patience: float = 0.0
+    retry_failed: bool = False
+
+
+def collect(pool: Pool, settings: DrawSettings, shards: Sequence[Shard], *, suffix: str, asking: Asking) -> None:
     """Make those of a call's shards that are not there: send each request that no journal has, then assemble the files.
 
-    Returns what sources say of themselves, as far as they were asked. `suffix`: of files while they are written. Raises
-    UserError for a source that cannot be asked; what is finished is kept in any case.
+    `suffix`: of files while they are written. Raises UserError for a source that cannot be asked, after the others have
+    been; what is finished is kept in any case.
     """
     work = shards[0].path.parent / WORK
     if work.is_symlink():
         raise UserError(f"{work}: a link; delete it, or choose another output directory")
     work.mkdir(exist_ok=True)
-    return asyncio.run(_Collector(pool, settings, work=work, suffix=suffix).run(shards))
+    asyncio.run(_Collector(pool, settings, work=work, suffix=suffix, asking=asking).run(shards))
+
+
+def read_served(output: Path) -> dict[str, dict]:
+    """What sources said of their models when last asked, by this call or another: {source: {model: facts}}."""
+    notes = [orjson.loads(path.read_bytes()) for path in sorted((output / WORK).glob("served-*.json"))]
+    return {note["source"]: note["served"] for note in notes}
 
 
 def build_sources(pool: Pool, *, wrapper: str) -> list[tuple[Source, set[int]]]:
@@ -110,39 +132,42 @@ def build_sources(pool: Pool, *, wrapper: str) -> list[tuple[Source, set[int]]]:
 class _Collector:
     """State of one run: which requests are finished, who has answered at all, what is being written."""
 
-    def __init__(self, pool: Pool, settings: DrawSettings, *, work: Path, suffix: str):
-        self._pool, self._settings, self._suffix = pool, settings, suffix
+    def __init__(self, pool: Pool, settings: DrawSettings, *, work: Path, suffix: str, asking: Asking):
+        self._pool, self._settings, self._suffix, self._asking = pool, settings, suffix, asking
         self._names = [spec.name for spec in pool.specs]
         self._journal = Journal(work, policies=self._names)
         self._todo: dict[int, Shard] = {}
         self._open_shards: dict[int, _Pending] = {}
         self._has_answered: set[int] = set()
         self._held: dict[int, list[tuple[Ask, NoAnswer]]] = {}
+        self._work_dir = work
+        self._tasks: dict[str, list[asyncio.Task]] = {}
+        self._given_up: dict[str, UserError] = {}
         self._writing: set[asyncio.Task] = set()
+        self._failed_write: BaseException | None = None
         self._one_at_a_time = asyncio.Lock()
         self._is_stopping = False
 
-    async def run(self, shards: Sequence[Shard]) -> dict[str, dict]:
+    async def run(self, shards: Sequence[Shard]) -> None:
         """Answer everything that is open, and write what is complete."""
         for shard in shards:
-            summary = read_summary(shard)
-            if summary is not None:
+            if summary := read_summary(shard):
                 counts = summary["counts"]["policies"]
                 self._has_answered |= {n for n, name in enumerate(self._names) if counts[name]["answered"]}
-                continue
+                if is_collected(shard, retry_failed=self._asking.retry_failed):
+                    continue
             self._todo[shard.index] = shard
             if self._journal.path(shard.index).exists():
                 self._opened(shard.index)
         sources = build_sources(self._pool, wrapper=self._settings.wrapper)
         try:
             busy = [(source, policies) for source, policies in sources if any(self._asks(policies))]
-            said = await self._check([source for source, _ in busy])
+            await self._check([source for source, _ in busy])
             with self._progress() as self._live:
                 for state in list(self._open_shards.values()):
                     self._write_if_complete(state)
                 await self._ask_all(busy)
                 await self._finish_writing()
-            return said
         finally:
             for task in self._writing:
                 task.cancel()
@@ -160,6 +185,8 @@ class _Collector:
         """A shard with what is finished of it; None when it is written already, or being written."""
         if index not in self._open_shards and index in self._todo:
             shard, outcomes = self._todo[index], self._journal.read(index)
+            if self._asking.retry_failed:
+                outcomes = {place: one for place, one in outcomes.items() if isinstance(one, Answer)}
             self._has_answered |= {place.policy for place, outcome in outcomes.items() if isinstance(outcome, Answer)}
             self._open_shards[index] = _Pending(shard, list(self._places(shard)), set(outcomes))
         return self._open_shards.get(index)
@@ -175,14 +202,20 @@ class _Collector:
             info(f"sample: {sum(begun)} of {sum(totals)} requests were finished before and are not sent again")
         return LiveProgress(self._names, totals=totals, begun=begun)
 
-    async def _check(self, sources: Sequence[Source]) -> dict[str, dict]:
-        """Ask every source whether it is there; UserError for the first in the pool's order that is not."""
-        found = await asyncio.gather(*(source.check() for source in sources), return_exceptions=True)
+    async def _check(self, sources: Sequence[Source]) -> None:
+        """Ask every source whether it is there, and note what it serves; UserError for the first in the pool's order
+        that is not."""
+        checks = (source.check(patience=self._asking.patience) for source in sources)
+        found = await asyncio.gather(*checks, return_exceptions=True)
         failed = [result for result in found if isinstance(result, BaseException)]
         if failed:
             more = f" (and {len(failed) - 1} more sources that cannot be asked)" if len(failed) > 1 else ""
             raise UserError(f"{failed[0]}{more}") if isinstance(failed[0], UserError) else failed[0]
-        return {source.name: result for source, result in zip(sources, found, strict=True) if result}
+        for source, served in zip(sources, found, strict=True):
+            path = self._work_dir / f"served-{_hash_of(source.name.encode())[:16]}.json"
+            note = orjson.dumps({"source": source.name, "served": served}) + b"\n"
+            if served:
+                write_durably(path, note, suffix=self._suffix)
 
     # --- asking ------------------------------------------------------------------------------------------------------
 
@@ -200,11 +233,14 @@ class _Collector:
         return derived_seed(*path) % 2**_SEED_BITS
 
     async def _ask_all(self, sources: Sequence[tuple[Source, set[int]]]) -> None:
-        """Let each source's workers share its requests; the first error ends all, but requests under way have 10 s."""
-        tasks: list[asyncio.Task] = []
+        """Let each source's workers share its requests. A source that answers nobody leaves the others to end theirs;
+        any other error ends all, but requests under way have 10 s."""
         for source, policies in sources:
             asks = self._asks(policies)
-            tasks += [asyncio.create_task(self._work(source, asks)) for _ in range(source.concurrency)]
+            self._tasks[source.name] = [
+                asyncio.create_task(self._work(source, asks)) for _ in range(source.concurrency)
+            ]
+        tasks = [task for of_source in self._tasks.values() for task in of_source]
         aside = [asyncio.create_task(self._sync_now_and_then())]
         aside.append(asyncio.create_task(asyncio.to_thread(warm_up, self._pool.cleaning)))
         try:
@@ -221,18 +257,40 @@ class _Collector:
         failed = [r for r in results if isinstance(r, BaseException) and not isinstance(r, asyncio.CancelledError)]
         if failed:
             raise failed[0]
+        if self._given_up:
+            error, *others = self._given_up.values()
+            raise UserError(f"{error} (and {len(others)} more sources were given up)") if others else error
         for policy, held in self._held.items():
             self._refuse(policy, held)
 
     async def _work(self, source: Source, asks: Iterator[Ask]) -> None:
         for ask in asks:
             try:
-                outcome: Answer | NoAnswer = await source.answer(ask)
-            except NoAnswer as failure:
-                outcome = failure
-            self._record(ask, outcome)
-            if self._is_stopping:
+                try:
+                    outcome: Answer | NoAnswer = await source.answer(ask)
+                except NoAnswer as failure:
+                    outcome = failure
+                self._record(ask, outcome)
+            except UserError as error:
+                await self._give_up(source, error)
                 return
+            if self._failed_write:
+                raise self._failed_write
+            if self._is_stopping or source.name in self._given_up:
+                return
+
+    async def _give_up(self, source: Source, error: UserError) -> None:
+        """Let what is under way at a source end, 10 s long, and the other sources go on."""
+        if source.name in self._given_up or self._is_stopping:
+            return
+        self._given_up[source.name] = error
+        if any(not task.done() for name, tasks in self._tasks.items() if name not in self._given_up for task in tasks):
+            warn(f"{error} (the other sources go on)")
+        rest = [task for task in self._tasks[source.name] if not task.done() and task is not asyncio.current_task()]
+        if rest:
+            await asyncio.wait(rest, timeout=_DRAIN_SECONDS)
+        for task in rest:
+            task.cancel()
 
     def _record(self, ask: Ask, outcome: Answer | NoAnswer) -> None:
         """Failures of a policy wait until it has answered once: a wrong pool must not become 10,000 poison rows."""
@@ -273,7 +331,16 @@ class _Collector:
         if len(state.done) == len(state.places):
             del self._todo[state.shard.index], self._open_shards[state.shard.index]
             self._journal.close(state.shard.index)
-            self._writing.add(asyncio.create_task(self._write(state.shard)))
+            task = asyncio.create_task(self._write(state.shard))
+            self._writing.add(task)
+            task.add_done_callback(self._written)
+
+    def _written(self, task: asyncio.Task) -> None:
+        """A disk that is full is known at the next answer, not after the last."""
+        if not task.cancelled() and task.exception() is not None:
+            self._failed_write = task.exception()
+        else:
+            self._writing.discard(task)
 
     async def _write(self, shard: Shard) -> None:
         async with self._one_at_a_time:  # a shard's answers are in memory while it is written

@@ -5,6 +5,7 @@ been answered is repeated only where no answer came.
 """
 
 import asyncio
+import itertools
 import random
 import ssl
 import time
@@ -36,6 +37,10 @@ _MOST_THROTTLED = 100  # answers 429 to one request in a row
 
 class _Passing(Exception):
     """A failure that may be gone next time."""
+
+
+class _NoConnection(_Passing):
+    """Nobody was there to answer, so that it cannot be the request's own fault."""
 
 
 class _Throttled(_Passing):
@@ -70,7 +75,8 @@ class Endpoint:
         ]
         self._random = random.Random()  # of pauses only
         self._next_start = self._wakes = self._last_answer = 0.0
-        self._num_open, self._gave_up_alone = 0, False
+        self._num_open = self._num_failing = 0  # requests; failing: those whose latest attempt did
+        self._gave_up_alone = False
 
     async def close(self) -> None:
         for client in self._idle:
@@ -78,12 +84,18 @@ class Endpoint:
 
     # --- health ------------------------------------------------------------------------------------------------------
 
-    async def check(self) -> dict:
-        """Ask the server what it serves, before the first request. UserError names the endpoint, why and the remedy."""
-        url = f"{self.name}/v1/models"
-        for look in range(_LOOKS):
+    async def check(self, *, patience: float = 0.0) -> dict:
+        """Ask the server what it serves, before the first request. UserError names the endpoint, why and the remedy.
+
+        `patience`: seconds for which a server may still be starting, where a few looks in a row are not enough.
+        """
+        url, begun = f"{self.name}/v1/models", time.monotonic()
+        for look in itertools.count():
+            if look >= _LOOKS and time.monotonic() - begun >= patience:
+                break
             if look:
-                await asyncio.sleep(min(1.0, self._first_backoff()) * 2**look)
+                pause = min(1.0, self._first_backoff()) * 2 ** min(look, 16)
+                await asyncio.sleep(min(pause, _LOOK_SECONDS))
             try:
                 response = await asyncio.wait_for(self._idle[-1].get(url), _LOOK_SECONDS)
             except (asyncio.TimeoutError, httpx.TimeoutException):
@@ -94,8 +106,8 @@ class Endpoint:
                 remedy = "start the server, or correct `endpoint` in the pool"
                 continue
             reason, remedy = self._described(response), "look at the server's log"
-            if response.status_code in (404, 405):
-                return {}  # a server without this page; the first request will tell
+            if response.status_code in (404, 405, 429):
+                return {}  # a server without this page, or a busy one; the first request will tell
             if response.status_code in _ENDING_STATUSES:
                 remedy = _ENDING_STATUSES[response.status_code]
                 break
@@ -117,6 +129,12 @@ class Endpoint:
                 raise UserError(
                     f"{self.name}: does not serve model={spec.model!r} of policy {spec.name}, but {names}; "
                     "correct `model` in the pool or start the server with it"
+                )
+            room = served[spec.model].get("max_model_len")
+            if isinstance(room, int) and spec.max_tokens >= room:
+                raise UserError(
+                    f"{self.name}: max_tokens={spec.max_tokens} of policy {spec.name} leaves no room for a prompt "
+                    f"in the {room} tokens that the server allows {spec.model} (max_model_len); lower it, or raise that"
                 )
         ours = {spec.model for spec in self._specs.values()}
         return {
@@ -140,41 +158,56 @@ class Endpoint:
     async def _answer(self, ask: Ask) -> Answer:
         spec = self._specs[ask.place.policy]
         path, body = request_body(spec, ask, wrapper=self._wrapper)
-        content, begun, attempts, throttled = orjson.dumps(body), time.monotonic(), 0, 0
-        while True:
-            await self._take_turn()
-            attempts += 1
-            try:
-                answer = await self._attempt(spec, path, content, attempts=attempts)
-                self._last_answer, self._gave_up_alone = time.monotonic(), False
-                return answer
-            except _Throttled as error:
-                attempts, throttled, failure = attempts - 1, throttled + 1, error
-                pause = self._backoff(spec, throttled) if error.pause is None else error.pause
-                self._wakes = max(self._wakes, time.monotonic() + min(pause, _LONGEST_PAUSE_SECONDS))
-            except _Passing as error:
-                failure = error
-                if attempts <= spec.retries:
+        content, attempts, throttled, failing_since = orjson.dumps(body), 0, 0, None
+        try:
+            while True:
+                await self._take_turn()
+                attempts += 1
+                try:
+                    answer = await self._attempt(spec, path, content, attempts=attempts)
+                    self._last_answer, self._gave_up_alone = time.monotonic(), False
+                    return answer
+                except _Passing as error:
+                    if failing_since is None:
+                        failing_since, self._num_failing = time.monotonic(), self._num_failing + 1
+                    failure: _Passing = error
+                if isinstance(failure, _Throttled):
+                    attempts, throttled = attempts - 1, throttled + 1
+                    pause = self._backoff(spec, throttled) if failure.pause is None else failure.pause
+                    self._wakes = max(self._wakes, time.monotonic() + min(pause, _LONGEST_PAUSE_SECONDS))
+                elif attempts <= spec.retries:
                     await asyncio.sleep(self._backoff(spec, attempts))
-            if attempts > spec.retries or throttled > _MOST_THROTTLED:
-                if self._last_answer < begun and not await self._is_this_request():
-                    raise UserError(
-                        f"{self.name}: nothing was answered for {time.monotonic() - begun:.0f} s and {spec.retries} "
-                        f"retries, at last {failure}; look at the server, then start the same command again: finished "
-                        "requests are kept"
-                    )
-                raise NoAnswer(str(failure), attempts=attempts + throttled)
+                if attempts > spec.retries or throttled > _MOST_THROTTLED:
+                    await self._blame(failure, failing_since=failing_since, retries=spec.retries)
+                    raise NoAnswer(str(failure), attempts=attempts + throttled)
+        finally:
+            self._num_failing -= failing_since is not None
 
-    async def _is_this_request(self) -> bool:
-        """Whether a request that fails while none is answered is to blame itself: it is the only one, the server is
-        there, and the one before it was answered. Two such requests in a row are a server that answers nobody."""
-        if self._num_open > 1 or self._gave_up_alone:
+    async def _blame(self, failure: _Passing, *, failing_since: float, retries: int) -> None:
+        """A request is to be given up: return where it is to blame itself, raise UserError where the endpoint is."""
+        if not await self._is_this_request(failure, failing_since=failing_since):
+            raise UserError(
+                f"{self.name}: nothing was answered for {time.monotonic() - failing_since:.0f} s and {retries} "
+                f"retries, at last {failure}; look at the server, then start the same command again: finished "
+                "requests are kept"
+            )
+
+    async def _is_this_request(self, failure: _Passing, *, failing_since: float) -> bool:
+        """A request is to blame itself where others were answered since it began to fail, or where the server is there
+        and others wait for it without failing. One that is alone is, too, if the one before it was answered: two such
+        requests in a row are a server that answers nobody."""
+        others_were_answered = self._last_answer >= failing_since
+        if others_were_answered and not isinstance(failure, _NoConnection):
+            return True
+        others_wait = self._num_open > self._num_failing
+        is_alone = self._num_open == 1 and not self._gave_up_alone
+        if not (others_were_answered or others_wait or is_alone):
             return False
         try:
             await self.check()
         except UserError:
             return False
-        self._gave_up_alone = True
+        self._gave_up_alone = self._num_open == 1 and not others_were_answered
         return True
 
     async def _take_turn(self) -> None:
@@ -188,7 +221,8 @@ class Endpoint:
             self._next_start = start + self._interval
             if start > now:
                 await asyncio.sleep(start - now)
-            return
+            if self._wakes <= time.monotonic():  # others may have been told to wait meanwhile
+                return
 
     async def _attempt(self, spec: HttpSpec, path: str, content: bytes, *, attempts: int) -> Answer:
         started, client = time.monotonic(), self._idle.pop()
@@ -199,7 +233,7 @@ class Endpoint:
         except (asyncio.TimeoutError, httpx.TimeoutException):
             raise _Passing(f"no reply within {spec.timeout_seconds:.3g} s") from None
         except httpx.HTTPError as error:
-            raise _Passing(f"no connection ({self._shown(str(error) or type(error).__name__)})") from None
+            raise _NoConnection(f"no connection ({self._shown(str(error) or type(error).__name__)})") from None
         finally:
             self._idle.append(client)
         status = response.status_code
@@ -243,6 +277,7 @@ def request_body(spec: HttpSpec, ask: Ask, *, wrapper: str) -> tuple[str, dict[s
     body |= {"max_tokens": spec.max_tokens, "seed": ask.seed}
     if spec.top_k:
         body["top_k"] = spec.top_k
+    body |= spec.extra
     if spec.api == "completions":
         return "/v1/completions", {**body, "prompt": ask.prompt.text + "\n" * (wrapper == "sft")}
     messages: Sequence[tuple[str, str]] = ask.prompt.messages or (("user", ask.prompt.text),)
@@ -264,7 +299,8 @@ def read_reply(reply: Any, *, attempts: int, seconds: float) -> Answer:
     if text is not None and not isinstance(text, str):
         raise _Passing("a reply whose text is none")
     if not (text or "").strip():
-        raise NoAnswer("an empty answer", attempts=attempts)
+        thought = message.get("reasoning_content") or message.get("reasoning")
+        raise NoAnswer("reasoning, and no answer behind it" if thought else "an empty answer", attempts=attempts)
     if "\0" in text:
         raise NoAnswer("an answer with a NUL character", attempts=attempts)
     tokens = tokens if isinstance(tokens, int) else 0

@@ -29,7 +29,7 @@ class EmbeddedSource:
     def __init__(self, policies: dict[int, EmbeddedPolicy], *, wrapper: str):
         self._policies, self._wrapper = policies, wrapper
 
-    async def check(self) -> dict:
+    async def check(self, *, patience: float = 0.0) -> dict:
         return {}
 
     async def answer(self, ask: Ask) -> Answer:
@@ -72,7 +72,7 @@ class TransformersSource:
         self._tokenizer: Any = None
         self._model: Any = None
 
-    async def check(self) -> dict:
+    async def check(self, *, patience: float = 0.0) -> dict:
         """Load the model. Raises UserError with the path and the reason."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._load)
 

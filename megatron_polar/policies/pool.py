@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from megatron_polar.errors import UserError
 from megatron_polar.policies.backends import BACKENDS, EmbeddedPolicy, EmbeddedSpec, choose, derived_seed, fit_embedded
 from megatron_polar.policies.clean import Cleaning
@@ -152,12 +154,27 @@ def load_pool(path: Path) -> Pool:
             "set embedded.num_policies or list them under `policies`"
         )
     check_together(specs, where=f"{path}: policies")
+    _check_different(specs, where=f"{path}: policies")
     pool = Pool(path, root["seed"], PromptRule(**prompts), specs, documents, corpus, Cleaning(**cleaning))
     if pool.is_embedded and root["cleaning"]:
         raise UserError(
             f"{path}: cleaning is for answers of models, and every policy here is embedded; take the section out"
         )
     return pool
+
+
+def _check_different(specs: Iterable[Any], *, where: str) -> None:
+    """Raise UserError for two names of one model that samples in one way: nothing can tell them apart."""
+    first: dict[bytes, str] = {}
+    for spec in specs:
+        if isinstance(spec, HttpSpec | TransformersSpec):
+            identity = spec.identity() | {"name": "", "at": getattr(spec, "endpoint", "")}
+            other = first.setdefault(orjson.dumps(identity, option=orjson.OPT_SORT_KEYS), spec.name)
+            if other != spec.name:
+                raise UserError(
+                    f"{where}: {other} and {spec.name} are one model with one way of sampling, which nothing can tell "
+                    "apart; leave one out, or change its sampling"
+                )
 
 
 def _check_lengths(section: dict[str, Any], *, where: str) -> None:

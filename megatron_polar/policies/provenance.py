@@ -1,7 +1,7 @@
 """What a finished output says of the models that it comes from: settings, counts, what was left out, who is alike."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -10,7 +10,7 @@ import megatron_polar
 from megatron_polar.errors import UserError
 from megatron_polar.log import info, warn
 from megatron_polar.manifest import HashedFile
-from megatron_polar.policies.collect import Shard, read_summary
+from megatron_polar.policies.collect import Shard, read_served, read_summary
 from megatron_polar.policies.pool import Pool
 
 QUARANTINE = "quarantine.ndjson"  # not .jsonl: `preprocess` reads all of these in a directory
@@ -18,9 +18,9 @@ _ALIKE_SHARE, _LEAST_MEETINGS = 0.5, 20
 _MOST_WARNINGS = 5
 
 
-def describe_collected(pool: Pool, shards: Sequence[Shard], *, said: Mapping[str, dict]) -> dict:
+def describe_collected(pool: Pool, shards: Sequence[Shard]) -> dict:
     """Add up the summaries of finished shards. Keys of APIs are not in it, nor in what it is made of."""
-    summaries = [_summary_of(shard) for shard in shards]
+    summaries, said = [_summary_of(shard) for shard in shards], read_served(shards[0].path.parent)
     policies = {spec.name: Counter() for spec in pool.specs}
     cleaning, meetings, alike = Counter(), Counter(), Counter()
     for summary in summaries:

@@ -21,8 +21,8 @@ _HOW_IT_IS_ASKED = ("endpoint", *_OF_THE_ENDPOINT, "timeout_seconds", "retries",
 class HttpSpec:
     """A model behind an endpoint (a base URL without /v1), how it samples, and how it may be asked.
 
-    top_k=0 sends none: it is no key of OpenAI's own API. requests_per_minute=0 is no limit. api_key_env names an
-    environment variable; the key itself is in no field.
+    top_k=0 sends none: it is no key of OpenAI's own API. `extra`: keys of requests beside these, as the server knows
+    them. requests_per_minute=0 is no limit. api_key_env names an environment variable; the key itself is in no field.
     """
 
     name: str
@@ -33,6 +33,7 @@ class HttpSpec:
     top_p: float
     top_k: int
     max_tokens: int
+    extra: dict[str, Any]
     api_key_env: str
     max_concurrency: int
     requests_per_minute: int
@@ -42,7 +43,8 @@ class HttpSpec:
 
     def identity(self) -> dict:
         """What answers depend on: a later call with another identity must not continue this output."""
-        return _identity(self, backend="http")
+        identity = _identity(self, backend="http")
+        return identity if self.extra else {key: value for key, value in identity.items() if key != "extra"}
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,14 @@ _SAMPLING = {
     "top_k": integer(50, 0),
     "max_tokens": integer(4096, 1),
 }
+_OURS = ("model", "prompt", "messages", "temperature", "top_p", "max_tokens", "seed", "n", "stream", "stream_options")
+"""Keys of requests that are no one else's."""
+
+
+def _is_extra(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+
+
 _HTTP_KEYS = {
     "name": WORD,
     "backend": TEXT._replace(default="http"),
@@ -81,6 +91,7 @@ _HTTP_KEYS = {
     "model": TEXT,
     "api": one_of("completions", "chat"),
     **_SAMPLING,
+    "extra": Key({}, "a mapping of other keys of requests", _is_extra),
     "api_key_env": Key("", "the name of an environment variable", lambda value: isinstance(value, str)),
     "max_concurrency": integer(16, 1, 4096),
     "requests_per_minute": integer(0, 0),
@@ -111,6 +122,12 @@ def read_http(entry: dict[str, Any], sampling: dict[str, Any], *, where: str) ->
     policy = check_section(entry, _with_defaults(_HTTP_KEYS, sampling), where=where)
     policy.pop("backend")
     policy["endpoint"] = _base_url(policy["endpoint"], where=where)
+    taken = [key for key in policy["extra"] if key in _OURS or (key == "top_k" and policy["top_k"])]
+    if taken:
+        raise UserError(
+            f"{where}: extra has {taken[0]}, which `sample` sets in every request; take it out"
+            + (", or set top_k: 0" if taken[0] == "top_k" else "")
+        )
     for name in ("temperature", "top_p", "timeout_seconds", "backoff_seconds"):
         policy[name] = float(policy[name])
     return HttpSpec(**policy)

@@ -19,7 +19,7 @@ from megatron_polar.errors import UserError
 from megatron_polar.log import Progress, info
 from megatron_polar.manifest import HashedFile, sync_directory, write_durably
 from megatron_polar.policies.backends import EmbeddedPolicy, EmbeddedSpec
-from megatron_polar.policies.collect import WORK, Shard, collect, read_summary
+from megatron_polar.policies.collect import WORK, Asking, Shard, collect, is_collected
 from megatron_polar.policies.pool import Pool, load_pool
 from megatron_polar.policies.prompts import Prompt, Wanted, find_prompts
 from megatron_polar.policies.provenance import describe_collected, say_collected, write_quarantine
@@ -71,6 +71,7 @@ def sample_pool(
     documents: Path | None = None,
     tokenizer: Path | None = None,
     max_prefix_tokens: int = 1024,
+    asking: Asking | None = None,
 ) -> SampleReport | None:
     """Sample trajectories of `policies_per_prompt` policies (None: four, or all of a smaller pool) for each prompt:
     several of the first, one of each other.
@@ -81,9 +82,9 @@ def sample_pool(
     split, and the sides share no opening. `output` gets `settings.json`, `trajectories-00000.jsonl` ... and, last,
     `manifest.json`. Called again with the same settings it keeps the finished shards. With a `part` it draws that
     part's shards and no manifest; parts may run at the same time. `check`: look at the arguments, write nothing, return
-    None. UserError for bad input and for an output of other settings.
+    None. `asking`: for policies that are not embedded. UserError for bad input and for an output of other settings.
     """
-    pool = load_pool(pool_path)
+    pool, asking = load_pool(pool_path), asking or Asking()
     if policies_per_prompt is None:
         policies_per_prompt = min(_POLICIES_PER_PROMPT, len(pool.specs))
     settings = DrawSettings(seed, trajectories_per_policy, policies_per_prompt, prompts_per_shard, wrapper, schedule)
@@ -102,26 +103,26 @@ def sample_pool(
     ]
     with _opened(output, described, part=part):
         has_manifest = (output / "manifest.json").exists()
-        pending = [shard for shard in shards if not _is_finished(shard, pool)]
+        pending = [shard for shard in shards if not _is_finished(shard, pool, asking)]
         if has_manifest and not pending:
             info(f"sample: {output} is complete and was made with these settings; nothing to do")
         if pool.is_embedded:
             _write_shards(pool, settings, pending, workers=workers, total=sum(len(shard.prompts) for shard in pending))
-        else:
-            said = collect(pool, settings, shards, suffix=_unique_suffix()) if pending else {}
+        elif pending:
+            collect(pool, settings, shards, suffix=_unique_suffix(), asking=asking)
         entries = [_describe_shard(shard.path) for shard in shards]
         totals = {name: sum(entry[name] for entry in entries) for name in ("prompts", "trajectories", "words")}
         if part is None and (pool.is_embedded or pending or not has_manifest):
             manifest = {**described, **totals, "shards": entries}
             if not pool.is_embedded:
-                manifest |= _describe_collected(pool, shards, output=output, said=said)
+                manifest |= _describe_collected(pool, shards, output=output)
             _write_atomically(output / "manifest.json", _encode_json(manifest))
     reused, is_complete = len(shards) - len(pending), part is None or has_manifest
     return SampleReport(output, *totals.values(), num_shards=len(shards), num_reused=reused, is_complete=is_complete)
 
 
-def _describe_collected(pool: Pool, shards: Sequence[Shard], *, output: Path, said: dict) -> dict:
-    collected = describe_collected(pool, shards, said=said)
+def _describe_collected(pool: Pool, shards: Sequence[Shard], *, output: Path) -> dict:
+    collected = describe_collected(pool, shards)
     say_collected(collected)
     return {"collected": collected, "quarantine": write_quarantine(output, shards, suffix=_unique_suffix())}
 
@@ -221,10 +222,10 @@ def _compare_settings(path: Path, described: dict, *, remedy: str) -> None:
         )
 
 
-def _is_finished(shard: Shard, pool: Pool) -> bool:
+def _is_finished(shard: Shard, pool: Pool, asking: Asking) -> bool:
     # A shard gets its name only when it is whole; counting the lines catches one that was cut later.
     if not pool.is_embedded:
-        return read_summary(shard) is not None
+        return is_collected(shard, retry_failed=asking.retry_failed)
     if not shard.path.exists():
         return False
     content = shard.path.read_bytes()

@@ -32,6 +32,8 @@ FEWEST_JOINT = 7
 """Runs: five parameters and two degrees of freedom."""
 _SAME_DATA = 1.1
 """D that differ by less than this factor are the same amount of data."""
+_SAME_COMPUTE = 1.02
+"""Seeds of one setting differ a little in C: their comparisons are of other lengths."""
 
 Count = Literal["parameters", "all_parameters"]
 DataUnit = Literal["tokens", "comparisons"]
@@ -177,23 +179,46 @@ def _most_data_of_each_size(runs: Sequence[ScalingRun], settings: Settings) -> t
 
 
 def _of_compute(runs: Sequence[ScalingRun], settings: Settings) -> FittedLaw:
-    frontier = pareto_frontier(runs)
+    frontier = pareto_frontier(runs, count=settings.count)
+    remarks = []
+    if len(frontier) < len(runs):
+        remarks.append(
+            f"{len(runs) - len(frontier)} of {len(runs)} runs are left out, as cheaper ones are better; where losses "
+            "are noisy that choice makes the exponent a little too large, and the interval does not know of it"
+        )
     law = "loss_of_compute", "L = a C^-alpha", ("C",)
-    return _fit(*law, frontier, x=_column(frontier, "flops"), law=STRAIGHT, settings=settings)
+    return _fit(*law, frontier, x=_column(frontier, "flops"), law=STRAIGHT, settings=settings, remarks=remarks)
 
 
-def pareto_frontier(runs: Sequence[ScalingRun]) -> list[ScalingRun]:
-    """Runs that no cheaper or equally cheap run beats, in order of their FLOPs."""
+def pareto_frontier(runs: Sequence[ScalingRun], *, count: Count) -> list[ScalingRun]:
+    """Runs that no cheaper or equally cheap run beats, in order of their FLOPs.
+
+    Seeds of one size and compute stand and fall together, by their mean loss. Where every size has one amount of
+    compute nothing is to be chosen, and a run that a cheaper one beats shows noise: all are taken.
+    """
     unknown = [run.name for run in runs if run.flops is None]
     if unknown:
         raise _Missing(f"FLOPs of {unknown[0]} are unknown")
-    frontier: list[ScalingRun] = []
-    for run in sorted(runs, key=lambda run: (run.flops, run.loss)):
-        if not frontier or run.loss < min(other.loss for other in frontier):
-            frontier.append(run)
-    if len(frontier) < FEWEST_SIZES:
-        raise _Missing(f"{len(frontier)} runs on the frontier of loss and compute, and a law needs {FEWEST_SIZES}")
-    return frontier
+    groups: list[list[ScalingRun]] = []
+    for run in sorted(runs, key=lambda run: (getattr(run, count), run.flops)):
+        last = groups[-1][0] if groups else None
+        if last and getattr(last, count) == getattr(run, count) and run.flops < _SAME_COMPUTE * last.flops:
+            groups[-1].append(run)
+        else:
+            groups.append([run])
+    if len(groups) == len({getattr(run, count) for run in runs}):
+        return sorted(runs, key=lambda run: run.flops)
+    found: list[list[ScalingRun]] = []
+    for group in sorted(groups, key=lambda group: (group[0].flops, _mean_loss(group))):
+        if not found or _mean_loss(group) < min(map(_mean_loss, found)):
+            found.append(group)
+    if len(found) < FEWEST_SIZES:
+        raise _Missing(f"{len(found)} runs on the frontier of loss and compute, and a law needs {FEWEST_SIZES}")
+    return [run for group in found for run in group]
+
+
+def _mean_loss(runs: Sequence[ScalingRun]) -> float:
+    return sum(run.loss for run in runs) / len(runs)
 
 
 def _of_parameters_and_data(runs: Sequence[ScalingRun], settings: Settings) -> FittedLaw:

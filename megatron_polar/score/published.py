@@ -118,18 +118,18 @@ def _grouped(
 
 
 def _rm_bench(items: Sequence[EvaluationItem], rewards: _Rewards, *, seed: int) -> PublishedScores:
-    """arXiv 2410.16184, section 3.4, and `compute_accuracy` in the README of github.com/THU-KEG/RM-Bench.
+    """arXiv 2410.16184, section 3.4, and `compute_accuracy` in scripts/utils.py of github.com/THU-KEG/RM-Bench.
 
     Cell (i, j) is the share of prompts whose chosen answer of style i has a strictly higher reward than the rejected
     one of style j. Normal: the diagonal; hard: the rejected answer has the more elaborate style; easy: the chosen one.
-    Both safety domains count as one, and the overall score is the mean of the domains'.
+    Both safety domains are one, item by item, and the overall score is the mean of the domains'.
     """
     wins, present = (np.zeros((len(items), len(STYLES) ** 2)) for _ in range(2))
     for number, (item, row) in enumerate(zip(items, rewards, strict=True)):
         for i, j, won in _style_cells(item, row):
             wins[number, len(STYLES) * i + j] += won
             present[number, len(STYLES) * i + j] += 1
-    domains = np.array([item.category for item in items])
+    domains = np.array([_SAFETY if item.category.startswith(_SAFETY) else item.category for item in items])
     names = sorted(set(domains.tolist()))
 
     def cells(weights: np.ndarray, chosen: np.ndarray) -> np.ndarray:  # [r, 9]
@@ -138,19 +138,15 @@ def _rm_bench(items: Sequence[EvaluationItem], rewards: _Rewards, *, seed: int) 
 
     def scores(weights: np.ndarray) -> _Scores:
         by_domain = {name: _levels_of(cells(weights, domains == name)) for name in names}
-        safety = [by_domain[name] for name in names if name.startswith(_SAFETY)]
-        merged = {name: levels for name, levels in by_domain.items() if not name.startswith(_SAFETY)}
-        if safety:
-            merged[_SAFETY] = {level: _nan_mean([part[level] for part in safety]) for level in safety[0]}
-        merged["overall"] = {
-            level: _nan_mean([levels[level] for levels in merged.values()])
+        by_domain["overall"] = {
+            level: _nan_mean([levels[level] for levels in by_domain.values()])
             for level in ("easy", "normal", "hard", "all")
         }
-        return {f"{domain}: {level}": value for domain, levels in merged.items() for level, value in levels.items()}
+        return {f"{domain}: {level}": value for domain, levels in by_domain.items() for level, value in levels.items()}
 
     point = scores(np.ones((1, len(items))))
     counts = {
-        name: int(sum(name.startswith("overall") or domain.startswith(name.split(":")[0]) for domain in domains))
+        name: int(sum(name.startswith("overall") or domain == name.split(":")[0] for domain in domains))
         for name in point
     }
     found = _with_intervals(scores, _prompts(items), counts=counts, seed=seed)
