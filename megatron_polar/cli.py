@@ -128,9 +128,14 @@ def _add_sample(verbs) -> None:
         help="anchor: several trajectories of one policy, one each of others; all: equally many of every policy",
     )
     verb.add_argument("--policies-per-prompt", type=int, help="that answer each prompt (default: 4, or all of fewer)")
-    verb.add_argument("--wrapper", choices=("sft", "pretrain"), default="pretrain")
-    verb.add_argument("--seed", type=int, default=1)
-    verb.add_argument("--workers", type=int, default=1)
+    verb.add_argument(
+        "--wrapper",
+        choices=("sft", "pretrain"),
+        default="pretrain",
+        help="pretrain: trajectories continue the prompt; sft: they answer it, on a line of their own",
+    )
+    verb.add_argument("--seed", type=int, default=1, help="draws other prompts, policies and trajectories")
+    verb.add_argument("--workers", type=int, default=1, help="processes, for pools of embedded policies")
     verb.add_argument("--prompts-per-shard", type=int, default=500, help="what a part of an array takes at a time")
     verb.add_argument(
         "--wait-for-servers", type=float, default=0.0, metavar="SECONDS", help="that they may take to start"

@@ -140,6 +140,24 @@ def test_jsonl_tables_say_the_same(tmp_path):
     assert fitted(tmp_path, csv, name="a")["laws"] == fitted(tmp_path, jsonl, name="b")["laws"]
 
 
+def test_a_column_that_is_nearly_called_right_is_refused_and_others_are_named(tmp_path, capsys):
+    rows = fixed_tokens()
+    text = write_table(tmp_path / "runs.csv", rows).read_text()
+    (tmp_path / "typo.csv").write_text(text.replace("tokens,", "token,", 1))
+    assert "typo.csv:2: a column called 'token'; did you mean 'tokens'?" in refusal(
+        capsys, tmp_path, tmp_path / "typo.csv"
+    )
+    (tmp_path / "bare.csv").write_text(text.partition("\n")[2])
+    assert "parameters is missing" in refusal(capsys, tmp_path, tmp_path / "bare.csv")
+    assert "line 1 of a CSV is its header" in refusal(capsys, tmp_path, tmp_path / "bare.csv")
+    lines = text.splitlines()
+    (tmp_path / "more.csv").write_text(
+        "\n".join([lines[0] + ",remarks", *(line + ",good" for line in lines[1:])]) + "\n"
+    )
+    fitted(tmp_path, tmp_path / "more.csv")
+    assert "more.csv: not used: remarks" in capsys.readouterr().err
+
+
 # --- Which runs make which law ---------------------------------------------------------------------------------------
 
 

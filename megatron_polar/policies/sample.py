@@ -208,6 +208,10 @@ def _compare_settings(path: Path, described: dict, *, remedy: str) -> None:
     try:
         found = orjson.loads(path.read_bytes())
         changed = [name for name, value in described.items() if found.get(name) != value and name != "fingerprint"]
+        drawn_anew = (
+            found["draw"].get("seed") != described["draw"]["seed"]
+        )  # with another seed, other prompts are drawn
+        changed = [name for name in changed if not (drawn_anew and name == "prompts_sha256")]
         options = [
             f"--{name.replace('_', '-')} {found['draw'].get(name)} then, {value} now"
             for name, value in described["draw"].items()

@@ -162,7 +162,8 @@ def _most_data_of_each_size(runs: Sequence[ScalingRun], settings: Settings) -> t
     """Runs with the most data of their size (several where seeds differ), and a remark where sizes differ in it."""
     amounts = [getattr(run, settings.data_unit) for run in runs]
     if None in amounts:
-        return list(runs), [f"{settings.data_unit} of some runs are unknown, so all runs of a size are taken"]
+        which = "some" if any(amount is not None for amount in amounts) else "all"
+        return list(runs), [f"{settings.data_unit} of {which} runs are unknown, so all runs of a size are taken"]
     most: dict[int, float] = {}
     for run, amount in zip(runs, amounts, strict=True):
         size = getattr(run, settings.count)

@@ -90,7 +90,8 @@ def make_ladder(
     plan = make_plan(_without_start(base), cluster=cluster, with_paths=with_paths, lengths=lengths)
     problems = list(plan.paths.problems) if plan.paths else []
     if problems or plan.embedding_rows is None:
-        raise dataclasses.replace(plan, problems=tuple(problems or plan.problems)).refusal("--ladder")
+        refused = dataclasses.replace(plan, problems=tuple(problems or plan.problems))
+        raise refused.refusal("--ladder", where="one CPU rank" if on_cpu else None)
     shapes = _shapes(request.sizes, like=architecture_of(base.model))
     rungs = [
         _rung(base, shape, request=request, budget=budget, seed=seed, plan=plan, on_cpu=on_cpu)

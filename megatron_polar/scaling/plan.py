@@ -97,11 +97,11 @@ class Plan:
             return None
         return int(train.num_epochs * self.num_comparisons / train.global_batch_size)
 
-    def refusal(self, name: str) -> UserError | None:
-        """All problems in one error, a line each; None when there are none."""
+    def refusal(self, name: str, *, where: str | None = None) -> UserError | None:
+        """All problems in one error, a line each; None when there are none. `where`: if not on the cluster."""
         if not self.problems:
             return None
-        heading = f"{name} on {self.cluster.name}: {plural(len(self.problems), 'problem')}"
+        heading = f"{name} on {where or self.cluster.name}: {plural(len(self.problems), 'problem')}"
         return UserError("\n  ".join([heading, *self.problems]))
 
 

@@ -1,12 +1,14 @@
 """Tables of runs, one a line: for studies whose run directories are elsewhere."""
 
 import csv
+import difflib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import orjson
 
+from megatron_polar import log
 from megatron_polar.data.lines import read_lines
 from megatron_polar.errors import UserError, printable
 from megatron_polar.scaling.runs import ScalingRun
@@ -15,18 +17,32 @@ SUFFIXES = (".csv", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 _NUMBERS = ("parameters", "loss", "all_parameters", "comparisons", "tokens", "flops")
 _REQUIRED = ("parameters", "loss")
 _TEXTS = ("name", "held_out", "tokenizer")
+_KNOWN = (*_NUMBERS, "seed", *_TEXTS)
 
 
 def read_table(path: Path) -> list[ScalingRun]:
     """Read a CSV with a header, or JSONL: `parameters` and `loss`, and as far as known `name`, `all_parameters`,
-    `comparisons`, `tokens`, `flops`, `seed`, `held_out`, `tokenizer`; other columns are passed over.
+    `comparisons`, `tokens`, `flops`, `seed`, `held_out`, `tokenizer`; other columns are named and passed over.
 
-    Raises UserError with file:line.
+    Raises UserError with file:line, also for a column that is nearly called like one of these.
     """
-    runs = [_run(row, where=where) for row, where in _rows(path)]
+    rows = list(_rows(path))
+    _check_columns(rows, path=path)
+    runs = [_run(row, where=where) for row, where in rows]
     if not runs:
         raise UserError(f"{path}: no line with a run in it; check the path")
     return runs
+
+
+def _check_columns(rows: Sequence[tuple[dict, str]], *, path: Path) -> None:
+    """One row for each unknown column: a letter too few would lose the data of all runs."""
+    first = {name: where for row, where in reversed(rows) for name in row if name not in _KNOWN}
+    for name, where in first.items():
+        near = difflib.get_close_matches(name.lower(), _KNOWN, n=1, cutoff=0.8)
+        if near:
+            raise UserError(f"{where}: a column called {printable(name, limit=40)!r}; did you mean {near[0]!r}?")
+    if first:
+        log.info(f"{path}: not used: {', '.join(printable(name, limit=40) for name in sorted(first))}")
 
 
 def _rows(path: Path) -> Iterator[tuple[dict, str]]:
@@ -75,8 +91,8 @@ def _run(row: dict, *, where: str) -> ScalingRun:
     values: dict = {name: _number(given[name], name=name, where=where) for name in _NUMBERS if name in given}
     for name in _REQUIRED:
         if name not in values:
-            known = ", ".join((*_NUMBERS, "seed", *_TEXTS))
-            raise UserError(f"{where}: {name} is missing; known columns: {known}")
+            hint = "" if row.keys() & set(_KNOWN) else " (line 1 of a CSV is its header)"
+            raise UserError(f"{where}: {name} is missing; known columns: {', '.join(_KNOWN)}{hint}")
     for name in ("parameters", "all_parameters"):
         if name in values:
             if values[name] != round(values[name]):
