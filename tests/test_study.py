@@ -243,7 +243,11 @@ def test_intervals_are_over_prompts_and_not_over_pairs():
     for found in (once, tenfold, seeds):
         assert found["ci95"][1] - found["ci95"][0] == pytest.approx(2 * half, rel=0.1)
         assert found["mean"] == pytest.approx(right.mean())
-    assert seeds["each_seed"] == [right.mean()] * 3
+    assert seeds["each_seed"] == [right.mean()] * 3 and once["ci95_seeds"] is None
+    low, high = pooled([right, right, 1 - right], [names] * 3)["ci95_seeds"]
+    assert high - low == pytest.approx(
+        2 * 4.3027 * np.std([right.mean()] * 2 + [1 - right.mean()], ddof=1) / 3**0.5, rel=1e-3
+    )
     assert (tenfold["num_prompts"], tenfold["num_pairs"]) == (200, 2000)
 
 
@@ -360,7 +364,7 @@ def test_the_models_left_out_depend_on_their_names_alone():
 def test_seeds_that_differ_by_more_than_their_interval_are_named():
     figures = json.loads((REPOSITORY / "docs/study.json").read_text())
     pretraining = figures["pretraining"]
-    seen = pretraining["settings"][pretraining["main"]["base"]]["seen"]
+    seen = pretraining["settings"][pretraining["claims"]["main"]]["seen"]
     seen |= {"ci95": [0.66, 0.70], "each_seed": [0.69, 0.78, 0.57]}
     shortcomings = study_module("shortcomings").shortcomings
     assert any("further apart (0.690, 0.780, 0.570)" in sentence for sentence in shortcomings(figures))
@@ -392,8 +396,8 @@ def test_a_part_is_reported_as_a_part(finished, tmp_path):
     """What has not been run is not measured, on the page and in the figures; what has been is as it was."""
     done, aside = finished / "done/evaluate", tmp_path / "aside"
     whole = json.loads((finished / "docs/study.json").read_text())
-    lost = ["finetune/gsm8k/neither-seed1/heldout", "pretrain/a-base-k4-d1-seed1/seen"]
-    lost += [f"pretrain/{shape}-base-k2-d1-seed1/real" for shape in "cd"]
+    lost = ["finetune/gsm8k/neither-seed1/heldout", "pretrain/a-base-k4-d0.5-seed1/seen"]
+    lost += [f"pretrain/{shape}-base-k2-d0.5-seed1/real" for shape in "cd"]
     lost += ["pretrain/a-base-k2-d1-seed1/rmb"]
     for name in lost:
         (aside / name).parent.mkdir(parents=True, exist_ok=True)
@@ -409,7 +413,7 @@ def test_a_part_is_reported_as_a_part(finished, tmp_path):
     assert figures["scaling"] is figures["finetune"]["gsm8k"] is figures["zero_shot"]["rmb"] is None
     assert figures["finetune"]["alpaca_eval"] == whole["finetune"]["alpaca_eval"]
     settings = whole["pretraining"]["settings"]
-    gone = {"a/base/4/1.0", "c/base/2/1.0", "d/base/2/1.0"}
+    gone = {"a/base/4/0.5", "c/base/2/0.5", "d/base/2/0.5"}
     assert figures["pretraining"]["settings"] == {key: found for key, found in settings.items() if key not in gone}
     assert not set(figures["commands"]) & {f"evaluate/{name}" for name in lost}
     page = (tmp_path / "docs/study.md").read_text()
@@ -422,23 +426,30 @@ def test_a_part_is_reported_as_a_part(finished, tmp_path):
 
 
 def test_a_claim_holds_only_where_its_interval_says_so():
-    def claims(found, *, law=(0.01, 0.03), gain=(0.01, 0.05)):
-        spans = {name: {"mean": sum(span) / 2, "ci95": list(span)} for name, span in found.items()}
+    def claims(found, *, law=(0.01, 0.03), gain=(0.01, 0.05), seeds=(-0.001, 0.001), over_seeds=(0.01, 0.06)):
+        spans = {}
+        for name, span in found.items():
+            each, mean = [sum(span) / 2 + apart for apart in seeds], sum(span) / 2
+            between = [mean - 0.01, mean + 0.01] if len(seeds) > 1 else None
+            spans[name] = {"mean": mean, "ci95": list(span), "each_seed": each, "ci95_seeds": between}
+            spans[name]["word_overlap"] = 0.61
         settings = {
-            f"m/{start}/{k}/1.0": {"seen": spans[f"{start}{k}"], "unseen": spans[f"{start}{k}"]}
+            f"m/{start}/{k}/1.0": {"seen": spans[f"{start}{k}"], "unseen": spans[f"{start}{k}"], "candidates": k}
             for start, k in (("base", 2), ("random", 2), ("base", 8))
         }
         differences = ("pretrained_reference - reference_only", "reference_only - neither")
-        arms = {"differences": {name: {"mean": 0.03, "ci95": list(gain)} for name in differences}}
+        gained = {"mean": 0.03, "ci95": list(gain), "ci95_seeds": over_seeds and list(over_seeds)}
+        arms = {"differences": dict.fromkeys(differences, gained), "word_overlap": 0.6}
+        arms["pretrained_reference"] = spans["base8"]
         figures = {
             "pretraining": {
                 "settings": settings,
-                "main": {start: f"m/{start}/2/1.0" for start in ("base", "random")},
+                "claims": {name: f"m/{name.replace('main', 'base')}/2/1.0" for name in ("main", "base", "random")},
                 "tables": {"data": [], "candidates": ["m/base/2/1.0", "m/base/8/1.0"]},
             },
             "scaling": {"exponent": 0.02, "ci95": list(law), "r2": 0.9},
             "finetune": {"gsm8k": arms, "alpaca_eval": None},
-            "zero_shot": {"rmb": {"mean": 0.4, "ci95": [0.35, 0.45]}},
+            "zero_shot": {"rmb": {"mean": 0.4, "ci95": [0.35, 0.45], "ci95_seeds": [0.38, 0.42]}},
         }
         return {claim: word for claim, word, _ in study_module("verdicts").verdicts(figures)}
 
@@ -447,21 +458,31 @@ def test_a_claim_holds_only_where_its_interval_says_so():
         "Pre-training learns to match unseen policies on new prompts": "yes",
         "A base model is a better start than random weights (seen policies)": "yes",
         "More comparisons help (seen policies)": "not measured",
-        "More candidates a comparison help (seen policies)": "yes",
+        "More candidates a comparison help (seen policies, 8 against 2)": "yes",
+        "It does so better than counting shared words (seen policies)": "not clear",
         "Held-out loss falls with size": "yes",
+        "GSM8K solutions: better than counting shared words": "yes",
         "GSM8K solutions: pre-training helps": "yes",
         "AlpacaEval preferences: a reference helps": "not measured",
         "Zero-shot on rmb, better than chance": "no, the reverse",
     }
     assert words.items() <= clear.items()
-    assert len(clear) == 12
+    assert len(clear) == 16
     found = {"base2": (0.48, 0.64), "random2": (0.50, 0.70), "base8": (0.30, 0.45)}
-    vague = claims(found, law=(-0.01, 0.03), gain=(-0.05, -0.01))
+    vague = claims(found, law=(-0.01, 0.03), gain=(-0.05, -0.01), over_seeds=(-0.09, -0.01))
     assert vague["Pre-training learns to match seen policies on new prompts"] == "not clear"
     assert vague["A base model is a better start than random weights (seen policies)"] == "not clear"
-    assert vague["More candidates a comparison help (seen policies)"] == "no, the reverse"
+    assert vague["More candidates a comparison help (seen policies, 8 against 2)"] == "no, the reverse"
     assert vague["Held-out loss falls with size"] == "not clear"
     assert vague["GSM8K solutions: a reference helps"] == "no, the reverse"
+    apart = {"base2": (0.60, 0.64), "random2": (0.50, 0.59), "base8": (0.70, 0.75)}
+    some = claims(apart, seeds=(-0.1, 0.1), over_seeds=(-0.2, 0.3))
+    assert some["A base model is a better start than random weights (seen policies)"] == "yes, for these seeds"
+    assert some["GSM8K solutions: pre-training helps"] == "yes, for these seeds"
+    one = claims(apart, seeds=(0.0,), over_seeds=None)
+    assert one["More candidates a comparison help (seen policies, 8 against 2)"] == "yes, for one seed"
+    assert one["Pre-training learns to match seen policies on new prompts"] == "yes, for one seed"
+    assert one["GSM8K solutions: pre-training helps"] == "yes, for one seed"
 
 
 # --- The data, from the publishers' repositories ---------------------------------------------------------------------

@@ -34,11 +34,14 @@ def _start(figures: dict, plt):
     """Held-out accuracy over steps, and at the end over sizes, from base and from random weights."""
     pretrained = figures["pretraining"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 2.8))
+    titles = {"all": "from the base model", "base": "the same, fewer steps", "random": "from random weights"}
+    for name, colour in (("all", BASE_COLOUR), ("base", ARM_COLOURS[1]), ("random", RANDOM_COLOUR)):
+        if name == "base" and pretrained["claims"]["base"] == pretrained["claims"]["main"]:
+            continue
+        for seed, curve in enumerate(pretrained["curves"][name]):
+            label = None if seed else titles[name]
+            left.plot(*zip(*curve, strict=True), color=colour, marker="o", markersize=2, linewidth=1, label=label)
     for start, colour in (("base", BASE_COLOUR), ("random", RANDOM_COLOUR)):
-        for seed, curve in enumerate(pretrained["curves"].get(start, ())):
-            steps, accuracies = zip(*curve, strict=True)
-            label = None if seed else f"from {start} weights"
-            left.plot(steps, accuracies, color=colour, marker="o", markersize=2, linewidth=1, label=label)
         groups = [pretrained["settings"][key] for key in pretrained["tables"]["start"] if f"/{start}/" in key]
         for name, style in (("seen", "-"), ("unseen", "--")):
             _errors(

@@ -19,7 +19,7 @@ from megatron_polar.score.suites import load_suite
 REPLICATES = 4000
 LEVEL = 0.95
 PAPER_LAW = {"coefficient": 0.9, "exponent": 0.0425, "r2": 0.9886}
-"""L(N) = 0.9 N^-0.0425, N all parameters, five sizes of 50M to 1B (arXiv 2507.05197, section 4.4)."""
+"""L(N) = 0.9 N^-0.0425, five sizes of 50M to 1B (arXiv 2507.05197, section 4.4)."""
 RFT = "rft"
 """Below the study's directory: what the study of reinforcement fine-tuning (rft.py --output RUN/rft) has written."""
 MIN_SIZES = 3
@@ -55,7 +55,10 @@ def _prompts(suite: str, data: Path, limit: int | None) -> dict[str, str]:
 
 
 def pooled(values: Sequence[np.ndarray], prompts: Sequence[Sequence[str]], *, seed: int = 0) -> dict:
-    """Mean of all values and its 95 % interval by a bootstrap over prompts; one entry of both lists for each seed."""
+    """Mean of all values and its 95 % interval by a bootstrap over prompts; one entry of both lists for each seed.
+
+    `ci95_seeds`: the interval of the mean over seeds (Student's t), what other seeds would change; None for one.
+    """
     names = sorted({prompt for found in prompts for prompt in found})
     place = {name: index for index, name in enumerate(names)}
     sums, counts = np.zeros(len(names)), np.zeros(len(names))
@@ -71,9 +74,18 @@ def pooled(values: Sequence[np.ndarray], prompts: Sequence[Sequence[str]], *, se
         "mean": mean,
         "ci95": [float(low), float(high)],
         "each_seed": each,
+        "ci95_seeds": (span := over_seeds(each)) and [max(0.0, span[0]), min(1.0, span[1])],
         "num_prompts": len(names),
         "num_pairs": int(counts.sum()),
     }
+
+
+def over_seeds(each: Sequence[float]) -> list[float] | None:
+    """95 % interval of the mean of what seeds have each, by Student's t; None for one seed."""
+    if len(each) < 2:
+        return None
+    half = float(stats.t.ppf((1 + LEVEL) / 2, len(each) - 1) * np.std(each, ddof=1)) / len(each) ** 0.5
+    return [float(np.mean(each)) - half, float(np.mean(each)) + half]
 
 
 def bt_loss(scored: Scored) -> float:
@@ -106,6 +118,7 @@ def pretrain_group(study: Study, runs: Sequence[PretrainRun]) -> dict:
         parts = [_pretrain_scored(study, run, name) for run in runs]
         found[name] = pooled([part.scores for part in parts], [part.prompts for part in parts])
         found[name]["losses"] = [bt_loss(part) for part in parts]
+        found[name]["loss"] = float(np.mean(found[name]["losses"]))
         summary = _summary(study.run / "evaluate/pretrain" / first.name / name)
         found[name] |= {"word_overlap": summary["word_overlap_accuracy"], "longer": summary["length_only_accuracy"]}
         found[name]["categories"] = {
@@ -144,25 +157,22 @@ def pretraining(study: Study) -> dict:
     for run in filter(partial(is_measured, study), study.pretrain_runs):
         groups.setdefault(run.setting, []).append(run)
     figures = {setting: pretrain_group(study, runs) for setting, runs in groups.items()}
-    size, main = study.size, study.size.main_shape
-    whole = {
-        (shape, start): PretrainRun(shape, start, size.main_candidates, 1.0, 1)
-        for shape in size.shapes
-        for start in (BASE, RANDOM)
-    }
+    size, main, many, half = study.size, study.size.main_shape, study.size.main_candidates, study.size.sweep_share
+    whole = PretrainRun(main, BASE, many, 1.0, 1).setting
+    starts = {start: PretrainRun(main, start, many, half, 1).setting for start in (BASE, RANDOM)}
     tables = {
-        "start": [run.setting for run in whole.values()],
-        "candidates": [PretrainRun(main, BASE, k, 1.0, 1).setting for k in size.candidates],
-        "data": [PretrainRun(main, BASE, size.main_candidates, share, 1).setting for share in (*size.data_shares, 1.0)],
+        "main": [whole],
+        "start": [PretrainRun(s, start, many, half, 1).setting for s in size.shapes for start in starts],
+        "candidates": [PretrainRun(main, BASE, k, half, 1).setting for k in size.candidates],
+        "data": [PretrainRun(main, BASE, many, share, 1).setting for share in (*size.data_shares, 1.0)],
     }
     tables = {name: [key for key in keys if key in figures] for name, keys in tables.items()}
-    mains = {start: whole[main, start] for start in (BASE, RANDOM) if whole[main, start].setting in figures}
     curves = {
-        start: [learning_curve(study.run / "pretrain" / run.name) for run in groups[main_run.setting]]
-        for start, main_run in mains.items()
+        name: [learning_curve(study.run / "pretrain" / run.name) for run in groups.get(setting, ())]
+        for name, setting in {"all": whole, **starts}.items()
     }
-    claims = {start: run.setting for start, run in mains.items()}
-    return {"settings": figures, "tables": tables, "main": claims, "curves": curves}
+    claims = {"main": whole, **starts}
+    return {"settings": figures, "tables": tables, "claims": claims, "curves": curves}
 
 
 def learning_curve(run: Path) -> list[tuple[int, float]]:
@@ -172,12 +182,12 @@ def learning_curve(run: Path) -> list[tuple[int, float]]:
 
 
 def scaling(study: Study, settings: dict) -> dict | None:
-    """The power law over sizes, base-initialised, main K, all data: held-out loss of seen policies on unseen prompts.
+    """The power law over sizes, from base models, main K, a sweep's steps: loss of seen policies on unseen prompts.
 
     None where too few sizes are measured for a line to say anything.
     """
-    many = study.size.main_candidates
-    keys = [PretrainRun(shape, BASE, many, 1.0, 1).setting for shape in study.size.shapes]
+    many, half = study.size.main_candidates, study.size.sweep_share
+    keys = [PretrainRun(shape, BASE, many, half, 1).setting for shape in study.size.shapes]
     groups = [settings[key] for key in keys if key in settings]
     if len(groups) < MIN_SIZES:
         return None
@@ -188,7 +198,7 @@ def scaling(study: Study, settings: dict) -> dict | None:
         found[convention] = fit_power_law(sizes, losses) | {"sizes": sizes}
     return found["all"] | {
         "losses": losses,
-        "convention": "N counts all parameters of the reward model, its embedding included, as in the paper",
+        "convention": "N counts all parameters of the reward model, its embedding included; the paper does not say",
         "without_embedding": found["without_embedding"],
         "paper": PAPER_LAW,
     }
@@ -249,7 +259,8 @@ def difference(first: Sequence[Scored], second: Sequence[Scored]) -> dict:
     """Accuracy of one arm less that of another on the same pairs and seeds, with its interval over prompts."""
     values = [a.scores - b.scores for a, b in zip(first, second, strict=True)]
     found = pooled(values, [one.prompts for one in first])
-    return {"mean": found["mean"], "ci95": found["ci95"]}
+    each = found["each_seed"]
+    return {"mean": found["mean"], "ci95": found["ci95"], "each_seed": each, "ci95_seeds": over_seeds(each)}
 
 
 def zero_shot(study: Study) -> dict:
@@ -262,7 +273,7 @@ def zero_shot(study: Study) -> dict:
     }
     figures = {}
     for what, (suite, data, limit) in sets.items():
-        names = [study.pretrained(seed) for seed in range(1, study.size.base_seeds[study.size.main_shape] + 1)]
+        names = [study.pretrained(seed) for seed in range(1, study.size.main_seeds + 1)]
         names = [name for name in names if study.has(f"evaluate/pretrain/{name}/{what}")]
         if not names:
             figures[what] = None

@@ -57,15 +57,19 @@ def _head(figures: dict) -> Iterator[str]:
         effect is there.""")
     yield _paragraph("""Accuracies are shares of right pairs on held-out data; 0.5 is chance. Brackets are 95 %
         intervals of a bootstrap over prompts (or problems), pooled over seeds: they say what other prompts would
-        change, not what other seeds would.""")
+        change. Intervals over seeds (Student's t) say what other trainings would.""")
+    yield _paragraph("""Knobs were chosen by looking at these held-out sets, at runs of fewer steps with some of the
+        same seeds ([log.md](log.md)). No set was kept aside for the end.""")
     if not figures["complete"]:
         yield "**This is a report on a part of the study**: the rest had not been run when it was written."
 
 
 def _verdicts(figures: dict) -> Iterator[str]:
     yield "## In short"
-    yield _paragraph("""A claim holds where its interval lies on the right side altogether; for two settings, where
-        their intervals do not overlap.""")
+    yield _paragraph("""A claim holds where its interval over prompts lies on the right side altogether, and that over
+        seeds does so, too; for two settings, where their intervals over prompts do not overlap and that of the
+        difference over seeds (Welch) lies on the right side. "For these seeds" says that prompts bear it out and seeds
+        do not, "for one seed" that there was one.""")
     yield _table(("claim", "holds here", "figures"), list(verdicts(figures)))
 
 
@@ -127,14 +131,23 @@ def _base(figures: dict) -> Iterator[str]:
 
 def _start(figures: dict) -> Iterator[str]:
     pretrained = figures["pretraining"]
-    yield "## Pre-training: from a base model and from random weights"
+    yield "## Pre-training"
     if not pretrained["settings"]:
         yield NOT_MEASURED
         return
     size = figures["settings"]
     yield _paragraph(f"""{size["num_steps"]} steps of {size["global_batch_size"]} comparisons with K =
-        {size["main_candidates"]} candidates each: one of the reference's policy, the others of other policies.""")
+        {size["main_candidates"]} candidates each: one of the reference's policy, the others of other policies. The main
+        size, from its base model; fine-tuning begins from these runs:""")
+    yield _settings_table(pretrained, "main", lambda g: f"{g['shape']}, {g['start']}", "size, start")
+    main = pretrained["settings"].get(pretrained["claims"]["main"])
+    if main:
+        told = "; ".join(f"{name}: {', '.join(f'{one:.3f}' for one in main[name]['each_seed'])}" for name in SETS)
+        yield _paragraph(f"Each seed, {told}.")
     yield "![accuracy over steps and sizes](study/start.svg)"
+    if size["sweep_share"] < 1:
+        yield _paragraph(f"""Sizes, the start from random weights and K are compared after {size["sweep_share"]:g} of
+            the steps, each time with a whole schedule.""")
     yield _settings_table(pretrained, "start", lambda g: f"{g['shape']}, {g['start']}", "size, start")
     some = next(iter(pretrained["settings"].values()))
     rows = [[SETS[name], f"{some[name]['word_overlap']:.3f}", f"{some[name]['longer']:.3f}"] for name in SETS]
@@ -150,7 +163,7 @@ def _settings_table(pretrained: dict, table: str, name, title: str) -> str:
         group = pretrained["settings"][key]
         row = [name(group), f"{group['parameters']['all']:,}", f"{group['comparisons']:,}", str(len(group["seeds"]))]
         row += [interval(group[one]) for one in SETS]
-        rows.append([*row, f"{sum(group['seen']['losses']) / len(group['seen']['losses']):.4f}"])
+        rows.append([*row, f"{group['seen']['loss']:.4f}"])
     head = (title, "parameters", "comparisons", "seeds", *SETS.values(), "loss, seen policies")
     return _table(head, rows, numbers=(1, 2, 3, 7))
 
@@ -162,8 +175,8 @@ def _ablations(figures: dict) -> Iterator[str]:
         yield NOT_MEASURED
         return
     yield "![accuracy over K and data](study/ablations.svg)"
-    yield _paragraph("""The same number of comparisons, from the base model of the main size. One with K candidates has
-        K-1 pairs, and costs more.""")
+    yield _paragraph("""From the base model of the main size. Of K the same number of comparisons: one with K candidates
+        has K-1 pairs, and costs more.""")
     yield _settings_table(pretrained, "candidates", lambda g: str(g["candidates"]), "K")
     yield "Fewer steps over the same prompts, each with a whole schedule of its own:"
     yield _settings_table(pretrained, "data", lambda g: f"{g['share']:g}", "share of the steps")
@@ -177,7 +190,7 @@ def _scaling(figures: dict) -> Iterator[str]:
     found, paper, bare = figures["scaling"], figures["scaling"]["paper"], figures["scaling"]["without_embedding"]
     low, high = found["ci95"]
     yield "![loss over parameters](study/scaling.svg)"
-    yield _paragraph(f"""L(N) = {found["coefficient"]:.3f} N^-{found["exponent"]:.4f}: exponent {found["exponent"]:.4f}
+    yield _paragraph(f"""L(N) = {found["coefficient"]:.3f} N^{-found["exponent"]:+.4f}: exponent {found["exponent"]:.4f}
         (95 % {low:.4f} to {high:.4f}, Student's t over the means of the sizes, whose seeds share a base model), R²
         {found["r2"]:.3f}, {found["num_runs"]} runs of {len(found["sizes"])} sizes. The paper's: {paper["coefficient"]}
         N^-{paper["exponent"]}, R² {paper["r2"]}, five sizes of 50M to 1B.""")
@@ -194,8 +207,9 @@ def _finetune(figures: dict) -> Iterator[str]:
     yield "## Fine-tuning"
     if all(figures["finetune"].values()):
         yield "![accuracy of the arms](study/finetune.svg)"
-    yield _paragraph(f"""{settings["finetune_seeds"]} seeds. On GSM8K every seed holds out another of
-        {settings["gsm8k_folds"]} folds of the problems, so that all of them are judged by models that did not see them;
+    yield _paragraph(f"""{settings["finetune_seeds"]} seeds. On GSM8K they hold out the
+        {settings["gsm8k_folds"]} folds of the problems in turn, so that all of them are judged by models that did not
+        see them;
         of solutions there are the endings alone, without the calculator's annotations.
         On AlpacaEval the better answer mostly is the longer one; answers are cut, which hides a part of that.""")
     for task, found in figures["finetune"].items():
@@ -210,20 +224,26 @@ def _finetune(figures: dict) -> Iterator[str]:
         rows.append(["more words shared with the reference", f"{found['word_overlap']:.3f}", "", "", ""])
         rows.append(["the longer one", f"{found['longer']:.3f}", "", "", ""])
         yield _table((TASK_TITLES[task], "accuracy", "each seed", "prompts", "pairs"), rows, numbers=(3, 4))
-        told = [f"{name.replace('_', ' ')} {interval(one, sign=True)}" for name, one in found["differences"].items()]
+        told = [
+            f"{name.replace('_', ' ')} {interval(one, sign=True)}"
+            + (f", each seed {', '.join(f'{each:+.3f}' for each in one['each_seed'])}")
+            for name, one in found["differences"].items()
+        ]
         yield _paragraph(f"On the same pairs: {'; '.join(told)}.")
 
 
 def _zero_shot(figures: dict) -> Iterator[str]:
     yield "## Zero-shot: the pre-trained model as it is"
-    rows = [
-        [name, interval(found), f"{found['word_overlap']:.3f}", f"{found['longer']:.3f}", f"{found['num_prompts']:,}"]
-        for name, found in figures["zero_shot"].items()
-        if found is not None
-    ]
-    rows += [[name, "not measured", "", "", ""] for name, found in figures["zero_shot"].items() if found is None]
-    head = ("set", "accuracy", "more words shared", "the longer one", "prompts")
-    yield _table(head, rows, numbers=(2, 3, 4))
+    rows = []
+    for name, found in figures["zero_shot"].items():
+        if found is None:
+            rows.append([name, "not measured", "", "", "", ""])
+            continue
+        each = ", ".join(f"{one:.3f}" for one in found["each_seed"])
+        learnt_nothing = [f"{found[baseline]:.3f}" for baseline in ("word_overlap", "longer")]
+        rows.append([name, interval(found), each, *learnt_nothing, f"{found['num_prompts']:,}"])
+    head = ("set", "accuracy", "each seed", "more words shared", "the longer one", "prompts")
+    yield _table(head, rows, numbers=(3, 4, 5))
     yield f"Answers are cut to {figures['settings']['max_response_length']} tokens, as in pre-training."
 
 
@@ -236,7 +256,11 @@ def _failures(figures: dict) -> Iterator[str]:
 def _repeat(figures: dict) -> Iterator[str]:
     digest = hashlib.sha256("".join(f"{k} {v}\n" for k, v in figures["data"].items()).encode()).hexdigest()
     yield "## Again"
-    told = ("make study DATA=folder          # hours", "make study SIZE=smoke           # minutes, on text of its own")
+    told = (
+        "make study-rft                  # first: the part on reinforcement fine-tuning, an hour or two",
+        "make study DATA=folder          # hours",
+        "make study SIZE=smoke           # minutes, on text of its own",
+    )
     yield "\n".join(["```", *told, "```"])
     yield _paragraph("""`examples/study/prepare_data.py --help` says how clones of three public repositories become
         that folder. It divides AlpacaEval's prompts anew, so that figures differ from these by that, too. The command

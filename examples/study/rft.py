@@ -174,13 +174,14 @@ def cpu_seconds(directory: Path) -> dict[str, float]:
 # --- Figures ---------------------------------------------------------------------------------------------------------
 
 
-def interval(values: Sequence[float]) -> dict:
-    """Mean and 95 % interval of the mean over runs (Student's t); no interval for one run."""
+def interval(values: Sequence[float], *, is_share: bool = False) -> dict:
+    """Mean and 95 % interval of the mean over runs (Student's t), a share's cut at 0 and 1; no interval for one run."""
     mean = fmean(values)
     if len(values) < 2:
         return {"mean": mean, "ci95": None, "runs": list(values)}
     half = float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
-    return {"mean": mean, "ci95": [mean - half, mean + half], "runs": list(values)}
+    low, high = (max(0.0, mean - half), min(1.0, mean + half)) if is_share else (mean - half, mean + half)
+    return {"mean": mean, "ci95": [low, high], "runs": list(values)}
 
 
 def summarise(runs: Sequence[dict]) -> dict:
@@ -195,12 +196,18 @@ def summarise(runs: Sequence[dict]) -> dict:
         }
     figures = ("first_reward", "last_reward", "first_length", "last_length", "first_equal", "last_equal")
     return {
-        "accuracy": {p: {kind: interval(values) for kind, values in of.items()} for p, of in judged.items()},
+        "accuracy": {
+            policy: {kind: interval(values, is_share=kind != "sampled_characters") for kind, values in of.items()}
+            for policy, of in judged.items()
+        },
         "differences": differences,
         "reward_models": {
-            model: interval([run["reward_models"][model]["accuracy"] for run in runs]) for model in REWARD_MODELS
+            model: interval([run["reward_models"][model]["accuracy"] for run in runs], is_share=True)
+            for model in REWARD_MODELS
         },
-        "word_overlap": interval([run["reward_models"]["pretrained"]["word_overlap_accuracy"] for run in runs]),
+        "word_overlap": interval(
+            [run["reward_models"]["pretrained"]["word_overlap_accuracy"] for run in runs], is_share=True
+        ),
         "grpo": {
             model: {name: interval([run[f"grpo-{model}"][name] for run in runs]) for name in figures}
             for model in REWARDS

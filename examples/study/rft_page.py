@@ -66,8 +66,9 @@ def _task(found: dict) -> Iterator[str]:
     exact, habits = found["shared"]["fit_policies"]["exact"], settings["mixture"]
     told = ", ".join(f"`{habit}` {share:.2f}" for habit, share in habits.items())
     yield _paragraph(f"""The task is arithmetic in words: a number of 10 to {settings["largest"]} and two changes of 2
-        to 9. How well the base model ({found["shared"]["fit_base"]["parameters"]:,} parameters) knows its sums: a fit
-        of it on right answers has {exact["greedy"]:.3f} of {exact["problems"]} held-out problems, greedy. The policy to
+        to 9. The base model is this section's own ({settings["shape"]["num_layers"]} layers,
+        {found["shared"]["fit_base"]["parameters"]:,} parameters). How well it knows its sums: a fit of it on right
+        answers has {exact["greedy"]:.3f} of {exact["problems"]} held-out problems, greedy. The policy to
         be improved is a fit of it on a mixture of habits, drawn anew for every answer ({told}). TRL's GRPO
         ({grpo["steps"]} steps of {grpo["batch"]} answers, {grpo["generations"]} to a problem, no KL term) is to lead it
         to the right habit, on rewards of `megatron-polar serve`, or of the rule behind the same address. References are
@@ -76,8 +77,9 @@ def _task(found: dict) -> Iterator[str]:
     yield _paragraph(f"""Reward models have the policy's shape. All begin as one base language model, which read
         documents in which an author answers a problem twice in one habit, half of the authors in the right one, the
         others in those of the pool. Pre-training is on
-        {sampled["train"]["trajectories"]:,} trajectories of {len(sampled["policies"])} policies, each with a habit;
-        the mixture has habits that are not among theirs ({_names(found)}). Fine-tuning is on some {labels["rankings"]}
+        {sampled["train"]["trajectories"]:,} trajectories of {len(sampled["policies"])} policies, each with a habit or
+        a fit that was not finished; the mixture has habits that are not among theirs ({_names(found)}). Fine-tuning is
+        on some {labels["rankings"]}
         rankings of answers of the policy to be improved, two in {settings["answers_per_label"] + 2} drawn at
         temperature 1.5, so that malformed ones are among them.""")
 

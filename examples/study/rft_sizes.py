@@ -123,7 +123,7 @@ SIZES = {
         grpo=Grpo(steps=60, batch=64, generations=8, lr=2e-4),
         sft=Fit(steps=60, batch=64, lr=2e-4),
         draws_per_test=2,
-        runs=3,
+        runs=6,
         device="cpu",
     ),
     "gpu": Size(

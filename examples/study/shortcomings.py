@@ -25,29 +25,29 @@ def shortcomings(figures: dict) -> Iterator[str]:
 
 
 def _pretraining(figures: dict) -> Iterator[str]:
-    settings, main = figures["pretraining"]["settings"], figures["pretraining"]["main"]
-    base, random = (settings.get(main.get(start)) for start in ("base", "random"))
-    if base is None:
+    settings, claims = figures["pretraining"]["settings"], figures["pretraining"]["claims"]
+    main, base, random = (settings.get(claims[name]) for name in ("main", "base", "random"))
+    if main is None:
         return
-    each, (low, high) = base["seen"]["each_seed"], base["seen"]["ci95"]
+    each, (low, high) = main["seen"]["each_seed"], main["seen"]["ci95"]
     if max(each) - min(each) > high - low:
         shown = ", ".join(f"{one:.3f}" for one in each)
         yield f"Seen policies: the main size's seeds are further apart ({shown}) than the interval over prompts says."
     for name in ("seen", "unseen"):
-        if random and base[name]["ci95"][0] <= random[name]["ci95"][1]:
+        if base and random and base[name]["ci95"][0] <= random[name]["ci95"][1]:
             both = f"{interval(base[name])} against {interval(random[name])}"
             yield f"{name.capitalize()} policies: a base model is no clearly better start than random weights ({both})."
     for name in ("seen", "unseen", "real"):
-        found = base[name]
+        found = main[name]
         if found["ci95"][0] <= found["word_overlap"]:
             verdict = "does not clearly beat" if found["ci95"][1] >= found["word_overlap"] else "is clearly worse than"
             both = f"{interval(found)} against {found['word_overlap']:.3f}"
             yield f"Set `{name}`: the pre-trained main size {verdict} counting shared words ({both})."
     for name in ("seen", "unseen", "real"):
-        if base[name]["ci95"][0] <= 0.5:
-            yield f"Set `{name}`: the pre-trained main size is not clearly above chance ({interval(base[name])})."
-    keys = figures["pretraining"]["tables"]["candidates"]
-    first, last = settings[keys[0]], settings[keys[-1]]
+        if main[name]["ci95"][0] <= 0.5:
+            yield f"Set `{name}`: the pre-trained main size is not clearly above chance ({interval(main[name])})."
+    found = [settings[key] for key in figures["pretraining"]["tables"]["candidates"]]
+    first, last = (found[0], found[-1]) if found else (None, None)
     if first is not last and last["seen"]["ci95"][0] <= first["seen"]["ci95"][1]:
         both = f"{interval(last['seen'])} against {interval(first['seen'])}"
         yield f"K={last['candidates']} is not clearly better than K={first['candidates']} on seen policies ({both})."
@@ -69,7 +69,12 @@ def _scaling(found: dict) -> Iterator[str]:
 def _finetuning(title: str, found: dict) -> Iterator[str]:
     for name, one in found["differences"].items():
         if one["ci95"][0] <= 0:
-            yield f"{title}: {name.replace('_', ' ')} is {interval(one, sign=True)}, no clear gain."
+            verdict = "clearly worse" if one["ci95"][1] < 0 else "no clear gain"
+            yield f"{title}: {name.replace('_', ' ')} is {interval(one, sign=True)}, {verdict}."
+        elif one["ci95_seeds"] and one["ci95_seeds"][0] <= 0:
+            low, high = one["ci95_seeds"]
+            gain = f"{title}: {name.replace('_', ' ')} gains {interval(one, sign=True)}"
+            yield f"{gain}, but over seeds {low:+.3f} to {high:+.3f}: another training may not."
     own = found["pretrained_reference"]
     for baseline, words in (("word_overlap", "counting shared words"), ("longer", "taking the longer answer")):
         if own["mean"] < found[baseline]:

@@ -60,6 +60,10 @@ class Size:
     max_tokens_per_micro_batch: int
     precision: str
     validation_comparisons: int
+    main_seeds: int
+    """Runs of the main shape from its base model with all steps: what fine-tuning begins from."""
+    sweep_share: float
+    """Of the steps: after so many, sizes, K and the start from random weights are compared."""
     base_seeds: dict[str, int]
     random_seeds: dict[str, int]
     main_candidates: int
@@ -111,20 +115,22 @@ CPU = Size(
     base_context=384,
     base_batch_tokens=1024,
     base_lr=4.0e-3,
-    num_steps=600,
+    num_steps=1200,
     global_batch_size=32,
     max_sequence_length=512,
     max_response_length=128,
     max_tokens_per_micro_batch=4096,
     precision="fp32",
     validation_comparisons=192,
-    base_seeds={"s": 3, "xxs": 2, "xs": 2, "m": 1},
+    main_seeds=5,
+    sweep_share=0.5,
+    base_seeds={"xxs": 2, "xs": 2, "s": 3, "m": 1},
     random_seeds={"s": 2},
     main_candidates=4,
     candidates=(2, 4, 8),
-    data_shares=(0.25, 0.5),
+    data_shares=(0.125, 0.25, 0.5),
     ablation_seeds=1,
-    finetune_seeds=3,
+    finetune_seeds=5,
     gsm8k_folds=3,
     gsm8k_pairs=4,
     gsm8k=FineTuning(lr=1.0e-3, num_epochs=2.0, max_response_length=128, max_sequence_length=512),
@@ -170,6 +176,8 @@ GPU = Size(
     max_tokens_per_micro_batch=32768,
     precision="bf16",
     validation_comparisons=512,
+    main_seeds=6,
+    sweep_share=1.0,
     base_seeds={"xs": 3, "s": 3, "m": 3, "l": 3, "xl": 3},
     random_seeds={"xs": 1, "s": 1, "m": 1, "l": 3, "xl": 1},
     main_candidates=4,
@@ -221,6 +229,8 @@ SMOKE = Size(
     max_tokens_per_micro_batch=2048,
     precision="fp32",
     validation_comparisons=4,
+    main_seeds=1,
+    sweep_share=0.5,
     base_seeds={"a": 1, "b": 1, "c": 1, "d": 1},
     random_seeds={"a": 1},
     main_candidates=2,

@@ -89,13 +89,14 @@ class Study:
 
     @cached_property
     def pretrain_runs(self) -> list[PretrainRun]:
-        """The runs without repetition: scaling, random start, data, K."""
-        size, main, many = self.size, self.size.main_shape, self.size.main_candidates
-        runs = [PretrainRun(s, BASE, many, 1.0, seed) for s, n in size.base_seeds.items() for seed in _seeds(n)]
-        runs += [PretrainRun(s, RANDOM, many, 1.0, seed) for s, n in size.random_seeds.items() for seed in _seeds(n)]
+        """The runs without repetition: the main one, scaling, random start, data, K."""
+        size, main, many, share = self.size, self.size.main_shape, self.size.main_candidates, self.size.sweep_share
+        runs = [PretrainRun(main, BASE, many, 1.0, seed) for seed in _seeds(size.main_seeds)]
+        for start, shapes in ((BASE, size.base_seeds), (RANDOM, size.random_seeds)):
+            runs += [PretrainRun(s, start, many, share, seed) for s, n in shapes.items() for seed in _seeds(n)]
         ablation = _seeds(size.ablation_seeds)
-        runs += [PretrainRun(main, BASE, many, share, seed) for share in size.data_shares for seed in ablation]
-        runs += [PretrainRun(main, BASE, k, 1.0, seed) for k in size.candidates for seed in ablation]
+        runs += [PretrainRun(main, BASE, many, part, seed) for part in size.data_shares for seed in ablation]
+        runs += [PretrainRun(main, BASE, k, share, seed) for k in size.candidates for seed in ablation]
         return list(dict.fromkeys(runs))
 
     @cached_property
@@ -107,7 +108,7 @@ class Study:
     def pretrained(self, seed: int) -> str:
         """The pre-trained run that fine-tuning with this seed starts from."""
         size, main = self.size, self.size.main_shape
-        return PretrainRun(main, BASE, size.main_candidates, 1.0, (seed - 1) % size.base_seeds[main] + 1).name
+        return PretrainRun(main, BASE, size.main_candidates, 1.0, (seed - 1) % size.main_seeds + 1).name
 
     def fold(self, seed: int) -> int:
         """The fold of GSM8K that fine-tuning with this seed holds out."""
@@ -279,7 +280,7 @@ class Study:
                     source = folder / task / scheme / f"{name}.jsonl"
                     where = f"datasets/{task}-{scheme}-{name}"
                     yield self._preprocess(where, source, "inputs", stage="finetune", cut=settings.max_response_length)
-        for seed in _seeds(size.base_seeds[size.main_shape]):  # what pre-training alone knows
+        for seed in _seeds(size.main_seeds):  # what pre-training alone knows
             name, zero_shot = self.pretrained(seed), folder / "alpaca_eval/reference/heldout.jsonl"
             sets = {"rmb": ("rmb", self.data / "rmb/RMB_dataset", size.rmb_limit)}
             sets["gsm8k"] = ("preferences", folder / "gsm8k/reference/all.jsonl", None)

@@ -1,27 +1,41 @@
-"""The study in a table: every claim, whether the figures bear it out, and the figures. Intervals decide alone."""
+"""The study in a table: every claim, whether the figures bear it out, and the figures. Intervals decide alone.
+
+Two of them: over prompts, and over seeds. A claim that the first bears out and the second does not holds for the models
+that were trained, and another training may say otherwise.
+"""
 
 from collections.abc import Iterator
 
+from scipy import stats
 from shortcomings import TASK_TITLES, interval
 
 Verdict = tuple[str, str, str]
-"""A claim, one of the four words below, and the figures."""
+"""A claim, one of the four words below, perhaps with one of the two restrictions, and the figures."""
 HOLDS, UNCLEAR, REFUTED, NOT_MEASURED = "yes", "not clear", "no, the reverse", "not measured"
+THESE_SEEDS, ONE_SEED = ", for these seeds", ", for one seed"
 
 
 def verdicts(figures: dict) -> Iterator[Verdict]:
     """All claims in the order of the page."""
     settings, tables = figures["pretraining"]["settings"], figures["pretraining"]["tables"]
-    main = figures["pretraining"]["main"]
-    base, random = (settings.get(main.get(start)) for start in ("base", "random"))
+    claims = figures["pretraining"]["claims"]
+    main, base, random = (settings.get(claims[name]) for name in ("main", "base", "random"))
     for name in ("seen", "unseen"):
-        yield _above_chance(f"Pre-training learns to match {name} policies on new prompts", base and base[name])
+        yield _above_chance(f"Pre-training learns to match {name} policies on new prompts", main and main[name])
+    for name in ("seen", "unseen"):
+        claim = f"It does so better than counting shared words ({name} policies)"
+        yield _above(claim, main and main[name], main and main[name]["word_overlap"])
     for name in ("seen", "unseen"):
         claim = f"A base model is a better start than random weights ({name} policies)"
         yield _apart(claim, base and base[name], random and random[name])
-    for table, claim in (("data", "More comparisons help"), ("candidates", "More candidates a comparison help")):
-        groups = [settings[key]["seen"] for key in tables[table]]
-        yield _apart(f"{claim} (seen policies)", *((groups[-1], groups[0]) if len(groups) > 1 else (None, None)))
+    for table, claim, key in (
+        ("data", "More comparisons help", "comparisons"),
+        ("candidates", "More candidates a comparison help", "candidates"),
+    ):
+        groups = [settings[setting] for setting in tables[table]]
+        few, many = (groups[0], groups[-1]) if len(groups) > 1 else (None, None)
+        told = f", {many[key]:,} against {few[key]:,}" if many else ""
+        yield _apart(f"{claim} (seen policies{told})", many and many["seen"], few and few["seen"])
     yield _law(figures["scaling"])
     for task, found in figures["finetune"].items():
         for pair, words in (
@@ -29,28 +43,60 @@ def verdicts(figures: dict) -> Iterator[Verdict]:
             ("reference_only - neither", "a reference helps"),
         ):
             yield _difference(f"{TASK_TITLES[task]}: {words}", found and found["differences"][pair])
+        best = found and found["pretrained_reference"]
+        yield _above(f"{TASK_TITLES[task]}: better than counting shared words", best, found and found["word_overlap"])
     for name, found in figures["zero_shot"].items():
         yield _above_chance(f"Zero-shot on {name}, better than chance", found)
 
 
 def _above_chance(claim: str, found: dict | None) -> Verdict:
+    return _above(claim, found, 0.5)
+
+
+def _above(claim: str, found: dict | None, line: float | None) -> Verdict:
+    """An accuracy against a line: chance, or what a baseline has on the same pairs."""
     if not found:
         return claim, NOT_MEASURED, ""
-    return claim, _word(found["ci95"], 0.5), interval(found)
+    word = _restricted(_word(found["ci95"], line), found["ci95_seeds"], line)
+    return claim, word, _told(found) + (f"; it has {line:.3f}" if line != 0.5 else "")
 
 
 def _apart(claim: str, better: dict | None, worse: dict | None) -> Verdict:
-    """By intervals that do not overlap, which asks for more than a difference that is not zero."""
+    """By intervals that do not overlap, which asks for more than a difference that is not zero; seeds by Welch's t."""
     if not better or not worse:
         return claim, NOT_MEASURED, ""
     told = f"{interval(better)} against {interval(worse)}"
-    if better["ci95"][0] > worse["ci95"][1]:
-        return claim, HOLDS, told
-    return claim, REFUTED if better["ci95"][1] < worse["ci95"][0] else UNCLEAR, told
+    word = HOLDS if better["ci95"][0] > worse["ci95"][1] else UNCLEAR
+    word = REFUTED if better["ci95"][1] < worse["ci95"][0] else word
+    span = None
+    if min(len(better["each_seed"]), len(worse["each_seed"])) > 1:
+        test = stats.ttest_ind(better["each_seed"], worse["each_seed"], equal_var=False)
+        span = list(map(float, test.confidence_interval(0.95)))
+        told += f"; difference over seeds {span[0]:+.3f} to {span[1]:+.3f}"
+    return claim, _restricted(word, span, 0), told
 
 
 def _difference(claim: str, found: dict | None) -> Verdict:
-    return (claim, _word(found["ci95"], 0), interval(found, sign=True)) if found else (claim, NOT_MEASURED, "")
+    if not found:
+        return claim, NOT_MEASURED, ""
+    return claim, _restricted(_word(found["ci95"], 0), found["ci95_seeds"], 0), _told(found, sign=True)
+
+
+def _restricted(word: str, over_seeds: list[float] | None, line: float) -> str:
+    """A word that intervals over prompts have given, as far as seeds bear it out."""
+    if word == UNCLEAR:
+        return word
+    if over_seeds is None:
+        return word + ONE_SEED
+    return word if _word(over_seeds, line) == word else word + THESE_SEEDS
+
+
+def _told(found: dict, *, sign: bool = False) -> str:
+    if found["ci95_seeds"] is None:
+        return interval(found, sign=sign)
+    low, high = found["ci95_seeds"]
+    form = "+.3f" if sign else ".3f"
+    return f"{interval(found, sign=sign)}; over seeds {low:{form}} to {high:{form}}"
 
 
 def _law(found: dict | None) -> Verdict:
