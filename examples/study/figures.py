@@ -70,11 +70,12 @@ def pooled(values: Sequence[np.ndarray], prompts: Sequence[Sequence[str]], *, se
     low, high = np.quantile((drawn @ sums) / (drawn @ counts), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     each = [float(np.mean(found)) for found in values]
     mean = float(sums.sum() / counts.sum())
+    between = over_seeds(each)
     return {
         "mean": mean,
         "ci95": [float(low), float(high)],
         "each_seed": each,
-        "ci95_seeds": (span := over_seeds(each)) and [max(0.0, span[0]), min(1.0, span[1])],
+        "ci95_seeds": between and [max(0.0, between[0]), min(1.0, between[1])],
         "num_prompts": len(names),
         "num_pairs": int(counts.sum()),
     }

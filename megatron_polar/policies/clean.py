@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 _LONGEST_UNIT = 1000  # characters of what a loop repeats
 _SHINGLE_WORDS = 3
 _PERMUTATIONS = 128
-_NUMBER_OF_LINE = re.compile(r"(?:^|\n)[ \t]*\d{1,3}\.$")
+_NUMBER_OF_ITEM = re.compile(r"[ \t]*\d{1,3}\.")
 """The number of an item of a list is no sentence."""
 _SENTENCE_END = re.compile(r"[.!?。！？…][\"'”’»)\]*_`]*(?=\s|$)|[。！？]|\n(?=\s*\S)|```(?=\s|$)")
 
@@ -89,8 +89,13 @@ def _periodic_end(text: str, unit: int) -> int:
 
 def trim_ending(text: str) -> str:
     """Cut `text` behind its last whole sentence or line; without one it stays as it is."""
-    ends = [found.end() for found in _SENTENCE_END.finditer(text) if not _NUMBER_OF_LINE.search(text[: found.end()])]
+    ends = [found.end() for found in _SENTENCE_END.finditer(text) if not _is_number_of_item(text, found.end())]
     return text[: ends[-1]].rstrip() if ends and text[: ends[-1]].strip() else text
+
+
+def _is_number_of_item(text: str, end: int) -> bool:
+    """Whether the line up to `end` is a number and a point."""
+    return bool(_NUMBER_OF_ITEM.fullmatch(text, text.rfind("\n", 0, end) + 1, end))
 
 
 def clean_text(draft: Draft, cleaning: Cleaning) -> Cleaned:

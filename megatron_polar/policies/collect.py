@@ -76,20 +76,18 @@ def _hash_of(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def is_collected(shard: Shard, *, retry_failed: bool = False) -> bool:
-    """Whether nothing is left to ask for a shard; `retry_failed`: requests that failed for good are."""
-    summary = read_summary(shard)
-    if summary is None or not retry_failed:
-        return summary is not None
-    return not any(counts["failed"] for counts in summary["counts"]["policies"].values())
-
-
 @dataclass(frozen=True)
 class Asking:
     """How a call asks: seconds that servers may take to start, and whether failed requests are sent once more."""
 
     patience: float = 0.0
     retry_failed: bool = False
+
+    def is_done(self, summary: dict | None) -> bool:
+        """Whether a shard with this summary has nothing left to ask."""
+        if summary is None or not self.retry_failed:
+            return summary is not None
+        return not any(counts["failed"] for counts in summary["counts"]["policies"].values())
 
 
 def collect(pool: Pool, settings: DrawSettings, shards: Sequence[Shard], *, suffix: str, asking: Asking) -> None:
@@ -154,7 +152,7 @@ class _Collector:
             if summary := read_summary(shard):
                 counts = summary["counts"]["policies"]
                 self._has_answered |= {n for n, name in enumerate(self._names) if counts[name]["answered"]}
-                if is_collected(shard, retry_failed=self._asking.retry_failed):
+                if self._asking.is_done(summary):
                     continue
             self._todo[shard.index] = shard
             if self._journal.path(shard.index).exists():

@@ -19,7 +19,7 @@ from megatron_polar.errors import UserError
 from megatron_polar.log import Progress, info
 from megatron_polar.manifest import HashedFile, sync_directory, write_durably
 from megatron_polar.policies.backends import EmbeddedPolicy, EmbeddedSpec
-from megatron_polar.policies.collect import WORK, Asking, Shard, collect, is_collected
+from megatron_polar.policies.collect import WORK, Asking, Shard, collect, read_summary
 from megatron_polar.policies.pool import Pool, load_pool
 from megatron_polar.policies.prompts import Prompt, Wanted, find_prompts
 from megatron_polar.policies.provenance import describe_collected, say_collected, write_quarantine
@@ -208,10 +208,8 @@ def _compare_settings(path: Path, described: dict, *, remedy: str) -> None:
     try:
         found = orjson.loads(path.read_bytes())
         changed = [name for name, value in described.items() if found.get(name) != value and name != "fingerprint"]
-        drawn_anew = (
-            found["draw"].get("seed") != described["draw"]["seed"]
-        )  # with another seed, other prompts are drawn
-        changed = [name for name in changed if not (drawn_anew and name == "prompts_sha256")]
+        if found["draw"].get("seed") != described["draw"]["seed"]:  # which draws other prompts
+            changed = [name for name in changed if name != "prompts_sha256"]
         options = [
             f"--{name.replace('_', '-')} {found['draw'].get(name)} then, {value} now"
             for name, value in described["draw"].items()
@@ -229,7 +227,7 @@ def _compare_settings(path: Path, described: dict, *, remedy: str) -> None:
 def _is_finished(shard: Shard, pool: Pool, asking: Asking) -> bool:
     # A shard gets its name only when it is whole; counting the lines catches one that was cut later.
     if not pool.is_embedded:
-        return is_collected(shard, retry_failed=asking.retry_failed)
+        return asking.is_done(read_summary(shard))
     if not shard.path.exists():
         return False
     content = shard.path.read_bytes()

@@ -211,7 +211,7 @@ def pareto_frontier(runs: Sequence[ScalingRun], *, count: Count) -> list[Scaling
         return sorted(runs, key=lambda run: run.flops)
     found: list[list[ScalingRun]] = []
     for group in sorted(groups, key=lambda group: (group[0].flops, _mean_loss(group))):
-        if not found or _mean_loss(group) < min(map(_mean_loss, found)):
+        if not found or _mean_loss(group) < _mean_loss(found[-1]):
             found.append(group)
     if len(found) < FEWEST_SIZES:
         raise _Missing(f"{len(found)} runs on the frontier of loss and compute, and a law needs {FEWEST_SIZES}")
