@@ -15,7 +15,8 @@ import time
 import numpy as np
 
 from megatron_polar.config.presets import PRESETS, Architecture
-from megatron_polar.data.packing import comparison_flops, physical_tokens, plan_step
+from megatron_polar.data.balancing import plan_step
+from megatron_polar.data.packing import comparison_flops, physical_tokens
 from megatron_polar.data.template import TokenizedComparison
 
 CASES = ((128, 8, 2), (128, 8, 4), (512, 64, 2), (4096, 64, 2), (4096, 512, 2))

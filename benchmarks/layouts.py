@@ -34,7 +34,8 @@ from megatron_polar.config.schema import (
     RunSection,
     TrainSection,
 )
-from megatron_polar.data.packing import build_micro_batch, plan_step
+from megatron_polar.data.balancing import plan_step
+from megatron_polar.data.packing import build_micro_batch
 from megatron_polar.data.template import TokenizedComparison
 from megatron_polar.model.build import BuiltModel, build_model
 from megatron_polar.parallel import topology as ranks

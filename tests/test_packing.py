@@ -1,7 +1,5 @@
 """Micro-batches hold every comparison once, in rows whose segments say exactly which tokens see which."""
 
-import itertools
-
 import numpy as np
 import pytest
 
@@ -11,9 +9,7 @@ from megatron_polar.data.packing import (
     build_micro_batch,
     comparison_flops,
     join_rewards,
-    karmarkar_karp,
     physical_tokens,
-    plan_step,
     split_candidates,
 )
 from megatron_polar.data.template import TokenizedComparison
@@ -196,95 +192,3 @@ def test_split_comparisons_fit_and_hold_every_candidate_once_in_order(layout, ma
     assert (max(map(len, parts)) == 1) == (max_tokens == 10**6)
     rewards = [[float(len(candidate)) for candidate in piece.candidates] for pieces in parts for piece in pieces]
     assert join_rewards(parts, rewards) == [[float(len(candidate)) for candidate in c.candidates] for c in whole]
-
-
-# --- planning --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("num_ranks", "multiple_of"), [(1, 1), (2, 1), (3, 2), (8, 4)])
-@pytest.mark.parametrize("max_tokens", [1, 150, 500, 10**6])
-def test_plans_lose_and_repeat_nothing_and_keep_to_the_limits(layout, num_ranks, multiple_of, max_tokens):
-    comparisons = batch_of(8, count=21)
-    plan = plan_step(
-        comparisons,
-        num_ranks=num_ranks,
-        max_tokens=max_tokens,
-        layout=layout,
-        architecture=SHAPE,
-        multiple_of=multiple_of,
-    )
-    assert len(plan) == num_ranks
-    assert sorted(i for parts in plan for part in parts for i in part) == list(range(21))
-    counts = {len(parts) for parts in plan}
-    assert len(counts) == 1
-    assert counts.pop() % multiple_of == 0
-    for part in itertools.chain(*plan):
-        if len(part) > 1:
-            size = build([comparisons[i] for i in part], layout, multiple=1).tokens.size
-            assert size <= max_tokens
-
-
-def test_no_more_micro_batches_than_comparisons_when_each_is_above_the_limit():
-    plan = plan_step(batch_of(9, count=4), num_ranks=1, max_tokens=2, layout="packed", architecture=SHAPE)
-    assert sorted(plan[0]) == [[0], [1], [2], [3]]
-
-
-def test_micro_batches_go_from_the_most_to_the_least_expensive():
-    comparisons = batch_of(10, count=30)
-    costs = [comparison_flops(c, layout="shared_prefix", architecture=SHAPE) for c in comparisons]
-    plan = plan_step(comparisons, num_ranks=2, max_tokens=300, layout="shared_prefix", architecture=SHAPE)
-    for parts in plan:
-        loads = [sum(costs[i] for i in part) for part in parts]
-        assert loads == sorted(loads, reverse=True)
-        assert len(loads) > 2
-
-
-def test_a_plan_is_a_function_of_its_input():
-    comparisons = batch_of(11, count=17)
-    keywords = {"num_ranks": 3, "max_tokens": 200, "layout": "shared_prefix", "architecture": SHAPE}
-    assert plan_step(comparisons, **keywords) == plan_step(list(comparisons), **keywords)
-
-
-# --- Karmarkar-Karp --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("num_parts", [1, 2, 3, 7])
-@pytest.mark.parametrize("count", [0, 1, 2, 5, 40])
-def test_karmarkar_karp_puts_every_item_into_one_part(num_parts, count):
-    costs = np.random.default_rng(count).integers(0, 1000, count).tolist()
-    parts = karmarkar_karp(costs, num_parts)
-    assert len(parts) == num_parts
-    assert sorted(i for part in parts for i in part) == list(range(count))
-
-
-@pytest.mark.parametrize("num_parts", [2, 3])
-def test_karmarkar_karp_stays_within_its_known_bound_of_the_optimum(num_parts):
-    generator = np.random.default_rng(3)
-    # Fischetti & Martello (1987) for 2 parts, Michiels et al. (2003) for more: LDM's largest part is at most
-    # 4/3 - 1/(3(m-1)) times the optimal one for m >= 3 parts, and at most 7/6 times for m = 2.
-    bound = 7 / 6 if num_parts == 2 else 4 / 3 - 1 / (3 * (num_parts - 1))
-    for _ in range(30):
-        costs = generator.integers(1, 60, 7).tolist()
-        best = min(
-            max(sum(c for c, part in zip(costs, choice, strict=True) if part == p) for p in range(num_parts))
-            for choice in itertools.product(range(num_parts), repeat=len(costs))
-        )
-        largest = max(sum(costs[i] for i in part) for part in karmarkar_karp(costs, num_parts))
-        assert best <= largest <= bound * best + 1e-9
-
-
-@pytest.mark.parametrize("layout", ["shared_prefix", "packed"])
-@pytest.mark.parametrize("seed", range(3))
-def test_lognormal_mixes_are_balanced_to_two_percent_over_eight_ranks(layout, seed):
-    generator = np.random.default_rng(seed)
-    lengths = np.clip(generator.lognormal(6.0, 0.8, (1024, 3)), 8, 8000).astype(int)
-    comparisons = [
-        TokenizedComparison(np.zeros(p, np.int32), (np.zeros(a, np.int32), np.zeros(b, np.int32)), (0, 1), 0)
-        for p, a, b in lengths
-    ]
-    shape = PRESETS["polar_1_8b"]
-    plan = plan_step(comparisons, num_ranks=8, max_tokens=32768, layout=layout, architecture=shape)
-    costs = [comparison_flops(c, layout=layout, architecture=shape) for c in comparisons]
-    loads = [sum(costs[i] for part in parts for i in part) for parts in plan]
-    assert max(loads) * 8 / sum(loads) <= 1.02

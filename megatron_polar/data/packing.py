@@ -1,4 +1,4 @@
-"""Comparisons → balanced micro-batches of shared-prefix rows. Pure numpy.
+"""Comparisons → micro-batches of shared-prefix rows. Pure numpy.
 
 A comparison is `[prefix | candidate 1 | ... | candidate K]`; positions of every candidate continue from the prefix.
 Attention runs over *segments* of the row: candidate 1 rides with the prefix in one causal segment, every other
@@ -7,8 +7,6 @@ sequence whole, nothing shared) and `padded` (one sequence a row) describe the s
 to be compared with.
 """
 
-import bisect
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -18,8 +16,6 @@ import numpy as np
 from megatron_polar.config.presets import Architecture
 from megatron_polar.data.pair_counts import NO_PAIR, pair_keys
 from megatron_polar.data.template import TokenizedComparison
-
-_FEW = 8
 
 Layout = Literal["shared_prefix", "packed", "padded"]
 
@@ -99,116 +95,18 @@ def join_rewards(
 
 def attended_pairs(comparison: TokenizedComparison, *, layout: Layout) -> int:
     """Query-key pairs inside the causal mask of one comparison."""
-    p = len(comparison.prefix)
-    lengths = [len(candidate) for candidate in comparison.candidates]
-    if layout == "shared_prefix":
-        return p * (p + 1) // 2 + sum(p * c + c * (c + 1) // 2 for c in lengths)
-    return sum((p + c) * (p + c + 1) // 2 for c in lengths)
+    p, repeats = len(comparison.prefix), 1 if layout == "shared_prefix" else len(comparison.candidates)
+    return repeats * (p * (p + 1) // 2) + sum(p * c + c * (c + 1) // 2 for c in map(len, comparison.candidates))
 
 
 def comparison_flops(comparison: TokenizedComparison, *, layout: Layout, architecture: Architecture) -> int:
-    """Forward FLOPs of one comparison in this layout: the cost by which rows are balanced."""
+    """Forward FLOPs of one comparison in this layout: the cost by which rows are balanced (`balancing.step_costs`)."""
     return architecture.forward_flops(
         tokens=physical_tokens(comparison, layout=layout),
         attended=attended_pairs(comparison, layout=layout),
         rewards=len(comparison.candidates),
         reward_keys=physical_tokens(comparison, layout="packed"),
     )
-
-
-def karmarkar_karp(costs: Sequence[int], num_parts: int) -> list[list[int]]:
-    """Split items into parts of nearly equal cost by the largest differencing method (Karmarkar & Karp 1982).
-
-    Returns the item indices of each part. Always combines the two partitions whose parts differ most, heaviest with
-    lightest; the result depends on nothing but the costs and their order.
-    """
-    if num_parts == 1 or not costs:
-        return [list(range(len(costs)))] + [[] for _ in range(num_parts - 1)]
-    # A partition lists its parts that are not empty, ascending: (cost, a number that no other part has, nested pairs of
-    # members). Most are much shorter than `num_parts`, which is what makes this fast.
-    heap = [(-cost, index, [(cost, index, index)]) for index, cost in enumerate(costs)]
-    heapq.heapify(heap)
-    next_id = len(costs)
-    while len(heap) > 1:
-        _, _, first = heapq.heappop(heap)
-        _, _, second = heapq.heappop(heap)
-        merged = _combine(first, second, num_parts=num_parts, next_id=next_id)
-        lightest = merged[0][0] if len(merged) == num_parts else 0
-        heapq.heappush(heap, (lightest - merged[-1][0], next_id, merged))
-        next_id += num_parts
-    parts = [sorted(_flatten(members)) for _, _, members in heap[0][2]]
-    return [[] for _ in range(num_parts - len(parts))] + parts
-
-
-def _combine(first: list[tuple], second: list[tuple], *, num_parts: int, next_id: int) -> list[tuple]:
-    """Add two partitions, the heaviest part of one to the lightest of the other; empty parts take the heaviest."""
-    if len(first) < len(second):
-        first, second = second, first
-    shared = max(0, len(first) + len(second) - num_parts)  # so many lightest parts of both find no empty one
-    pairs = zip(first[:shared], reversed(second[:shared]), strict=True)
-    sums = [(a[0] + b[0], next_id + number, (a[2], b[2])) for number, (a, b) in enumerate(pairs)]
-    added = second[shared:] + sums
-    del first[:shared]
-    if len(added) > _FEW:
-        return sorted(first + added)
-    for part in added:  # most often a single comparison joins hundreds of parts
-        bisect.insort(first, part)
-    return first
-
-
-def _flatten(members: tuple | int) -> list[int]:
-    """Indices inside nested pairs; iterative, since the nesting is as deep as there are items."""
-    indices, stack = [], [members]
-    while stack:
-        member = stack.pop()
-        if isinstance(member, tuple):
-            stack.extend(member)
-        else:
-            indices.append(member)
-    return indices
-
-
-def plan_step(
-    comparisons: Sequence[TokenizedComparison],
-    *,
-    num_ranks: int,
-    max_tokens: int,
-    layout: Layout,
-    architecture: Architecture,
-    multiple_of: int = 1,
-) -> list[list[list[int]]]:
-    """Deal a step's comparisons to data-parallel ranks and micro-batches: `plan[rank][micro_batch]` lists indices.
-
-    Every rank gets the same number of micro-batches (a multiple of `multiple_of`, for interleaved pipelines), balanced
-    by FLOPs over ranks and within each rank, and none exceeds `max_tokens` unless it holds a single comparison.
-    Micro-batches are sorted by cost, so that the k-th ones of all ranks take about the same time.
-    """
-    costs = [comparison_flops(c, layout=layout, architecture=architecture) for c in comparisons]
-    ranks = karmarkar_karp(costs, num_ranks)
-    tokens = [physical_tokens(c, layout=layout) for c in comparisons]
-    longest = [max(len(c.prefix) + len(k) for k in c.candidates) for c in comparisons]
-    rows = [len(c.candidates) for c in comparisons]
-
-    def size(members: list[int]) -> int:
-        if layout == "padded":
-            return max((longest[i] for i in members), default=0) * sum(rows[i] for i in members)
-        return sum(tokens[i] for i in members)
-
-    def split(members: list[int], count: int) -> list[list[int]]:
-        return [[members[j] for j in part] for part in karmarkar_karp([costs[i] for i in members], count)]
-
-    def fits(parts: list[list[int]]) -> bool:
-        return all(size(part) <= max_tokens or len(part) <= 1 for part in parts)
-
-    most = max(1, *(len(members) for members in ranks))
-    count = max(1, *(-(-sum(tokens[i] for i in members) // max_tokens) for members in ranks))
-    count = -(-min(count, most) // multiple_of) * multiple_of
-    while True:
-        plan = [split(members, count) for members in ranks]
-        if all(fits(parts) for parts in plan) or count >= most:
-            break
-        count += multiple_of
-    return [sorted(parts, key=lambda part: -sum(costs[i] for i in part)) for parts in plan]
 
 
 def build_micro_batch(

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_polar.config.presets import Architecture
+from megatron_polar.data.balancing import plan_step, step_costs
 from megatron_polar.data.comparisons import ComparisonDataset
 from megatron_polar.data.curriculum import DifficultyTable, DifficultyTables
-from megatron_polar.data.packing import Layout, MicroBatch, build_micro_batch, comparison_flops, plan_step
+from megatron_polar.data.packing import Layout, MicroBatch, build_micro_batch
 from megatron_polar.data.template import TokenizedComparison
 
 
@@ -114,7 +115,7 @@ def lay_out(comparisons: Sequence[TokenizedComparison], *, shape: RowShape, rank
     )
     if shape.in_turn:
         plan = [plan[0][first :: shape.num_ranks] for first in range(shape.num_ranks)]
-    costs = [comparison_flops(c, layout=shape.layout, architecture=shape.architecture) for c in comparisons]
+    costs, _ = step_costs(comparisons, layout=shape.layout, architecture=shape.architecture)
     loads = [sum(costs[i] for part in parts for i in part) for parts in plan]
     batches = [
         build_micro_batch(

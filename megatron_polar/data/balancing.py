@@ -1,0 +1,145 @@
+"""A step's comparisons → data-parallel ranks and micro-batches of about equal work. Pure numpy.
+
+Every rank plans the whole step, at any number of ranks, so that this must cost little beside the step itself:
+benchmarks/balance.py measures both.
+"""
+
+import bisect
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from megatron_polar.config.presets import Architecture
+from megatron_polar.data.packing import Layout
+from megatron_polar.data.template import TokenizedComparison
+
+Part = tuple[int, int]
+"""Cost, and a number that no other part has: below the number of items it is an item."""
+
+
+def plan_step(
+    comparisons: Sequence[TokenizedComparison],
+    *,
+    num_ranks: int,
+    max_tokens: int,
+    layout: Layout,
+    architecture: Architecture,
+    multiple_of: int = 1,
+) -> list[list[list[int]]]:
+    """Deal a step's comparisons to data-parallel ranks and micro-batches: `plan[rank][micro_batch]` lists indices.
+
+    Every rank gets the same number of micro-batches (a multiple of `multiple_of`, for interleaved pipelines), balanced
+    by FLOPs over ranks and within each rank, and none exceeds `max_tokens` unless it holds a single comparison.
+    Micro-batches are sorted by cost, so that the k-th ones of all ranks take about the same time.
+    """
+    costs, tokens = step_costs(comparisons, layout=layout, architecture=architecture)
+    ranks = karmarkar_karp(costs, num_ranks)
+
+    def size(members: list[int]) -> int:
+        if layout == "padded":
+            chosen = [comparisons[i] for i in members]
+            longest = max((len(c.prefix) + len(k) for c in chosen for k in c.candidates), default=0)
+            return longest * sum(len(c.candidates) for c in chosen)
+        return sum([tokens[i] for i in members])
+
+    def split(members: list[int], count: int) -> list[list[int]]:
+        return [[members[j] for j in part] for part in karmarkar_karp([costs[i] for i in members], count)]
+
+    def fits(parts: list[list[int]]) -> bool:
+        return all(len(part) <= 1 or size(part) <= max_tokens for part in parts)
+
+    most = max(1, *map(len, ranks))
+    count = max(1, *(-(-sum([tokens[i] for i in members]) // max_tokens) for members in ranks))
+    count = -(-min(count, most) // multiple_of) * multiple_of
+    while True:
+        plan = [split(members, count) for members in ranks]
+        if all(map(fits, plan)) or count >= most:
+            break
+        count += multiple_of
+    return [sorted(parts, key=lambda part: -sum([costs[i] for i in part])) for parts in plan]
+
+
+def step_costs(
+    comparisons: Sequence[TokenizedComparison], *, layout: Layout, architecture: Architecture
+) -> tuple[list[int], list[int]]:
+    """`packing.comparison_flops` and `packing.physical_tokens` of every comparison, computed for all at once."""
+    prefixes = np.array([len(c.prefix) for c in comparisons], dtype=np.int64)
+    counts = np.array([len(c.candidates) for c in comparisons], dtype=np.int64)
+    lengths = np.array([len(candidate) for c in comparisons for candidate in c.candidates], dtype=np.int64)
+    starts = np.cumsum(counts) - counts
+    candidates = np.add.reduceat(lengths, starts)
+    repeats = 1 if layout == "shared_prefix" else counts
+    attended = np.add.reduceat(lengths * (lengths + 1) // 2, starts) + prefixes * candidates
+    flops = architecture.forward_flops(
+        tokens=repeats * prefixes + candidates,
+        attended=attended + repeats * (prefixes * (prefixes + 1) // 2),
+        rewards=counts,
+        reward_keys=counts * prefixes + candidates,
+    )
+    return flops.tolist(), (repeats * prefixes + candidates).tolist()
+
+
+def karmarkar_karp(costs: Sequence[int], num_parts: int) -> list[list[int]]:
+    """Split items into parts of nearly equal cost by the largest differencing method (Karmarkar & Karp 1982).
+
+    Returns the item indices of each part. Always combines the two partitions whose parts differ most, heaviest with
+    lightest; the result depends on nothing but the costs and their order.
+    """
+    if num_parts == 1 or not costs:
+        return [list(range(len(costs)))] + [[] for _ in range(num_parts - 1)]
+    joined = []  # what parts consist of: `joined[n]` are the two that became part number len(costs) + n
+
+    def join(first: Part, second: Part) -> Part:
+        joined.append((first[1], second[1]))
+        return first[0] + second[0], len(costs) + len(joined) - 1
+
+    # A partition lists its parts that are not empty, ascending. Most are much shorter than `num_parts`. An item that is
+    # still alone differs by its cost; these are not in the heap, but taken in order, many by the same partition. Both
+    # are what makes this fast.
+    items = sorted(((cost, index) for index, cost in enumerate(costs)), key=lambda item: -item[0])
+    alone = [cost for cost, _ in items] + [-1, -1]
+    heap, taken, count, numbers = [], 0, len(items), itertools.count()
+    while taken < count or len(heap) > 1:
+        if len(heap) > 1 and -min(heap[1:3])[0] > alone[taken]:
+            parts = _combine(heapq.heappop(heap)[2], heapq.heappop(heap)[2], num_parts=num_parts, join=join)
+        else:
+            parts = heapq.heappop(heap)[2] if heap and -heap[0][0] > alone[taken + 1] else []
+            next_spread = -heap[0][0] if heap else -1
+            spread = math.inf
+            while taken < count and spread >= alone[taken + 1] and min(spread, alone[taken]) >= next_spread:
+                item = items[taken]
+                taken += 1
+                bisect.insort(parts, item if len(parts) < num_parts else join(parts.pop(0), item))
+                spread = _spread(parts, num_parts)
+        heapq.heappush(heap, (-_spread(parts, num_parts), next(numbers), parts))
+    parts = [_members(number, joined, len(costs)) for _, number in heap[0][2]]
+    return [[] for _ in range(num_parts - len(parts))] + parts
+
+
+def _spread(parts: list[Part], num_parts: int) -> int:
+    return parts[-1][0] - (parts[0][0] if len(parts) == num_parts else 0)
+
+
+def _combine(
+    first: list[Part], second: list[Part], *, num_parts: int, join: Callable[[Part, Part], Part]
+) -> list[Part]:
+    """Add two partitions, the heaviest part of one to the lightest of the other; empty parts take the heaviest."""
+    if len(first) < len(second):
+        first, second = second, first
+    shared = max(0, len(first) + len(second) - num_parts)  # so many lightest parts of both find no empty one
+    return sorted(first[shared:] + second[shared:] + list(map(join, first[:shared], reversed(second[:shared]))))
+
+
+def _members(number: int, joined: list[tuple[int, int]], num_items: int) -> list[int]:
+    """Items of a part, ascending; iterative, since parts are nested as deeply as there are items."""
+    items, stack = [], [number]
+    while stack:
+        number = stack.pop()
+        if number < num_items:
+            items.append(number)
+        else:
+            stack.extend(joined[number - num_items])
+    return sorted(items)
