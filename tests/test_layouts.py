@@ -1,11 +1,13 @@
 """The same weights and data give the same training in every parallel layout and every row layout."""
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallelConfig
 from ranks import run_ranks
 
 from megatron_polar.config.presets import architecture_of
@@ -25,6 +27,7 @@ from megatron_polar.data.packing import build_micro_batch
 from megatron_polar.data.steps import RowShape, build_step
 from megatron_polar.data.template import TokenizedComparison
 from megatron_polar.errors import UserError
+from megatron_polar.model import build
 from megatron_polar.model.build import BuiltModel, build_model, make_transformer_config
 from megatron_polar.model.gradient_fusion import GradientFusion
 from megatron_polar.parallel import topology as ranks
@@ -152,6 +155,28 @@ def test_overlapped_communication_changes_nothing(name, trajectory_corpus, singl
     world_size = 2 if name == "dp2" else 4
     for figures in run_ranks(train_three_steps, world_size, dataclasses.replace(config, optimizer=section)):
         np.testing.assert_allclose(figures, single_process, rtol=1e-6)
+
+
+def train_with_buckets(config: RunConfig, bucket_size: int) -> list[tuple[float, float]]:
+    """`train_three_steps`, with buckets of so many weights; a model of this size has a single one otherwise."""
+    build.DistributedDataParallelConfig = functools.partial(DistributedDataParallelConfig, bucket_size=bucket_size)
+    return train_three_steps(config)  # in a process of its own
+
+
+@pytest.mark.parametrize("last_layer", ["reward_rows", "all_rows"])
+@pytest.mark.parametrize("bucket_size", [1, 20_000])
+def test_weights_that_are_gathered_bucket_by_bucket_have_arrived_when_they_are_read(
+    bucket_size, last_layer, trajectory_corpus
+):
+    config = make_config(str(trajectory_corpus), parallel={})
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, last_layer=last_layer))
+    at_once = dataclasses.replace(config.optimizer, overlap_grad_reduce=True)
+    overlapped = dataclasses.replace(at_once, overlap_param_gather=True)
+    figures = [
+        run_ranks(train_with_buckets, 2, dataclasses.replace(config, optimizer=section), bucket_size)
+        for section in (at_once, overlapped)
+    ]
+    assert figures[0] == figures[1]
 
 
 def with_bias_and_qk_norm(config: RunConfig) -> RunConfig:

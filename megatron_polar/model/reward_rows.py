@@ -25,6 +25,7 @@ class RewardRowsSelfAttention(SelfAttention):
     def get_query_key_value_tensors(self, hidden_states, key_value_states=None, output_gate=False, split_qkv=True):
         """hidden_states [r, 1, h], key_value_states [s, b, h] → query [r, 1, n, d], key and value [s, b, g, d]; r and s
         under sequence parallelism of this rank before, of all its tensor-parallel ranks after."""
+        self._await_weights()
         groups, dim = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         queries = self.num_attention_heads_per_partition // groups
         bias = self.linear_qkv.bias if self.config.add_qkv_bias else None
@@ -46,6 +47,12 @@ class RewardRowsSelfAttention(SelfAttention):
         if self.k_layernorm is not None:
             key = self.k_layernorm(key)
         return query, key, value
+
+    def _await_weights(self) -> None:
+        """With optimizer.overlap_param_gather, Megatron-Core waits for gathered weights in a hook on the module that
+        they belong to. `linear_qkv` is never called here, so its hooks are."""
+        for hook in tuple(self.linear_qkv._forward_pre_hooks.values()):
+            hook(self.linear_qkv, ())
 
     def _input(self, x: torch.Tensor) -> torch.Tensor:
         """What `linear_qkv` multiplies: Transformer Engine's has the layer's norm inside."""
