@@ -13,6 +13,8 @@ import sys
 import time
 
 import numpy as np
+from arguments import positive, share
+from machine import cpu_name
 
 from megatron_polar.config.presets import PRESETS, Architecture
 from megatron_polar.data.balancing import plan_step
@@ -28,9 +30,9 @@ _TOKENS = np.zeros(20_000, dtype=np.int32)
 def main() -> None:
     """Run all cases and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, default=10, help="steps per case")
-    parser.add_argument("--preset", default="polar_7b")
-    parser.add_argument("--mfu", type=float, default=0.45, help="assumed, for the share of the step's time")
+    parser.add_argument("--batches", type=positive, default=10, help="steps per case")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="polar_7b")
+    parser.add_argument("--mfu", type=share, default=0.45, help="assumed, for the share of the step's time")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     architecture = PRESETS[options.preset]
@@ -42,7 +44,7 @@ def main() -> None:
         print(measure(case, options, architecture=architecture), flush=True)
     print(
         f"\n{options.preset}, rows of {MAX_TOKENS} tokens, {options.batches} batches a case, seed {options.seed}; "
-        f"planning in CPU time of one process (Python {platform.python_version()}, {platform.machine()}), which loader "
+        f"planning in CPU time of one process (Python {platform.python_version()}, {cpu_name()}), which loader "
         f"processes do ahead. Step time is computed, not measured: three forward passes of the mean rank at "
         f"{options.mfu:.0%} of 989 TFLOP/s."
     )

@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from machine import cpu_name
 from safetensors import safe_open
 
 from megatron_polar import log
@@ -107,7 +108,7 @@ def main() -> None:
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "megatron-core", "safetensors"))
     lines = [
         f"{options.preset}, {size / 1e9:.1f} GB of bf16 weights; one process each way; `python benchmarks/convert.py`; "
-        f"{versions}, Python {platform.python_version()}, {os.cpu_count()} shared cores of {platform.machine()}.",
+        f"{versions}, Python {platform.python_version()}, {os.cpu_count()} shared cores of {cpu_name()}.",
         "",
         "| direction | minutes | MB/s | peak resident memory | share of the model |",
         "|---|---|---|---|---|",

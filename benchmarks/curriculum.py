@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+from arguments import positive
+
 QUICKSTART = Path(__file__).resolve().parents[1] / "examples/quickstart"
 SHARP = ("interval=10", "half_life=8", "temperature=0.5", "prior_comparisons=2.0", "floor=0.2")
 VARIANTS = {
@@ -28,11 +30,11 @@ def main() -> None:
     """Make the data, train and evaluate every variant with every seed, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/curriculum"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--prompts", type=int, default=3000)
-    parser.add_argument("--policies-per-prompt", type=int, default=8)
-    parser.add_argument("--held-out", type=int, default=1500, help="held-out prompts, for each kind of policies")
+    parser.add_argument("--seeds", type=positive, default=3)
+    parser.add_argument("--steps", type=positive, default=200)
+    parser.add_argument("--prompts", type=positive, default=3000)
+    parser.add_argument("--policies-per-prompt", type=positive, default=8)
+    parser.add_argument("--held-out", type=positive, default=1500, help="held-out prompts, for each kind of policies")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["CUDA_VISIBLE_DEVICES"] = ""

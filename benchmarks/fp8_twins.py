@@ -27,9 +27,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch
 
 import numpy as np
 import torch
+from arguments import positive
 from scipy import stats
 from trainer import Trainer, conditions
 
+from megatron_polar.config.presets import PRESETS
 from megatron_polar.config.schema import (
     DataSection,
     DatasetSource,
@@ -106,16 +108,16 @@ def parse() -> argparse.Namespace:
     names = f"bf16, fp32, {', '.join(RECIPES)}; the first is the reference"
     parser.add_argument("--variants", nargs="+", default=["bf16", "tensorwise"], metavar="VARIANT", help=names)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the initial weights")
-    parser.add_argument("--preset", default="polar_1_8b" if has_gpu else "nano")
-    parser.add_argument("--layers", type=int, default=8 if has_gpu else 2)
-    parser.add_argument("--steps", type=int, default=500 if has_gpu else 60)
-    parser.add_argument("--batch", type=int, default=16, help="comparisons of a step")
-    parser.add_argument("--held-out", type=int, default=512 if has_gpu else 64)
-    parser.add_argument("--answer-tokens", type=int, default=48 if has_gpu else 24)
-    parser.add_argument("--policies", type=int, default=8)
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="polar_1_8b" if has_gpu else "nano")
+    parser.add_argument("--layers", type=positive, default=8 if has_gpu else 2)
+    parser.add_argument("--steps", type=positive, default=500 if has_gpu else 60)
+    parser.add_argument("--batch", type=positive, default=16, help="comparisons of a step")
+    parser.add_argument("--held-out", type=positive, default=512 if has_gpu else 64)
+    parser.add_argument("--answer-tokens", type=positive, default=48 if has_gpu else 24)
+    parser.add_argument("--policies", type=positive, default=8)
     parser.add_argument("--swapped", type=float, default=0.1, help="share of training comparisons with wrong labels")
     parser.add_argument("--lr", type=float, default=5e-5 if has_gpu else 1e-3)
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, all on this one GPU")
+    parser.add_argument("--jobs", type=positive, default=1, help="runs side by side, all on this one GPU")
     parser.add_argument("--output", type=Path, default=PLACE / "fp8_twins.md")
     options = parser.parse_args()
     if len(set(options.seeds)) < 2:

@@ -8,6 +8,8 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
+from machine import cpu_name
+
 NEEDED = ("numpy", "orjson", "psutil", "xxhash", "zstandard", "scipy", "matplotlib", "pytest", "megatron.core")
 OPTIONAL = ("omegaconf", "sentencepiece", "nvidia.dali", "trl", "datasets")
 NAMES = {"megatron.core": "megatron-core", "nvidia.dali": "nvidia-dali-cuda130"}
@@ -16,7 +18,7 @@ NAMES = {"megatron.core": "megatron-core", "nvidia.dali": "nvidia-dali-cuda130"}
 def main() -> int:
     """Print what is there; the exit status says whether it is enough."""
     problems = []
-    print(f"Python {platform.python_version()}, {platform.machine()}")
+    print(f"Python {platform.python_version()}, {cpu_name()}")
     try:
         describe_gpu()
     except Exception as error:  # whatever is wrong, the rest of the list is wanted, too

@@ -9,8 +9,13 @@
 set -uo pipefail
 
 usage() {
-  echo "usage: $0 [--dry-run] [--output DIR] [--minutes N] [--te BUNDLE.tar.xz] [--wheels DIR] [--only PART...]" >&2
-  echo "parts: ${names[*]}" >&2
+  echo "usage: $0 [--dry-run] [--output DIR] [--minutes N] [--te BUNDLE.tar.xz] [--wheels DIR] [--only PART...]"
+  echo "parts: ${names[*]}"
+}
+
+refuse() {
+  echo "error: $1" >&2
+  usage >&2
   exit 2
 }
 
@@ -44,7 +49,7 @@ while [ $# -gt 0 ]; do
   case $1 in
     --dry-run) dry_run=true ;;
     --output | --minutes | --te | --wheels)
-      [ $# -ge 2 ] || usage
+      [ $# -ge 2 ] || refuse "$1 needs a value"
       case $1 in
         --output) output=$2 ;;
         --minutes) minutes=$2 ;;
@@ -55,16 +60,21 @@ while [ $# -gt 0 ]; do
       ;;
     --only)
       while [ $# -ge 2 ] && [ "${2#--}" = "$2" ]; do
-        [[ " ${names[*]} " == *" $2 "* ]] || { echo "error: --only $2 is no part" >&2 && usage; }
+        [[ " ${names[*]} " == *" $2 "* ]] || refuse "--only $2 is no part"
         only+=("$2")
         shift
       done
+      [ ${#only[@]} -gt 0 ] || refuse "--only needs at least one part"
       ;;
-    *) usage ;;
+    -h | --help)
+      usage
+      exit 0
+      ;;
+    *) refuse "$1 is no option" ;;
   esac
   shift
 done
-[[ $minutes =~ ^[1-9][0-9]*$ ]] || { echo "error: --minutes $minutes must be a whole number above 0" >&2 && usage; }
+[[ $minutes =~ ^[1-9][0-9]*$ ]] || refuse "--minutes $minutes must be a whole number above 0"
 for path in "$bundle" "$wheels"; do
   [ -z "$path" ] || [ -e "$path" ] || { echo "error: $path: no such file or directory" >&2 && exit 2; }
 done
@@ -120,7 +130,12 @@ for number in "${!names[@]}"; do
   status=$?
   said="$name: status $status after $((SECONDS - started)) s"
   [ $status -eq 124 ] && said="$name: stopped after $limit s; $name.txt has what was printed by then"
-  [ $status -eq 0 ] && touch "$output/$name.done" || failed=1
+  if [ $status -eq 0 ]; then
+    touch "$output/$name.done"
+  else
+    failed=1
+    said+="; the end of $output/$name.log: $(tail -n 1 "$output/$name.log")"
+  fi
   echo "$said" | tee -a "$output/summary.txt"
   if [ "$name" = environment ] && [ $status -ne 0 ]; then
     cat "$output/$name.txt" "$output/$name.log"

@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch
 
 import numpy as np
 import torch
+from arguments import positive
 from trainer import Trainer, conditions, constant_rate
 
 from megatron_polar.config.schema import DataSection, DatasetSource, ModelSection, RunConfig, RunSection, TrainSection
@@ -48,10 +49,10 @@ VARIED = {
 def main() -> None:
     """Measure all cases in turns and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--comparisons", type=int, default=2, help="of a step, on each rank")
-    parser.add_argument("--hidden-size", type=int, default=384)
-    parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4], help="data-parallel, on the CPU")
+    parser.add_argument("--repeats", type=positive, default=3)
+    parser.add_argument("--comparisons", type=positive, default=2, help="of a step, on each rank")
+    parser.add_argument("--hidden-size", type=positive, default=384)
+    parser.add_argument("--ranks", type=positive, nargs="*", default=[1, 2, 4], help="data-parallel, on the CPU")
     parser.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -15,6 +15,7 @@ import dataclasses
 
 import numpy as np
 import torch
+from arguments import positive
 from layouts import VOCAB_SIZE, draw, lay_out, make_config, run
 from trainer import clock, conditions
 
@@ -28,8 +29,8 @@ from megatron_polar.parallel.device import select_device
 def main() -> None:
     """Measure and print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--layers", type=positive, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--repeats", type=positive, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
     device = select_device("auto", local_rank=0)
@@ -55,7 +56,7 @@ def main() -> None:
                     seconds[kind].append(clock(device) - start)
         ratio = statistics.median(a / b for a, b in zip(seconds["all_rows"], seconds["reward_rows"], strict=True))
         medians = [statistics.median(seconds[kind]) for kind in ("all_rows", "reward_rows")]
-        expected = saved(models["all_rows"].architecture)
+        expected = saved(models["reward_rows"].architecture)
         print(
             f"| {layers} | {medians[0]:.2f} | {medians[1]:.2f} | {ratio:.2f}x | {1 / (1 - expected):.2f}x |", flush=True
         )

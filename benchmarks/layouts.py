@@ -23,6 +23,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: CPU time of one t
 
 import numpy as np
 import torch
+from arguments import positive
+from machine import cpu_name
 from trainer import clock
 
 from megatron_polar.config.schema import (
@@ -63,10 +65,10 @@ MIXES = {"mixed": LengthMix(50, 600, 400.0), "paper": LengthMix(1, 1024, 1126.0)
 def main() -> None:
     """Run the benchmark and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--candidates", type=int, nargs="+", default=[2, 4, 8], metavar="K")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--comparisons", type=int, default=2, help="comparisons per repeat")
-    parser.add_argument("--layers", type=int, default=1, help="layers of the model")
+    parser.add_argument("--candidates", type=positive, nargs="+", default=[2, 4, 8], metavar="K")
+    parser.add_argument("--repeats", type=positive, default=3)
+    parser.add_argument("--comparisons", type=positive, default=2, help="comparisons per repeat")
+    parser.add_argument("--layers", type=positive, default=1, help="layers of the model")
     parser.add_argument("--lengths", choices=tuple(MIXES), default="mixed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the figures here too")
@@ -219,7 +221,7 @@ def summarise(figures: dict[int, list[dict]], *, model: BuiltModel, device: Devi
         "parameters": model.architecture.num_parameters(model.vocab_size),
         "precision": str(model.transformer_config.params_dtype).removeprefix("torch."),
         "attention": model.attention,
-        "device": device.name if device.kind == "cuda" else f"{platform.machine()} CPU, 1 thread",
+        "device": device.name if device.kind == "cuda" else f"{cpu_name()}, 1 thread",
         "torch": torch.__version__,
         "megatron_core": version("megatron-core"),
         "python": platform.python_version(),

@@ -19,6 +19,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+from arguments import not_negative, positive
+from machine import cpu_name
 
 from megatron_polar.config.presets import PRESETS
 from megatron_polar.config.schema import DataSection, DatasetSource
@@ -32,10 +34,10 @@ from megatron_polar.data.tokenizer_training import train_tokenizer
 def main() -> None:
     """Measure all loaders and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--global-batch-size", type=int, default=256)
-    parser.add_argument("--ranks", type=int, default=16, help="data-parallel; one of them is played")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--global-batch-size", type=positive, default=256)
+    parser.add_argument("--ranks", type=positive, default=16, help="data-parallel; one of them is played")
+    parser.add_argument("--steps", type=positive, default=20)
+    parser.add_argument("--workers", type=not_negative, nargs="+", default=[0, 1, 2])
     parser.add_argument("--step-seconds", type=float, default=0.5)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
@@ -49,7 +51,7 @@ def main() -> None:
     print(
         f"\n{options.global_batch_size} comparisons a step over {options.ranks} data-parallel ranks, rows of 16384 "
         f"tokens, {options.steps} steps of {options.step_seconds} s; medians; torch {version('torch')}{dali}, Python "
-        f"{platform.python_version()}, {os.cpu_count()} cores of {platform.machine()}."
+        f"{platform.python_version()}, {os.cpu_count()} cores of {cpu_name()}."
     )
 
 

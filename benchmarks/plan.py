@@ -51,7 +51,7 @@ def main() -> None:
             print(_row(name, gpus, found[0] if found else None))
     print("\nAgainst the layouts of Megatron-LM's README. Sequences have 4096 tokens; its batches are not given there,")
     print("and 16 sequences a data-parallel rank are assumed:\n")
-    print("| model | GPUs | published | MFU | found, fastest first | MFU of the published one by estimate |")
+    print("| model | GPUs | published | MFU | found first | MFU of the published one by estimate |")
     print("|---|---:|---|---:|---|---:|")
     for name in PUBLISHED:
         print(_published_row(name))

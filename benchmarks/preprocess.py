@@ -20,6 +20,9 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from arguments import positive
+from machine import cpu_name
+
 from megatron_polar.data.corpus import preprocess
 from megatron_polar.data.lines import read_jsonl
 from megatron_polar.data.tokenizer_training import train_tokenizer
@@ -111,10 +114,10 @@ def main() -> None:
     parser.add_argument(
         "--megabytes", type=float, default=20.0, help="size of the made-up input; the other is ten times it"
     )
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=positive, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--unit-bytes", type=int, default=UNIT_BYTES, help="size of a work unit")
+    parser.add_argument("--unit-bytes", type=positive, default=UNIT_BYTES, help="size of a work unit")
     parser.add_argument("--measure-into", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure_into:
@@ -159,7 +162,7 @@ def compare(scratch: Path, arguments: argparse.Namespace) -> dict:
     peaks = ("peak_parent_megabytes", "peak_worker_megabytes")
     growth = max(runs["x10"][peak] / runs["x1"][peak] for peak in peaks if runs["x1"][peak])
     versions = {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
-    machine = {"machine": platform.machine(), "workers": arguments.workers}
+    machine = {"machine": cpu_name(), "workers": arguments.workers}
     print(
         f"{'input':>5} {'MB':>8} {'s':>7} {'MB/s/core':>10} {'tokens/s/core':>14} {'parent MB':>10} {'worker MB':>10}"
     )

@@ -13,6 +13,7 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
+from arguments import positive
 
 from megatron_polar.data.lines import list_inputs, read_jsonl
 from megatron_polar.data.packing import physical_tokens
@@ -76,9 +77,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("records", type=Path, nargs="+")
     parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--references", type=int, default=4)
-    parser.add_argument("--outputs", type=int, nargs="+", default=[1, 2, 8])
-    parser.add_argument("--limit", type=int, default=300, help="records")
+    parser.add_argument("--references", type=positive, default=4)
+    parser.add_argument("--outputs", type=positive, nargs="+", default=[1, 2, 8])
+    parser.add_argument("--limit", type=positive, default=300, help="records")
     options = parser.parse_args()
     tokenizer = load_tokenizer(options.tokenizer)
     records = list(islice(read_answers(options.records), options.limit))

@@ -21,6 +21,8 @@ from collections import Counter
 from pathlib import Path
 
 import orjson
+from arguments import not_negative, positive
+from machine import cpu_name
 from sampler import PER_PROMPT, ROOT, journal_lines, plain_loops, start
 
 sys.path.insert(0, str(ROOT / "tests"))
@@ -34,16 +36,16 @@ KINDS = [500, 503, 429, "hang_up", "half", "not_json", "no_choices"]
 def main() -> None:
     """Run campaign and comparison, print the table; status 1 where a request was lost or doubled."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=10_000, help="a multiple of 5; 0: no campaign")
+    parser.add_argument("--requests", type=not_negative, default=10_000, help="a multiple of 5; 0: no campaign")
     parser.add_argument("--failures", type=float, default=0.05, help="share of requests that fail in the campaign")
-    parser.add_argument("--kills", type=int, default=3)
-    parser.add_argument("--concurrency", type=int, default=32)
+    parser.add_argument("--kills", type=not_negative, default=3)
+    parser.add_argument("--concurrency", type=positive, default=32)
     parser.add_argument("--delay", type=float, default=0.1, help="seconds that the server takes for an answer")
-    parser.add_argument("--compared", type=int, default=5000, help="requests of each run for throughput")
-    parser.add_argument("--rounds", type=int, default=3, help="of both, in turn; 0: no comparison")
+    parser.add_argument("--compared", type=not_negative, default=5000, help="requests of each run for throughput")
+    parser.add_argument("--rounds", type=not_negative, default=3, help="of both, in turn; 0: no comparison")
     parser.add_argument("--server", choices=("made-up", "transformers"), default="made-up")
-    parser.add_argument("--tokens", type=int, default=12, help="of an answer at most (transformers)")
-    parser.add_argument("--steps", type=int, default=60, help="of each policy's training (transformers)")
+    parser.add_argument("--tokens", type=positive, default=12, help="of an answer at most (transformers)")
+    parser.add_argument("--steps", type=positive, default=60, help="of each policy's training (transformers)")
     parser.add_argument("--policies", type=Path, help="where they are, or are to be kept; none: trained and deleted")
     parser.add_argument("--seed", type=int, default=1, help="of the failures (transformers)")
     options = parser.parse_args()
@@ -71,7 +73,7 @@ def run_transformers(options: argparse.Namespace) -> int:
 
 def describe_machine() -> str:
     """What the figures belong to."""
-    return f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+    return f"{os.cpu_count()} cores, {cpu_name()}, Python {platform.python_version()}"
 
 
 def print_campaign(campaign: dict, options: argparse.Namespace, *, machine: str) -> None:

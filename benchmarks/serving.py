@@ -32,6 +32,7 @@ from pathlib import Path
 import httpx
 import orjson
 import psutil
+from arguments import positive
 
 from megatron_polar.convert.families import LAYOUTS
 from megatron_polar.data.template import join_text
@@ -92,12 +93,14 @@ def main() -> None:
     parser.add_argument("--engine", choices=ENGINES, default="vllm", help="what that other server is")
     parser.add_argument("--layout", choices=LAYOUTS, default="sequence-classification", help="of its model")
     parser.add_argument("--model-name", help="what the other server calls its model")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--outputs", type=int, nargs="+", default=[1, 8], help="outputs per prompt and request")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--clients", type=positive, nargs="+", default=[1, 8])
+    parser.add_argument("--outputs", type=positive, nargs="+", default=[1, 8], help="outputs per prompt and request")
+    parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--seconds", type=float, default=4.0, help="per case and round")
-    parser.add_argument("--threads", type=int, default=1, help="of our server; more than there are idle cores is noise")
-    parser.add_argument("--max-batch-tokens", type=int, default=4096, help="of our server; GPUs want more")
+    parser.add_argument(
+        "--threads", type=positive, default=1, help="of our server; more than there are idle cores is noise"
+    )
+    parser.add_argument("--max-batch-tokens", type=positive, default=4096, help="of our server; GPUs want more")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=OUTPUT, help="markdown file to write")
     options = parser.parse_args()

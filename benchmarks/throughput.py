@@ -23,10 +23,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch
 
 import numpy as np
 import torch
+from arguments import positive
 from layouts import VOCAB_SIZE, draw
 from trainer import Trainer, conditions, constant_rate
 
-from megatron_polar.config.presets import architecture_of
+from megatron_polar.config.presets import PRESETS, architecture_of
 from megatron_polar.config.schema import DataSection, DatasetSource, ModelSection, RunConfig, RunSection, TrainSection
 from megatron_polar.data.packing import MicroBatch
 from megatron_polar.errors import USER_ERROR
@@ -39,16 +40,22 @@ from megatron_polar.train.metrics import peak_tflops
 def main() -> int:
     """Measure every recipe and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="polar_1_8b")
-    parser.add_argument("--layers", type=int, help="fewer layers than the preset has")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="polar_1_8b")
+    parser.add_argument("--layers", type=positive, help="fewer layers than the preset has")
     parser.add_argument(
-        "--fp8", nargs="+", default=["off"], metavar="RECIPE", help="off, tensorwise, blockwise, delayed"
+        "--fp8",
+        nargs="+",
+        choices=("off", "tensorwise", "blockwise", "delayed"),
+        default=["off"],
+        help="recipes, in turn",
     )
-    parser.add_argument("--layouts", nargs="+", default=["shared_prefix", "packed"])
-    parser.add_argument("--candidates", type=int, nargs="+", default=[2, 4], metavar="K")
-    parser.add_argument("--row-tokens", type=int, default=16384)
-    parser.add_argument("--rows", type=int, default=4, help="micro-batches of a step, about")
-    parser.add_argument("--steps", type=int, default=8, help="timed; two more come before them")
+    parser.add_argument(
+        "--layouts", nargs="+", choices=("shared_prefix", "packed", "padded"), default=["shared_prefix", "packed"]
+    )
+    parser.add_argument("--candidates", type=positive, nargs="+", default=[2, 4], metavar="K")
+    parser.add_argument("--row-tokens", type=positive, default=16384)
+    parser.add_argument("--rows", type=positive, default=4, help="micro-batches of a step, about")
+    parser.add_argument("--steps", type=positive, default=8, help="timed; two more come before them")
     parser.add_argument("--fp8-weights", action="store_true", help="train.fp8_param_gather with every FP8 recipe")
     parser.add_argument("--no-fusion", action="store_true", help="train.gradient_accumulation_fusion=false")
     parser.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
@@ -145,12 +152,15 @@ def measure(trainer: Trainer, options: argparse.Namespace, *, k: int, fp8: str) 
 
     mfu = f"{rate(flops) / peak / 1e12:.1%}" if peak else "not known"
     memory, planned = trainer.device.memory_allocated() / 1e9, planned_bytes(trainer, longest=longest) / 1e9
-    expected = statistics.median(planned_seconds(trainer, work, comparisons=count) for work in works)
+    expected = "not known"  # of a CPU
+    if peak:
+        times = [planned_seconds(trainer, work, comparisons=count) for work in works]
+        expected = f"{statistics.median(times):.3f}"
     precision = trainer.config.train.precision + ("" if fp8 == "off" else f", FP8 {fp8}")
     precision += " with FP8 weights" if trainer.config.train.fp8_param_gather else ""
     other = f"{share_outside(trainer, draw(k, count=count, generator=generator)):.0%}" if options.profile else ""
     return (
-        f"| {precision} | {k} | {trainer.config.data.layout} | {statistics.median(seconds):.3f} | {expected:.3f} "
+        f"| {precision} | {k} | {trainer.config.data.layout} | {statistics.median(seconds):.3f} | {expected} "
         f"| {rate([count] * len(seconds)):.1f} | {rate([work.tokens for work in works]):,.0f} "
         f"| {rate([work.reward_keys for work in works]):,.0f} | {mfu} | {memory:.1f} | {planned:.1f} | {other} |"
     )

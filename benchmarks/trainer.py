@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 import numpy as np
 import torch
+from machine import cpu_name
 
 from megatron_polar.config.schema import DataSection, FaultsSection, OptimizerSection, RunConfig
 from megatron_polar.data.loader import row_shape
@@ -89,6 +90,6 @@ def constant_rate(lr: float, **changes) -> OptimizerSection:
 def conditions(device: Device, *packages: str) -> str:
     """Hardware, clock and versions, in one sentence."""
     names = ("torch", "megatron-core", *packages)
-    where = device.name if device.kind == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"
+    where = device.name if device.kind == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} thread(s)"
     kind = "process CPU time" if device.kind == "cpu" else "wall time"
     return f"{where}; {kind}; {', '.join(f'{n} {version(n)}' for n in names)}, Python {platform.python_version()}"

@@ -27,7 +27,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch
 
 import numpy as np
 import torch
+from arguments import not_negative, positive
 from layouts import VOCAB_SIZE, draw
+from machine import cpu_name
 
 from megatron_polar.data.template import TokenizedComparison
 
@@ -40,13 +42,15 @@ def main() -> None:
     """Run both sides in turns and write the table and the loss curves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     has_gpu = torch.cuda.is_available()
-    parser.add_argument("--steps", type=int, default=12 if has_gpu else 4)
-    parser.add_argument("--warm-up", type=int, default=4 if has_gpu else 1, help="steps that are not timed")
-    parser.add_argument("--global-batch-size", type=int, default=8, help="comparisons per step")
-    parser.add_argument("--trl-batch-sizes", type=int, nargs="+", default=[1, 4, 8], metavar="PAIRS", help="its own: 8")
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--layers", type=int, default=1)
-    parser.add_argument("--hidden-size", type=int, default=1024, help="heads of 128; FFN four times as wide")
+    parser.add_argument("--steps", type=positive, default=12 if has_gpu else 4)
+    parser.add_argument("--warm-up", type=not_negative, default=4 if has_gpu else 1, help="steps that are not timed")
+    parser.add_argument("--global-batch-size", type=positive, default=8, help="comparisons per step")
+    parser.add_argument(
+        "--trl-batch-sizes", type=positive, nargs="+", default=[1, 4, 8], metavar="PAIRS", help="its own: 8"
+    )
+    parser.add_argument("--repeats", type=positive, default=2)
+    parser.add_argument("--layers", type=positive, default=1)
+    parser.add_argument("--hidden-size", type=positive, default=1024, help="heads of 128; FFN four times as wide")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=PLACE / "trl_reward_trainer.md")
     parser.add_argument("--side", help=argparse.SUPPRESS)
@@ -254,7 +258,7 @@ def report(runs: dict[str, list[dict]], options: argparse.Namespace) -> str:
     if missing:
         lines += ["", f"TRL did not fit the GPU's memory at {', '.join(missing)} pairs a forward pass."]
     losses = ", ".join(f"{loss:.4f}" for loss in expected)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, 1 thread"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu_name()}, 1 thread"
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core", "transformers", "trl"))
     lines += [
         "",

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from megatron_polar.cli_scaling import add_ladder_options, refuse_ladder_options, write_ladder
+from megatron_polar.cli_scaling import add_ladder_options, amount, refuse_ladder_options, write_ladder
 from megatron_polar.errors import DONE, UserError
 
 # --- plan ------------------------------------------------------------------------------------------------------------
@@ -12,19 +12,29 @@ from megatron_polar.errors import DONE, UserError
 def add_plan(verbs) -> None:
     verb = verbs.add_parser("plan", help="memory, batch and paths of a run, before a GPU hour is spent")
     verb.add_argument("config", type=Path, metavar="CONFIG.yaml")
-    verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="on top of the YAML")
-    verb.add_argument("--nodes", type=int, default=1, metavar="N")
-    verb.add_argument("--gpus-per-node", type=int, default=8, metavar="N")
+    verb.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="on top of the YAML")
+    verb.add_argument("--nodes", type=int, default=1, metavar="N", help="default: 1")
+    verb.add_argument(
+        "--gpus-per-node", type=int, metavar="N", help="default: 8; processes, and 1, with run.device=cpu"
+    )
     verb.add_argument("--gpu", choices=("h100", "h200"), default="h100", help="for memory and time (default: h100)")
     verb.add_argument("--gpu-memory-gb", type=float, help="of one GPU, in GB (10^9 bytes; default: what --gpu has)")
     verb.add_argument("--search", action="store_true", help="also list the fastest layouts that fit, by the estimates")
     verb.add_argument("--prompt-tokens", type=float, metavar="N", help="mean length, for the time of a step")
-    verb.add_argument("--answer-tokens", type=float, metavar="N", help="likewise; both or none (default: the data's)")
+    verb.add_argument(
+        "--answer-tokens",
+        type=float,
+        metavar="N",
+        help="likewise; both or none (default: the data's, else 325 and 400)",
+    )
     verb.add_argument("--no-paths", action="store_true", help="open no dataset, tokenizer or checkpoint")
-    verb.add_argument("--base-tokens", type=float, help="tokens the base model was pre-trained on, for the law")
+    verb.add_argument(
+        "--base-tokens", type=amount, metavar="N", help="tokens the base model was pre-trained on, for the law: 4T"
+    )
     verb.add_argument(
         "--reward-tokens",
-        type=float,
+        type=amount,
+        metavar="N",
         help="tokens of the reward-model data, where there is none to read or for --ladder",
     )
     add_ladder_options(verb)
@@ -44,12 +54,16 @@ def _plan(options: argparse.Namespace) -> None:
         )
     gpu = GPUS[options.gpu]
     memory = gpu.memory_gb if options.gpu_memory_gb is None else options.gpu_memory_gb
-    cluster = Cluster(options.nodes, gpus_per_node=options.gpus_per_node, gpu_memory_gb=memory, gpu=gpu)
     config = load_config(options.config, options.overrides)
+    if options.gpus_per_node is None:
+        options.gpus_per_node = 1 if config.run.device == "cpu" else 8
+    cluster = Cluster(options.nodes, gpus_per_node=options.gpus_per_node, gpu_memory_gb=memory, gpu=gpu)
     if options.ladder is not None:
         write_ladder(options, config=config, cluster=cluster, lengths=_lengths(options))
         return
     refuse_ladder_options(options)
+    if options.search and config.run.device == "cpu":
+        raise UserError("plan: --search is for GPUs, and run.device=cpu; leave it out, or plan with run.device=cuda")
     plan = make_plan(config, cluster=cluster, with_paths=not options.no_paths, lengths=_lengths(options))
     print(render_plan(plan, base_tokens=options.base_tokens, reward_tokens=options.reward_tokens), flush=True)
     if options.search and plan.embedding_rows is not None:
@@ -83,7 +97,7 @@ def _lengths(options: argparse.Namespace):
 def add_preflight(verbs) -> None:
     verb = verbs.add_parser("preflight", help="look at the nodes of a job before it trains; run it by srun, then judge")
     verb.add_argument("config", type=Path, metavar="CONFIG.yaml", help="or, with --judge, the --output of a preflight")
-    verb.add_argument("overrides", nargs="*", metavar="section.key=value", help="on top of the YAML")
+    verb.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="on top of the YAML")
     verb.add_argument("--output", type=Path, metavar="DIR", help="directory for one report per node, shared by all")
     verb.add_argument("--timeout-seconds", type=float, default=300.0, metavar="N", help="limit of each single wait")
     verb.add_argument("--no-all-reduce", action="store_true", help="only look at each node by itself")

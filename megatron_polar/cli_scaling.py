@@ -103,8 +103,8 @@ def write_ladder(options: argparse.Namespace, *, config, cluster, lengths) -> No
     request = LadderRequest(
         sizes=parse_sizes(options.sizes, num_sizes=options.num_sizes),
         budgets=tuple(_number(text, option="--flops") for text in (options.flops or "").split(",") if text.strip()),
-        reward_tokens=_above_0(options.reward_tokens, option="--reward-tokens"),
-        base_tokens=_above_0(options.base_tokens, option="--base-tokens"),
+        reward_tokens=options.reward_tokens,
+        base_tokens=options.base_tokens,
         hyper_parameters=options.hyper_parameters,
         seeds=tuple(_seed(text) for text in (options.seeds or "").split(",") if text.strip()),
     )
@@ -142,10 +142,12 @@ def _number(text: str, *, option: str) -> float:
     return value
 
 
-def _above_0(value: float | None, *, option: str) -> float | None:
-    if value is not None and not 0 < value < math.inf:
-        raise UserError(f"{option} {value} must be above 0")
-    return value
+def amount(text: str) -> float:
+    """An argparse type: a number above 0, also as 50M, 1.5B or 3.6T."""
+    try:
+        return _number(text, option="number")
+    except UserError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0; write 50M, 1.5B, 3.6T or 1e17") from None
 
 
 def _seed(text: str) -> int:

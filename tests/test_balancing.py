@@ -60,6 +60,22 @@ def test_no_more_micro_batches_than_comparisons_when_each_is_above_the_limit():
     assert sorted(plan[0]) == [[0], [1], [2], [3]]
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("max_tokens", [400, 900, 2000])
+def test_with_one_micro_batch_less_some_would_be_too_long(layout, max_tokens):
+    comparisons = batch_of(13, count=60)
+    keywords = {"layout": layout, "architecture": SHAPE}
+    costs, _ = step_costs(comparisons, **keywords)
+    (plan,) = plan_step(comparisons, num_ranks=1, max_tokens=max_tokens, **keywords)
+    parts = karmarkar_karp(costs, len(plan) - 1)
+
+    def length(part: list[int]) -> int:
+        chosen = [comparisons[i] for i in part]
+        return build_micro_batch(chosen, layout=layout, pad_id=0, pad_to_multiple=1).tokens.size
+
+    assert any(len(part) > 1 and length(part) > max_tokens for part in parts)
+
+
 def test_micro_batches_go_from_the_most_to_the_least_expensive():
     comparisons = batch_of(10, count=30)
     costs = [comparison_flops(c, layout="shared_prefix", architecture=SHAPE) for c in comparisons]

@@ -226,7 +226,7 @@ RULES = [
     ),
     ("train.fp8=tensorwise train.precision=fp32", "train.fp8=tensorwise", "train.precision=bf16"),
     ("train.fp8=tensorwise train.fp8_bf16_layers=2", "train.fp8_bf16_layers=2", "between 0 and 1"),
-    ("train.fp8=delayed", "train.fp8_bf16_layers=1", "between 0 and 0"),
+    ("train.fp8=delayed", "train.fp8_bf16_layers=1", "fp8_bf16_layers=0 and data.pad_to_multiple=128"),
     ("train.fp8=blockwise", "data.pad_to_multiple=16", "set it to 128"),
     (
         "train.fp8=tensorwise train.fp8_bf16_layers=0",

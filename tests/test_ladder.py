@@ -140,7 +140,7 @@ def test_what_makes_no_study_is_refused(tmp_path, capsys, base):
     assert "both give" in refusal(capsys, study, *base, *same)
     tiny = ("--sizes", "1M,2M", "--flops", "1e6", "--hyper-parameters", "base")
     assert "less than one step" in refusal(capsys, study, *base, *tiny)
-    for option, value in (("--flops", "x"), ("--seeds", "a"), ("--reward-tokens", "-1")):
+    for option, value in (("--flops", "x"), ("--seeds", "a")):
         assert option in refusal(capsys, study, *base, "--sizes", "1M,2M", option, value)
     assert "no such directory" in refusal(capsys, study, *base, "data.train=[{path: nowhere}]", *sizes)
 

@@ -1,9 +1,12 @@
 """Micro-batches hold every comparison once, in rows whose segments say exactly which tokens see which."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from megatron_polar.config.presets import PRESETS
+from megatron_polar.config.presets import PRESETS, architecture_of
+from megatron_polar.config.schema import ModelSection
 from megatron_polar.data.packing import (
     attended_pairs,
     build_micro_batch,
@@ -192,3 +195,10 @@ def test_split_comparisons_fit_and_hold_every_candidate_once_in_order(layout, ma
     assert (max(map(len, parts)) == 1) == (max_tokens == 10**6)
     rewards = [[float(len(candidate)) for candidate in piece.candidates] for pieces in parts for piece in pieces]
     assert join_rewards(parts, rewards) == [[float(len(candidate)) for candidate in c.candidates] for c in whole]
+
+
+def test_a_last_layer_of_all_rows_costs_what_every_token_as_a_reward_would():
+    all_rows = dataclasses.replace(SHAPE, last_layer="all_rows")
+    found = all_rows.forward_flops(tokens=100, attended=900, rewards=4, reward_keys=70)
+    assert found == SHAPE.forward_flops(tokens=100, attended=900, rewards=100, reward_keys=900)
+    assert architecture_of(ModelSection(preset="nano", last_layer="all_rows")) == all_rows

@@ -536,7 +536,73 @@ def test_all_problems_come_at_once_with_status_2(tmp_path, capsys):
     ]
 
 
-@pytest.mark.parametrize("option", ["--nodes 0", "--gpus-per-node 0", "--gpu-memory-gb 0", "--reward-tokens -1"])
+@pytest.mark.parametrize("amount", ["0", "-1", "nan", "3.6X"])
+def test_amounts_are_numbers_above_0_with_or_without_a_prefix(amount, capsys):
+    example = str(ROOT / "examples/pretrain_7b.yaml")
+    with pytest.raises(SystemExit) as refused:
+        main(["plan", example, "--no-paths", "--reward-tokens", amount])
+    assert refused.value.code == USER_ERROR
+    assert f"{amount!r} is no number above 0" in capsys.readouterr().err
+    assert main(["plan", example, "--no-paths", "--reward-tokens", "3.6T"]) == 0
+    assert "3.60T tokens" in capsys.readouterr().out
+
+
+def test_a_run_on_cpus_is_planned_for_processes_and_without_the_memory_of_gpus(capsys):
+    example = [str(ROOT / "examples/pretrain_7b.yaml"), "--no-paths", "run.device=cpu", "train.precision=fp32"]
+    assert main(["plan", *example, "parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false"]) == 0
+    printed = capsys.readouterr().out
+    assert "layout  1 CPU rank: TP 1" in printed
+    assert "memory" not in printed
+    assert main(["plan", *example]) == USER_ERROR
+    assert "on 1 CPU rank: 1 problem" in capsys.readouterr().err
+    assert main(["plan", *example, "--search"]) == USER_ERROR
+    assert "--search is for GPUs" in capsys.readouterr().err
+
+
+def test_lengths_that_are_assumed_are_said_to_be_and_impossible_ones_refused(capsys):
+    example = [str(ROOT / "examples/pretrain_7b.yaml"), "--no-paths"]
+    assert main(["plan", *example]) == 0
+    assert "these lengths are assumed" in capsys.readouterr().out
+    assert main(["plan", *example, "--prompt-tokens", "512", "--answer-tokens", "1126"]) == 0
+    assert "assumed;" not in capsys.readouterr().out
+    assert main(["plan", *example, "--prompt-tokens", "20000", "--answer-tokens", "1"]) == USER_ERROR
+    assert "data.max_sequence_length=16384" in capsys.readouterr().err
+
+
+def test_the_time_of_the_whole_run_is_told_where_its_steps_are_known(capsys):
+    overrides = ["train.num_epochs=null", "train.num_steps=1000"]
+    assert main(["plan", str(ROOT / "examples/pretrain_7b.yaml"), "--no-paths", "--nodes", "8", *overrides]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"hours for 1,000 steps, \d+ GPU-hours", printed)
+    assert "steps   1,000 of 4343 comparisons" in printed
+
+
+def test_an_unknown_vocabulary_is_no_reason_to_name_a_tokenizer_that_is_not_opened(capsys):
+    example = [str(ROOT / "examples/pretrain_7b.yaml"), "--no-paths", "model.preset=tiny"]
+    assert main(["plan", *example]) == USER_ERROR
+    assert "set it, or leave out --no-paths" in capsys.readouterr().err
+
+
+def test_the_search_finds_only_what_train_accepts(capsys):
+    """FP8 bounds the pipeline by the layers that stay in bf16."""
+    example = [str(ROOT / "examples/pretrain_72b.yaml"), "--no-paths", "--nodes", "16", "--search"]
+    main(["plan", *example, "train.fp8=tensorwise", "train.fp8_bf16_layers=4"])  # the example's own layout does not fit
+    printed = capsys.readouterr().out
+    rows = printed[printed.index("search") :].split("\n\n")[1].splitlines()[1:]
+    assert rows
+    assert all(80 // 2 // int(row.split()[1]) >= 4 for row in rows)
+
+
+def test_tensor_parallel_groups_of_the_search_do_not_straddle_nodes(capsys):
+    example = [str(ROOT / "examples/pretrain_7b.yaml"), "--no-paths", "--nodes", "2", "--gpus-per-node", "6"]
+    assert main(["plan", *example, "parallel.tensor_model_parallel_size=4", "--search"]) == 0
+    printed = capsys.readouterr().out
+    assert "note: tensor-parallel groups reach over nodes" in printed
+    rows = printed[printed.index("search") :].split("\n\n")[1].splitlines()[1:]
+    assert {row.split()[0] for row in rows} <= {"1", "2"}
+
+
+@pytest.mark.parametrize("option", ["--nodes 0", "--gpus-per-node 0", "--gpu-memory-gb 0"])
 def test_options_out_of_range_are_refused(option, capsys):
     example = str(ROOT / "examples/pretrain_7b.yaml")
     assert main(["plan", example, "--no-paths", *option.split()]) == USER_ERROR

@@ -1,6 +1,7 @@
 """One copy for many tensors: packing loses nothing, and what is built of them is built again."""
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from megatron_polar.model.row_layout import RowLayout, make_row_layout
 from megatron_polar.parallel import transfer
 from megatron_polar.parallel.device import Device
 from megatron_polar.parallel.transfer import move, pack, tensors_of, unpack, with_tensors
-from megatron_polar.train.step import _MovedWhenAsked
+from megatron_polar.train.step import moved_when_asked
 
 CPU = Device("cpu", torch.device("cpu"), "gloo", "cpu")
 
@@ -75,14 +76,24 @@ def test_a_tensor_in_several_places_is_copied_once(monkeypatch):
         assert torch.equal(one, other)
 
 
-def test_micro_batches_are_laid_out_in_turn_when_they_are_asked_for():
-    laid_out = []
-    batches = _MovedWhenAsked([10, 20, 30], lambda batch: laid_out.append(batch) or -batch)
-    assert batches[0] == -10
-    assert laid_out == [10]
-    first, second = iter(batches), iter(batches)  # as two chunks of an interleaved pipeline
-    assert [next(first), next(first), next(second)] == [-10, -20, -10]
-    assert laid_out == [10, 20]
-    assert list(second) == [-20, -30]
-    assert laid_out == [10, 20, 30]
-    assert len(batches) == 3
+def test_micro_batches_are_moved_in_turn_when_they_are_asked_for_and_kept_no_longer_than_needed():
+    class Batch:
+        pass
+
+    moved = []
+
+    def move_one(number: int) -> Batch:
+        batch = Batch()
+        moved.append(weakref.ref(batch))
+        return batch
+
+    first, second = moved_when_asked([10, 20, 30], move_one, num_chunks=2)  # as of an interleaved pipeline
+    assert not moved
+    held = [next(first), next(first)]
+    held.append(next(second))
+    assert held[0] is held[2]
+    held.clear()
+    assert [reference() is None for reference in moved] == [True, False]  # the second chunk wants the other one still
+    assert len(list(second)) == 2
+    assert len(list(first)) == 1
+    assert [reference() is None for reference in moved] == [True, True, True]

@@ -24,6 +24,8 @@ class Architecture:
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
     init_method_std: float = 0.02
+    last_layer: str = "reward_rows"
+    """How much of the last layer is computed (`model.last_layer`); the weights are the same."""
 
     @property
     def layer_parameters(self) -> int:
@@ -43,14 +45,17 @@ class Architecture:
         """FLOPs of one forward pass: 2 per weight and token, and attention's two products over its exact causal area.
 
         `tokens` counts physical tokens, `attended` the query-key pairs inside the mask. The last layer has keys and
-        values of all tokens and the rest of `rewards` rows only, which see `reward_keys` keys in all. The embedding is
-        a look-up and the reward head is negligible: neither is counted. A training step costs three times this, without
-        recomputation.
+        values of all tokens and the rest of `rewards` rows only, which see `reward_keys` keys in all, unless
+        `last_layer` is all_rows. The embedding is a look-up and the reward head is negligible: neither is counted. A
+        training step costs three times this, without recomputation.
         """
-        keys_values = 2 * self.hidden_size * self.num_query_groups * self.kv_channels
-        multiplied = (self.num_layers - 1) * self.layer_parameters * tokens
-        multiplied += keys_values * tokens + (self.layer_parameters - keys_values) * rewards
-        pairs = (self.num_layers - 1) * attended + reward_keys
+        if self.last_layer == "all_rows":
+            multiplied, pairs = self.num_layers * self.layer_parameters * tokens, self.num_layers * attended
+        else:
+            keys_values = 2 * self.hidden_size * self.num_query_groups * self.kv_channels
+            multiplied = (self.num_layers - 1) * self.layer_parameters * tokens
+            multiplied += keys_values * tokens + (self.layer_parameters - keys_values) * rewards
+            pairs = (self.num_layers - 1) * attended + reward_keys
         return 2 * multiplied + 4 * self.num_attention_heads * self.kv_channels * pairs
 
 

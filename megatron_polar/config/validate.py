@@ -235,8 +235,13 @@ def _check_fp8(config: RunConfig) -> None:
         return
     if train.precision != "bf16":
         raise UserError(f"train.fp8={train.fp8} needs train.precision=bf16, not {train.precision}")
-    most = 0 if train.fp8 == "delayed" else architecture_of(config.model).num_layers // 2
-    most //= config.parallel.pipeline_model_parallel_size
+    most = architecture_of(config.model).num_layers // 2 // config.parallel.pipeline_model_parallel_size
+    if train.fp8 == "delayed" and train.fp8_bf16_layers:
+        rows = " and data.pad_to_multiple=128" if config.model.last_layer == "reward_rows" else ""
+        raise UserError(
+            f"train.fp8_bf16_layers={train.fp8_bf16_layers} is not possible with train.fp8=delayed, which keeps no "
+            f"layer in bf16; set train.fp8_bf16_layers=0{rows}"
+        )
     if not 0 <= train.fp8_bf16_layers <= most:
         raise UserError(
             f"train.fp8_bf16_layers={train.fp8_bf16_layers} must lie between 0 and {most} with train.fp8={train.fp8} "

@@ -38,27 +38,39 @@ def plan_step(
     costs, tokens = step_costs(comparisons, layout=layout, architecture=architecture)
     ranks = karmarkar_karp(costs, num_ranks)
 
+    rows = [len(c.candidates) for c in comparisons] if layout == "padded" else []
+    longest = [len(c.prefix) + max(map(len, c.candidates)) for c in comparisons] if layout == "padded" else []
+
     def size(members: list[int]) -> int:
         if layout == "padded":
-            chosen = [comparisons[i] for i in members]
-            longest = max((len(c.prefix) + len(k) for c in chosen for k in c.candidates), default=0)
-            return longest * sum(len(c.candidates) for c in chosen)
+            return max(longest[i] for i in members) * sum([rows[i] for i in members])
         return sum([tokens[i] for i in members])
 
     def split(members: list[int], count: int) -> list[list[int]]:
+        if count == 1:
+            return [members]
         return [[members[j] for j in part] for part in karmarkar_karp([costs[i] for i in members], count)]
 
     def fits(parts: list[list[int]]) -> bool:
         return all(len(part) <= 1 or size(part) <= max_tokens for part in parts)
 
     most = max(1, *map(len, ranks))
-    count = max(1, *(-(-sum([tokens[i] for i in members]) // max_tokens) for members in ranks))
-    count = -(-min(count, most) // multiple_of) * multiple_of
-    while True:
-        plan = [split(members, count) for members in ranks]
-        if all(map(fits, plan)) or count >= most:
-            break
-        count += multiple_of
+
+    def deal(count: int) -> list[list[list[int]]] | None:
+        plan = [split(members, count * multiple_of) for members in ranks]
+        return plan if all(map(fits, plan)) or count * multiple_of >= most else None
+
+    # The fewest that fit: one more than is known to be too few, further and further up, then by halves in between.
+    needed = max(1, *(-(-sum([tokens[i] for i in members]) // max_tokens) for members in ranks))
+    too_few, step = -(-min(needed, most) // multiple_of) - 1, 1
+    while (plan := deal(too_few + step)) is None:
+        too_few, step = too_few + step, 2 * step
+    while step > 1:
+        step //= 2
+        if (fewer := deal(too_few + step)) is None:
+            too_few += step
+        else:
+            plan = fewer
     return [sorted(parts, key=lambda part: -sum([costs[i] for i in part])) for parts in plan]
 
 
@@ -83,7 +95,8 @@ def step_costs(
 
 
 def karmarkar_karp(costs: Sequence[int], num_parts: int) -> list[list[int]]:
-    """Split items into parts of nearly equal cost by the largest differencing method (Karmarkar & Karp 1982).
+    """Split items, whose costs are 0 or more, into parts of nearly equal cost by the largest differencing method
+    (Karmarkar & Karp 1982).
 
     Returns the item indices of each part. Always combines the two partitions whose parts differ most, heaviest with
     lightest; the result depends on nothing but the costs and their order.
@@ -108,7 +121,7 @@ def karmarkar_karp(costs: Sequence[int], num_parts: int) -> list[list[int]]:
         else:
             parts = heapq.heappop(heap)[2] if heap and -heap[0][0] > alone[taken + 1] else []
             next_spread = -heap[0][0] if heap else -1
-            spread = math.inf
+            spread = math.inf  # the first item is always taken: nothing in the heap differs more
             while taken < count and spread >= alone[taken + 1] and min(spread, alone[taken]) >= next_spread:
                 item = items[taken]
                 taken += 1

@@ -151,7 +151,7 @@ def _check_checkpoint(config: RunConfig, *, datasets: Sequence[DatasetFacts], pr
         problems.append(f"train.init_from: {error}")
         return
     wanted = architecture_of(config.model)
-    for name in (field.name for field in fields(Architecture) if field.name != "init_method_std"):
+    for name in (field.name for field in fields(Architecture) if field.name not in ("init_method_std", "last_layer")):
         if getattr(saved, name) != getattr(wanted, name):
             problems.append(
                 f"train.init_from={checkpoint}: was made with model.{name}={getattr(saved, name)}, and this run has "

@@ -4,9 +4,9 @@ import dataclasses
 from dataclasses import dataclass
 from itertools import product
 
-from megatron_polar.config.presets import architecture_of, padded_vocab_size
+from megatron_polar.config.presets import padded_vocab_size
 from megatron_polar.config.schema import RunConfig
-from megatron_polar.config.validate import check_layout, check_recompute
+from megatron_polar.config.validate import validate
 from megatron_polar.errors import UserError
 from megatron_polar.scaling.hardware import GPUS, Gpu
 from megatron_polar.scaling.memory import MemoryEstimate, estimate_memory, layout_of, usable_bytes
@@ -43,6 +43,7 @@ class Cluster:
 
     @property
     def name(self) -> str:
+        """In words, for a run on GPUs."""
         return f"{plural(self.num_nodes, 'node')} x {plural(self.gpus_per_node, 'GPU')} of {self.gpu_memory_gb:g} GB"
 
 
@@ -58,9 +59,14 @@ class Plan:
     memory: MemoryEstimate | None
     """None where the world size does not fit the parallel sizes, or the vocabulary is unknown."""
     lengths: Lengths
-    """Of the data, where there is some, else assumed."""
+    """As given, else of the data, else assumed."""
+    are_lengths_assumed: bool
     problems: tuple[str, ...]
     """One line each: what, where, why and the remedy."""
+
+    @property
+    def is_on_cpu(self) -> bool:
+        return self.config.run.device == "cpu"
 
     @property
     def work(self) -> Work:
@@ -101,16 +107,17 @@ class Plan:
         """All problems in one error, a line each; None when there are none. `where`: if not on the cluster."""
         if not self.problems:
             return None
-        heading = f"{name} on {where or self.cluster.name}: {plural(len(self.problems), 'problem')}"
+        place = plural(self.cluster.num_gpus, "CPU rank") if self.is_on_cpu else self.cluster.name
+        heading = f"{name} on {where or place}: {plural(len(self.problems), 'problem')}"
         return UserError("\n  ".join([heading, *self.problems]))
 
 
 def make_plan(config: RunConfig, *, cluster: Cluster, with_paths: bool = True, lengths: Lengths | None = None) -> Plan:
     """Check a run that `load_config` has accepted against a cluster. Not `with_paths`: no file is opened. `lengths`
-    go before those of the data."""
+    go before those of the data. With `run.device: cpu` a GPU of the cluster is a process, and memory is not checked."""
     paths = look_at_paths(config) if with_paths else None
     problems = list(paths.problems) if paths else []
-    rows = _embedding_rows(config, vocab_size=paths.vocab_size if paths else None, problems=problems)
+    rows = _embedding_rows(config, paths=paths, problems=problems)
     memory = None
     try:
         layout_of(config.parallel, world_size=cluster.num_gpus)
@@ -120,18 +127,20 @@ def make_plan(config: RunConfig, *, cluster: Cluster, with_paths: bool = True, l
         problems.append(str(error))
     if memory is not None:
         _check_batch(config, memory=memory, problems=problems)
-        if not memory.fits(cluster.gpu_bytes):
+        if config.run.device != "cpu" and not memory.fits(cluster.gpu_bytes):
             problems.append(_too_large(config, memory=memory, cluster=cluster, rows=rows, paths=paths))
-    lengths = lengths or _lengths_of(paths)
-    plan = Plan(config, cluster, paths, rows, memory, lengths, tuple(problems))
+    if lengths is not None:
+        _check_lengths(config, lengths=lengths, problems=problems)
+    known = lengths or _lengths_of(paths)
+    plan = Plan(config, cluster, paths, rows, memory, known or Lengths(), known is None, tuple(problems))
     return dataclasses.replace(plan, problems=(*problems, *_too_few_comparisons(plan)))
 
 
-def _lengths_of(paths: Paths | None) -> Lengths:
-    """A manifest counts prompts and answers together; they are divided as in the default mix."""
+def _lengths_of(paths: Paths | None) -> Lengths | None:
+    """A manifest counts prompts and answers together; they are divided as in the default mix. None without data."""
     halves = sum(facts.num_halves for facts in paths.train) if paths else 0
     if not halves:
-        return Lengths()
+        return None
     mean, usual = sum(facts.num_tokens for facts in paths.train) / halves, Lengths()
     share = usual.prompt / (usual.prompt + usual.answer)
     return Lengths(prompt=share * mean, answer=(1 - share) * mean)
@@ -145,18 +154,16 @@ def plural(number: int, noun: str) -> str:
 # --- Checks ----------------------------------------------------------------------------------------------------------
 
 
-def _embedding_rows(config: RunConfig, *, vocab_size: int | None, problems: list[str]) -> int | None:
-    """Rows of the embedding, as model/build.py makes them; None where the vocabulary cannot be known.
-
-    `vocab_size` is the tokenizer's.
-    """
+def _embedding_rows(config: RunConfig, *, paths: Paths | None, problems: list[str]) -> int | None:
+    """Rows of the embedding, as model/build.py makes them; None where the vocabulary cannot be known."""
     model, tp = config.model, config.parallel.tensor_model_parallel_size
+    vocab_size = paths.vocab_size if paths else None
     wanted = model.vocab_size or vocab_size or _ASSUMED_VOCABULARY.get(model.preset or "")
     if wanted is None:
         if not problems:  # a missing dataset, which would tell it, is named already
             problems.append(
                 "model.vocab_size is not set, and no tokenizer could be read to tell it, so memory is unknown; set it, "
-                "or data.tokenizer"
+                + ("or data.tokenizer" if paths else "or leave out --no-paths")
             )
         return None
     if wanted < (vocab_size or 0):
@@ -174,13 +181,22 @@ def _embedding_rows(config: RunConfig, *, vocab_size: int | None, problems: list
 
 
 def _check_batch(config: RunConfig, *, memory: MemoryEstimate, problems: list[str]) -> None:
-    """Any batch trains, since comparisons are dealt to ranks as they fit (data/packing.py); fewer than ranks leave
+    """Any batch trains, since comparisons are dealt to ranks as they fit (data/balancing.py); fewer than ranks leave
     some with nothing but padding."""
     batch, ranks = config.train.global_batch_size, memory.layout.dp
     if batch < ranks:
         problems.append(
             f"train.global_batch_size={batch} is less than one comparison for each of {ranks} data-parallel ranks, so "
             f"that some would compute padding; use at least {ranks}, or fewer nodes"
+        )
+
+
+def _check_lengths(config: RunConfig, *, lengths: Lengths, problems: list[str]) -> None:
+    sequence, most = 2 * (lengths.prompt + lengths.answer) + 2, config.data.max_sequence_length
+    if sequence > most:
+        problems.append(
+            f"--prompt-tokens {lengths.prompt:g} and --answer-tokens {lengths.answer:g}: two of each are {sequence:g} "
+            f"tokens with the separators, and data.max_sequence_length={most} is all that a sequence may have"
         )
 
 
@@ -212,9 +228,9 @@ def _too_large(config: RunConfig, *, memory: MemoryEstimate, cluster: Cluster, r
 
 def _what_fits(config: RunConfig, *, cluster: Cluster, rows: int, paths: Paths | None) -> str:
     """The fewest changes of overlap, recomputation, TP within a node and PP that fit by the estimate, as overrides."""
-    architecture, parallel = architecture_of(config.model), config.parallel
+    parallel = config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    tps = [tp] + [size for size in (tp * 2**k for k in range(1, 10)) if size <= cluster.gpus_per_node]
+    tps = [tp] + [size for size in (tp * 2**k for k in range(1, 10)) if cluster.gpus_per_node % size == 0]
     pps = [pp] if parallel.virtual_pipeline_model_parallel_size else [pp * 2**k for k in range(7)]
     overlaps = [config.optimizer.overlap_grad_reduce]
     if not (overlaps[0] or config.train.canonical_reduction):
@@ -226,8 +242,7 @@ def _what_fits(config: RunConfig, *, cluster: Cluster, rows: int, paths: Paths |
         overrides = _overrides(config, recompute=choice[0], tp=choice[1], pp=choice[2], overlap=choice[3])
         changed = _change(config, overrides)
         try:
-            check_layout(changed.parallel, architecture)
-            check_recompute(changed)
+            validate(changed, for_training=False)
             memory = _estimate(changed, cluster=cluster, rows=rows, paths=paths)
         except UserError:
             continue

@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
-from megatron_polar.config.presets import Architecture, architecture_of
 from megatron_polar.config.schema import RunConfig
-from megatron_polar.config.validate import check_layout, check_recompute
+from megatron_polar.config.validate import validate
 from megatron_polar.errors import UserError
 from megatron_polar.scaling.memory import Layout, MemoryEstimate, estimate_memory
 from megatron_polar.scaling.plan import Cluster
@@ -98,8 +97,7 @@ def _rank(one: Candidate) -> tuple[float, int]:
 
 
 def _candidates(config: RunConfig, *, cluster: Cluster) -> Iterator[RunConfig]:
-    architecture: Architecture = architecture_of(config.model)
-    tensor = [2**power for power in range(10) if 2**power <= cluster.gpus_per_node]
+    tensor = [2**power for power in range(10) if cluster.gpus_per_node % 2**power == 0]
     whole = config.data.max_tokens_per_micro_batch
     rows = [whole] + [whole // parts for parts in (2, 4) if whole // parts >= _FEWEST_TOKENS]
     for tp, pp, vpp, recompute, tokens in product(tensor, _PIPELINE_SIZES, _CHUNKS, ("none", "full"), rows):
@@ -111,13 +109,15 @@ def _candidates(config: RunConfig, *, cluster: Cluster) -> Iterator[RunConfig]:
             virtual_pipeline_model_parallel_size=vpp,
         )
         train = dataclasses.replace(config.train, recompute=recompute, recompute_num_layers=1)
+        overlaps = not config.train.canonical_reduction
         shards = config.optimizer.use_distributed_optimizer
-        optimizer = dataclasses.replace(config.optimizer, overlap_grad_reduce=True, overlap_param_gather=shards)
+        optimizer = dataclasses.replace(
+            config.optimizer, overlap_grad_reduce=overlaps, overlap_param_gather=overlaps and shards
+        )
         data = dataclasses.replace(config.data, max_tokens_per_micro_batch=tokens)
         candidate = dataclasses.replace(config, parallel=parallel, train=train, optimizer=optimizer, data=data)
         try:
-            check_layout(parallel, architecture)
-            check_recompute(candidate)
+            validate(candidate, for_training=False)
         except UserError:
             continue
         yield candidate

@@ -171,7 +171,7 @@ class _Links:
         inside, outside = (speed * 1e9 * LINK_SHARE for speed in (gpu.nvlink_gb_s, gpu.network_gb_s))
 
         def of(span: int) -> float:
-            return inside if span <= gpus_per_node else outside
+            return inside if gpus_per_node % span == 0 else outside
 
         self.tp = of(layout.tp)
         self.cp = of(layout.tp * layout.cp)

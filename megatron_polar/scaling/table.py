@@ -19,7 +19,7 @@ def render_plan(plan: Plan, *, base_tokens: float | None = None, reward_tokens: 
     datasets hold.
     """
     lines = _model_lines(plan)
-    if plan.memory is not None:
+    if plan.memory is not None and not plan.is_on_cpu:
         lines += _memory_lines(plan, memory=plan.memory)
         lines += _time_lines(plan)
     lines += _data_lines(plan)
@@ -44,9 +44,12 @@ def _model_lines(plan: Plan) -> list[str]:
     vpp, batch = parallel.virtual_pipeline_model_parallel_size, config.train.global_batch_size
     sizes = f"TP {tp}{' with SP' if parallel.sequence_parallel else ''} x PP {pp}{f' in {vpp} chunks' if vpp else ''}"
     sizes += f" x CP {parallel.context_parallel_size}{f' x DP {memory.layout.dp}' if memory else ''}"
-    lines.append(_row("layout", f"{plan.cluster.name}: {sizes}"))
-    if tp > plan.cluster.gpus_per_node:
-        lines.append(_row("", "note: tensor-parallel groups reach over nodes, which is slow; keep TP within a node"))
+    place = plural(plan.cluster.num_gpus, "CPU rank") if plan.is_on_cpu else plan.cluster.name
+    lines.append(_row("layout", f"{place}: {sizes}"))
+    if not plan.is_on_cpu and plan.cluster.gpus_per_node % tp:
+        lines.append(
+            _row("", "note: tensor-parallel groups reach over nodes, which is slow; take a TP that divides their GPUs")
+        )
     if memory is not None:
         each = batch / memory.layout.dp
         lines.append(_row("batch", f"{batch} comparisons a step, {each:.1f} a data-parallel rank"))
@@ -80,8 +83,6 @@ def _memory_lines(plan: Plan, *, memory: MemoryEstimate) -> list[str]:
 
 
 def _time_lines(plan: Plan) -> list[str]:
-    if plan.config.run.device == "cpu":
-        return []
     time, lengths = plan.time, plan.lengths
     names = (field.name for field in dataclasses.fields(time) if field.name != "mfu")
     shares = {name: getattr(time, name) / time.seconds for name in names}
@@ -92,8 +93,13 @@ def _time_lines(plan: Plan) -> list[str]:
         _row("time", f"{time.seconds:.3g} s a step on {plan.cluster.gpu.name}, for {of}; arithmetic, not measured"),
         _row("", f"{comparisons:.3g} comparisons/s, MFU {time.mfu:.0%}; {spent}"),
     ]
-    if plan.num_steps and plan.num_steps * time.seconds > 3600:
-        lines.append(_row("", f"{plan.num_steps * time.seconds / 86400:.3g} days for {plan.num_steps:,} steps"))
+    if plan.are_lengths_assumed:
+        lines.append(_row("", "these lengths are assumed; give your own by --prompt-tokens and --answer-tokens"))
+    if plan.num_steps:
+        hours = plan.num_steps * time.seconds / 3600
+        whole = f"{hours / 24:.3g} days" if hours >= 48 else f"{hours:.3g} hours"
+        of = f"{plan.num_steps:,} steps, {short(hours * plan.cluster.num_gpus)} GPU-hours"
+        lines.append(_row("", f"{whole} for {of}"))
     return lines
 
 
@@ -112,6 +118,8 @@ def render_search(found: Sequence[Candidate]) -> str:
         rows.append((*map(str, sizes), train.recompute, str(data.max_tokens_per_micro_batch), memory, *speed))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines += ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    if found[0].time.seconds > min(one.time.seconds for one in found):
+        lines += ["", "a pipeline comes first only where it gains more than a tenth (docs/performance.md)"]
     return "\n".join([*lines, "", f"the first of them: {found[0].overrides}"])
 
 
@@ -138,10 +146,8 @@ def _terms(plan: Plan, *, memory: MemoryEstimate) -> list[tuple[str, int]]:
 
 
 def _data_lines(plan: Plan) -> list[str]:
-    if plan.paths is None:
-        return [_row("data", "not looked at (--no-paths)")]
-    lines = []
-    for facts in plan.paths.train + plan.paths.validation:
+    lines = [] if plan.paths else [_row("data", "not looked at (--no-paths)")]
+    for facts in (*plan.paths.train, *plan.paths.validation) if plan.paths else ():
         stored = f"{short(facts.num_tokens)} tokens, answers up to {facts.longest_response}"
         lines.append(_row("" if lines else "data", f"{facts.path}: {facts.num_comparisons:,} comparisons, {stored}"))
     if plan.num_steps is not None:

@@ -1,6 +1,7 @@
 """One optimizer step over megatron-core's pipeline schedules: from micro-batches to the loss, the gradient and the
 update."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -78,23 +79,23 @@ def to_device(batch: MicroBatch, *, model: BuiltModel, device: Device, topology:
     return move(DeviceBatch(tokens, layout, winners, losers), device)
 
 
-class _MovedWhenAsked(Sequence[DeviceBatch]):
-    """Micro-batches on the device, each laid out when a schedule first asks for it: by then the device has the ones
-    before it to compute. The chunks of an interleaved pipeline each go through all of them."""
+def moved_when_asked(
+    micro_batches: Sequence[MicroBatch], move_one: Callable[[MicroBatch], DeviceBatch], *, num_chunks: int
+) -> list[Iterator[DeviceBatch]]:
+    """For each chunk of an interleaved pipeline all micro-batches, each moved once, when the first chunk asks for it:
+    by then the device has the ones before it to compute. None is kept that all chunks have been given."""
+    moved, waiting = map(move_one, micro_batches), [deque() for _ in range(num_chunks)]
 
-    def __init__(self, micro_batches: Sequence[MicroBatch], move_one: Callable[[MicroBatch], DeviceBatch]):
-        self._waiting, self._move_one = micro_batches, move_one
-        self._moved: list[DeviceBatch] = []
+    def of_chunk(own: deque[DeviceBatch]) -> Iterator[DeviceBatch]:
+        for _ in micro_batches:
+            if not own:
+                batch = next(moved)
+                for chunk in waiting:
+                    chunk.append(batch)
+                del batch
+            yield own.popleft()
 
-    def __len__(self) -> int:
-        return len(self._waiting)
-
-    def __getitem__(self, number: int) -> DeviceBatch:
-        if not 0 <= number < len(self):
-            raise IndexError(number)
-        while len(self._moved) <= number:
-            self._moved.append(self._move_one(self._waiting[len(self._moved)]))
-        return self._moved[number]
+    return [of_chunk(own) for own in waiting]
 
 
 def train_step(
@@ -258,16 +259,16 @@ def compute_rewards(
 
 
 def _schedule(model, micro_batches, *, topology, device, loss, forward_only) -> list:
-    batches = _MovedWhenAsked(micro_batches, partial(to_device, model=model, device=device, topology=topology))
-    iterators = [iter(batches) for _ in model.chunks]
+    move_one = partial(to_device, model=model, device=device, topology=topology)
+    iterators = moved_when_asked(micro_batches, move_one, num_chunks=len(model.chunks))
     interleaved = topology.vpp_size is not None
     forward_backward = get_forward_backward_func()
     return forward_backward(
         forward_step_func=partial(_forward_step, loss),
         data_iterator=iterators if interleaved else iterators[0],
         model=model.chunks if interleaved else model.chunks[0],
-        num_microbatches=len(batches),
-        seq_length=batches[0].tokens.size(1),  # stages exchange the real shape of every micro-batch
+        num_microbatches=len(micro_batches),
+        seq_length=micro_batches[0].tokens.shape[1] // topology.cp_size,  # stages exchange every one's real shape
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=loss is _rewards_only,
