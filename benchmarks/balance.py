@@ -17,8 +17,8 @@ from arguments import positive, share
 from machine import cpu_name
 
 from megatron_polar.config.presets import PRESETS, Architecture
-from megatron_polar.data.balancing import plan_step
-from megatron_polar.data.packing import comparison_flops, physical_tokens
+from megatron_polar.data.balancing import plan_step, step_costs
+from megatron_polar.data.packing import physical_tokens
 from megatron_polar.data.template import TokenizedComparison
 
 CASES = ((128, 8, 2), (128, 8, 4), (512, 64, 2), (4096, 64, 2), (4096, 512, 2))
@@ -57,7 +57,7 @@ def measure(case: tuple[int, int, int], options: argparse.Namespace, *, architec
     random, ours, seconds, shares = [], [], [], []
     for _ in range(options.batches):
         comparisons = [draw(k, generator) for _ in range(count)]
-        costs = np.array([comparison_flops(c, layout="shared_prefix", architecture=architecture) for c in comparisons])
+        costs = np.array(step_costs(comparisons, layout="shared_prefix", architecture=architecture)[0])
         start = time.process_time()
         plan = plan_step(
             comparisons, num_ranks=ranks, max_tokens=MAX_TOKENS, layout="shared_prefix", architecture=architecture

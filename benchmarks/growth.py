@@ -22,6 +22,7 @@ from arguments import positive
 from trainer import Trainer, conditions, constant_rate
 
 from megatron_polar.config.schema import DataSection, DatasetSource, ModelSection, RunConfig, RunSection, TrainSection
+from megatron_polar.data.balancing import step_costs
 from megatron_polar.data.template import TokenizedComparison
 
 VOCAB_SIZE = 2048
@@ -159,10 +160,7 @@ def draw(case: Case, count: int) -> list[TokenizedComparison]:
 
 def flops_of(case: Case, trainer: Trainer, comparisons: list[TokenizedComparison]) -> int:
     """Of one step's forward passes."""
-    from megatron_polar.data.packing import comparison_flops
-
-    architecture = trainer.model.architecture
-    return sum(comparison_flops(c, layout=case.layout, architecture=architecture) for c in comparisons)
+    return sum(step_costs(comparisons, layout=case.layout, architecture=trainer.model.architecture)[0])
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from layouts import VOCAB_SIZE, draw, lay_out, make_config, run
 from trainer import clock, conditions
 
 from megatron_polar.config.presets import PRESETS, Architecture
-from megatron_polar.data.packing import attended_pairs, comparison_flops, physical_tokens
+from megatron_polar.data.balancing import step_costs
+from megatron_polar.data.packing import attended_pairs, physical_tokens
 from megatron_polar.model.build import build_model
 from megatron_polar.parallel import topology as ranks
 from megatron_polar.parallel.device import select_device
@@ -77,7 +78,7 @@ def _config(layers: int, kind: str):
 def saved(architecture: Architecture, *, k: int = 2) -> float:
     """Share of all rows' FLOPs, over the length mix."""
     comparisons = draw(k, count=200, generator=np.random.default_rng(1))
-    needed = sum(comparison_flops(c, layout="shared_prefix", architecture=architecture) for c in comparisons)
+    needed = sum(step_costs(comparisons, layout="shared_prefix", architecture=architecture)[0])
     pairs = sum(attended_pairs(c, layout="shared_prefix") for c in comparisons)
     tokens = sum(physical_tokens(c, layout="shared_prefix") for c in comparisons)
     every_row = architecture.forward_flops(tokens=tokens, attended=pairs, rewards=tokens, reward_keys=pairs)

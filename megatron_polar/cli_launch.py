@@ -15,7 +15,7 @@ def add_plan(verbs) -> None:
     verb.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="on top of the YAML")
     verb.add_argument("--nodes", type=int, default=1, metavar="N", help="default: 1")
     verb.add_argument(
-        "--gpus-per-node", type=int, metavar="N", help="default: 8; processes, and 1, with run.device=cpu"
+        "--gpus-per-node", type=int, metavar="N", help="default: 8; with run.device=cpu processes, default: 1"
     )
     verb.add_argument("--gpu", choices=("h100", "h200"), default="h100", help="for memory and time (default: h100)")
     verb.add_argument("--gpu-memory-gb", type=float, help="of one GPU, in GB (10^9 bytes; default: what --gpu has)")
@@ -55,9 +55,9 @@ def _plan(options: argparse.Namespace) -> None:
     gpu = GPUS[options.gpu]
     memory = gpu.memory_gb if options.gpu_memory_gb is None else options.gpu_memory_gb
     config = load_config(options.config, options.overrides)
-    if options.gpus_per_node is None:
-        options.gpus_per_node = 1 if config.run.device == "cpu" else 8
-    cluster = Cluster(options.nodes, gpus_per_node=options.gpus_per_node, gpu_memory_gb=memory, gpu=gpu)
+    usual = 1 if config.run.device == "cpu" else 8
+    per_node = usual if options.gpus_per_node is None else options.gpus_per_node
+    cluster = Cluster(options.nodes, gpus_per_node=per_node, gpu_memory_gb=memory, gpu=gpu)
     if options.ladder is not None:
         write_ladder(options, config=config, cluster=cluster, lengths=_lengths(options))
         return

@@ -171,7 +171,7 @@ def _command(options: argparse.Namespace) -> str:
         "--prompt-tokens": options.prompt_tokens,
         "--answer-tokens": options.answer_tokens,
         "--nodes": options.nodes if options.nodes != 1 else None,
-        "--gpus-per-node": options.gpus_per_node if options.gpus_per_node != 8 else None,
+        "--gpus-per-node": options.gpus_per_node,
         "--gpu": options.gpu if options.gpu != "h100" else None,
         "--gpu-memory-gb": options.gpu_memory_gb,
     }

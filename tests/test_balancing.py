@@ -7,7 +7,7 @@ import pytest
 
 from megatron_polar.config.presets import PRESETS
 from megatron_polar.data.balancing import karmarkar_karp, plan_step, step_costs
-from megatron_polar.data.packing import build_micro_batch, comparison_flops, physical_tokens
+from megatron_polar.data.packing import attended_pairs, build_micro_batch, physical_tokens
 from megatron_polar.data.template import TokenizedComparison
 
 LAYOUTS = ["shared_prefix", "packed", "padded"]
@@ -78,7 +78,7 @@ def test_with_one_micro_batch_less_some_would_be_too_long(layout, max_tokens):
 
 def test_micro_batches_go_from_the_most_to_the_least_expensive():
     comparisons = batch_of(10, count=30)
-    costs = [comparison_flops(c, layout="shared_prefix", architecture=SHAPE) for c in comparisons]
+    costs, _ = step_costs(comparisons, layout="shared_prefix", architecture=SHAPE)
     plan = plan_step(comparisons, num_ranks=2, max_tokens=300, layout="shared_prefix", architecture=SHAPE)
     for parts in plan:
         loads = [sum(costs[i] for i in part) for part in parts]
@@ -96,9 +96,17 @@ def test_a_plan_is_a_function_of_its_input():
 @pytest.mark.parametrize("preset", ["nano", "polar_72b"])
 def test_costs_of_a_step_are_those_of_its_comparisons(layout, preset):
     comparisons = batch_of(12, count=25)
-    keywords = {"layout": layout, "architecture": PRESETS[preset]}
-    costs, tokens = step_costs(comparisons, **keywords)
-    assert costs == [comparison_flops(c, **keywords) for c in comparisons]
+    shape = PRESETS[preset]
+    costs, tokens = step_costs(comparisons, layout=layout, architecture=shape)
+    assert costs == [
+        shape.forward_flops(
+            tokens=physical_tokens(c, layout=layout),
+            attended=attended_pairs(c, layout=layout),
+            rewards=len(c.candidates),
+            reward_keys=physical_tokens(c, layout="packed"),
+        )
+        for c in comparisons
+    ]
     assert tokens == [physical_tokens(c, layout=layout) for c in comparisons]
 
 
@@ -172,6 +180,6 @@ def test_lognormal_mixes_are_balanced_to_two_percent_over_eight_ranks(layout, se
     ]
     shape = PRESETS["polar_1_8b"]
     plan = plan_step(comparisons, num_ranks=8, max_tokens=32768, layout=layout, architecture=shape)
-    costs = [comparison_flops(c, layout=layout, architecture=shape) for c in comparisons]
+    costs, _ = step_costs(comparisons, layout=layout, architecture=shape)
     loads = [sum(costs[i] for part in parts for i in part) for parts in plan]
     assert max(loads) * 8 / sum(loads) <= 1.02

@@ -7,10 +7,10 @@ import pytest
 
 from megatron_polar.config.presets import PRESETS, architecture_of
 from megatron_polar.config.schema import ModelSection
+from megatron_polar.data.balancing import step_costs
 from megatron_polar.data.packing import (
     attended_pairs,
     build_micro_batch,
-    comparison_flops,
     join_rewards,
     physical_tokens,
     split_candidates,
@@ -170,7 +170,7 @@ def test_flops_of_comparisons_add_up_to_those_of_the_row(layout):
     comparisons = batch_of(7)
     batch = build(comparisons, layout, multiple=1)
     tokens = sum(physical_tokens(c, layout=layout) for c in comparisons)
-    assert sum(comparison_flops(c, layout=layout, architecture=SHAPE) for c in comparisons) == SHAPE.forward_flops(
+    assert sum(step_costs(comparisons, layout=layout, architecture=SHAPE)[0]) == SHAPE.forward_flops(
         tokens=tokens,
         attended=batch.num_attended,
         rewards=len(batch.reward_positions),

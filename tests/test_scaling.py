@@ -593,6 +593,15 @@ def test_the_search_finds_only_what_train_accepts(capsys):
     assert all(80 // 2 // int(row.split()[1]) >= 4 for row in rows)
 
 
+def test_the_search_overlaps_nothing_where_the_reduction_is_canonical(capsys):
+    example = [str(ROOT / "examples/pretrain_1_8b.yaml"), "--no-paths", "--search", "train.canonical_reduction=true"]
+    fp32 = ["train.precision=fp32", "optimizer.use_distributed_optimizer=false", "train.recompute=full"]
+    overlap = ["optimizer.overlap_grad_reduce=false", "optimizer.overlap_param_gather=false"]
+    assert main(["plan", *example, *fp32, *overlap]) == 0
+    printed = capsys.readouterr().out
+    assert " ".join(overlap) in printed[printed.index("the first of them") :]
+
+
 def test_tensor_parallel_groups_of_the_search_do_not_straddle_nodes(capsys):
     example = [str(ROOT / "examples/pretrain_7b.yaml"), "--no-paths", "--nodes", "2", "--gpus-per-node", "6"]
     assert main(["plan", *example, "parallel.tensor_model_parallel_size=4", "--search"]) == 0

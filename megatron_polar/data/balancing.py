@@ -77,7 +77,7 @@ def plan_step(
 def step_costs(
     comparisons: Sequence[TokenizedComparison], *, layout: Layout, architecture: Architecture
 ) -> tuple[list[int], list[int]]:
-    """`packing.comparison_flops` and `packing.physical_tokens` of every comparison, computed for all at once."""
+    """Forward FLOPs of every comparison in this layout, by which rows are balanced, and its physical tokens."""
     prefixes = np.array([len(c.prefix) for c in comparisons], dtype=np.int64)
     counts = np.array([len(c.candidates) for c in comparisons], dtype=np.int64)
     lengths = np.array([len(candidate) for c in comparisons for candidate in c.candidates], dtype=np.int64)

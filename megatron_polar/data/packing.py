@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_polar.config.presets import Architecture
 from megatron_polar.data.pair_counts import NO_PAIR, pair_keys
 from megatron_polar.data.template import TokenizedComparison
 
@@ -97,16 +96,6 @@ def attended_pairs(comparison: TokenizedComparison, *, layout: Layout) -> int:
     """Query-key pairs inside the causal mask of one comparison."""
     p, repeats = len(comparison.prefix), 1 if layout == "shared_prefix" else len(comparison.candidates)
     return repeats * (p * (p + 1) // 2) + sum(p * c + c * (c + 1) // 2 for c in map(len, comparison.candidates))
-
-
-def comparison_flops(comparison: TokenizedComparison, *, layout: Layout, architecture: Architecture) -> int:
-    """Forward FLOPs of one comparison in this layout: the cost by which rows are balanced (`balancing.step_costs`)."""
-    return architecture.forward_flops(
-        tokens=physical_tokens(comparison, layout=layout),
-        attended=attended_pairs(comparison, layout=layout),
-        rewards=len(comparison.candidates),
-        reward_keys=physical_tokens(comparison, layout="packed"),
-    )
 
 
 def build_micro_batch(

@@ -43,7 +43,6 @@ class Cluster:
 
     @property
     def name(self) -> str:
-        """In words, for a run on GPUs."""
         return f"{plural(self.num_nodes, 'node')} x {plural(self.gpus_per_node, 'GPU')} of {self.gpu_memory_gb:g} GB"
 
 
@@ -67,6 +66,11 @@ class Plan:
     @property
     def is_on_cpu(self) -> bool:
         return self.config.run.device == "cpu"
+
+    @property
+    def place(self) -> str:
+        """Where it would run, in words."""
+        return plural(self.cluster.num_gpus, "CPU rank") if self.is_on_cpu else self.cluster.name
 
     @property
     def work(self) -> Work:
@@ -107,8 +111,7 @@ class Plan:
         """All problems in one error, a line each; None when there are none. `where`: if not on the cluster."""
         if not self.problems:
             return None
-        place = plural(self.cluster.num_gpus, "CPU rank") if self.is_on_cpu else self.cluster.name
-        heading = f"{name} on {where or place}: {plural(len(self.problems), 'problem')}"
+        heading = f"{name} on {where or self.place}: {plural(len(self.problems), 'problem')}"
         return UserError("\n  ".join([heading, *self.problems]))
 
 

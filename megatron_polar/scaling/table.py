@@ -44,11 +44,10 @@ def _model_lines(plan: Plan) -> list[str]:
     vpp, batch = parallel.virtual_pipeline_model_parallel_size, config.train.global_batch_size
     sizes = f"TP {tp}{' with SP' if parallel.sequence_parallel else ''} x PP {pp}{f' in {vpp} chunks' if vpp else ''}"
     sizes += f" x CP {parallel.context_parallel_size}{f' x DP {memory.layout.dp}' if memory else ''}"
-    place = plural(plan.cluster.num_gpus, "CPU rank") if plan.is_on_cpu else plan.cluster.name
-    lines.append(_row("layout", f"{place}: {sizes}"))
+    lines.append(_row("layout", f"{plan.place}: {sizes}"))
     if not plan.is_on_cpu and plan.cluster.gpus_per_node % tp:
         lines.append(
-            _row("", "note: tensor-parallel groups reach over nodes, which is slow; take a TP that divides their GPUs")
+            _row("", "note: tensor-parallel groups reach over nodes: slow; take a TP that divides a node's GPUs")
         )
     if memory is not None:
         each = batch / memory.layout.dp
