@@ -244,6 +244,27 @@ RULES = [
         "train.fp8_bf16_layers of at least 1",
         "model.last_layer=all_rows",
     ),
+    (
+        "train.fp8=tensorwise model.ffn_hidden_size=350",
+        "model.ffn_hidden_size=350 is no multiple of 16",
+        "another width",
+    ),
+    (
+        "train.fp8=tensorwise model.ffn_hidden_size=344 parallel.tensor_model_parallel_size=2",
+        "model.ffn_hidden_size=344 over parallel.tensor_model_parallel_size=2 is 172, which is no multiple of 16",
+        "tensor-parallel size, or train.fp8=off",
+    ),
+    (
+        "train.fp8=blockwise data.pad_to_multiple=128 model.hidden_size=192 parallel.sequence_parallel=true "
+        "parallel.tensor_model_parallel_size=2",
+        "model.hidden_size=192 is no multiple of 128, as train.fp8=blockwise needs",
+        "use another width",
+    ),
+    (
+        "train.fp8=delayed train.fp8_bf16_layers=0 data.pad_to_multiple=128 model.kv_channels=6",
+        "model.num_attention_heads x model.kv_channels=24 is no multiple of 16",
+        "train.fp8=off",
+    ),
     ("train.gradient_accumulation_fusion=maybe", "'maybe'", "must be one of auto, true, false"),
     ("model.num_attention_heads=3", "model.hidden_size=128", "model.num_attention_heads=3"),
 ]

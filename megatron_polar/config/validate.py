@@ -255,6 +255,27 @@ def _check_fp8(config: RunConfig) -> None:
             f"data.pad_to_multiple={config.data.pad_to_multiple}: {why} need rows of a multiple of {multiple} tokens; "
             f"set it to {multiple}"
         )
+    _check_fp8_widths(config)
+
+
+def _check_fp8_widths(config: RunConfig) -> None:
+    """Transformer Engine 2.11 multiplies widths of whole 16 in FP8, and gathers blocks of 128 between TP ranks."""
+    architecture, tp = architecture_of(config.model), config.parallel.tensor_model_parallel_size
+    heads, groups = architecture.num_attention_heads, architecture.num_query_groups
+    gathered = 128 if config.train.fp8 == "blockwise" and config.parallel.sequence_parallel else 16
+    widths = (
+        ("model.hidden_size", architecture.hidden_size, 1, gathered),
+        ("model.ffn_hidden_size", architecture.ffn_hidden_size, tp, 16),
+        ("model.num_attention_heads x model.kv_channels", heads * architecture.kv_channels, tp, 16),
+        ("query, key and value heads x model.kv_channels", (heads + 2 * groups) * architecture.kv_channels, tp, 16),
+    )
+    for key, width, ranks, multiple in widths:
+        if width // ranks % multiple:
+            over = f" over parallel.tensor_model_parallel_size={ranks} is {width // ranks}, which" if ranks > 1 else ""
+            raise UserError(
+                f"{key}={width}{over} is no multiple of {multiple}, as train.fp8={config.train.fp8} needs; "
+                f"use another width{' or tensor-parallel size' if ranks > 1 else ''}, or train.fp8=off"
+            )
 
 
 def _check_fp8_weights(config: RunConfig) -> None:
