@@ -62,6 +62,7 @@ benchmarks: $(VENV)/.ready-dev
 	$(RUN) benchmarks/sampling.py
 	$(RUN) benchmarks/convert.py
 	$(RUN) benchmarks/curriculum.py
+	$(RUN) benchmarks/fit_known_laws.py
 	$(RUN) benchmarks/fp8_twins.py --variants bf16 fp32 --output benchmarks/precision_twins_cpu.md
 
 $(VENV)/.ready: requirements.txt pyproject.toml

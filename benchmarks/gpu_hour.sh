@@ -33,6 +33,7 @@ part() {
 
 part environment 2 "$PYTHON benchmarks/gpu_environment.py"
 part parity 4 "$PYTHON -m pytest -q -p no:cacheprovider tests/test_gpu.py"
+part runs 5 "$PYTHON -m pytest -q -p no:cacheprovider tests/test_gpu_runs.py"
 part throughput_7b 5 "$PYTHON benchmarks/throughput.py --preset polar_7b --layers $layers --rows 2 --steps 5 --fp8 off tensorwise"
 part throughput_1_8b 4 "$PYTHON benchmarks/throughput.py --preset polar_1_8b --candidates 2 --rows 3 --steps 4"
 part twins 8 "$PYTHON benchmarks/fp8_twins.py --variants bf16 tensorwise --seeds 0 1 2 3 4 5 --batch 32 --jobs 4 --output OUTPUT/fp8_twins.md"

@@ -18,6 +18,7 @@ BENCHMARKS = ROOT / "benchmarks"
 
 SMALL = {
     "balance.py": (["--batches", "1"], "| 4096 | 512 | 2 |"),
+    "fit_known_laws.py": (["--studies", "3", "--joint-studies", "2", "--replicates", "10"], "| 100x | 2% |"),
     "fp8_twins.py": (
         ["--variants", "bf16", "fp32", "--steps", "4", "--batch", "2", "--held-out", "3", "--seeds", "0", "1"],
         "| bf16, another seed |",
@@ -149,7 +150,7 @@ HOUR = BENCHMARKS / "gpu_hour.sh"
 def test_every_part_of_the_hour_is_a_command_that_exists():
     done = subprocess.run([HOUR, "--dry-run"], capture_output=True, text=True, check=True)
     lines = [line.split(maxsplit=3) for line in done.stdout.splitlines()]
-    assert [name for name, *_ in lines][:3] == ["environment", "parity", "throughput_7b"]
+    assert [name for name, *_ in lines][:4] == ["environment", "parity", "runs", "throughput_7b"]
     assert sum(int(minutes) for _, minutes, *_ in lines) <= 60
     for *_, command in lines:
         words = command.split()

@@ -152,7 +152,7 @@ def test_many_runs_give_the_classical_interval():
 def test_constants_of_the_joint_law_lie_in_their_intervals():
     """Six studies of 20 runs and five constants: four of five inside at least, and no interval that holds anything.
 
-    Over 100 such studies 88 to 93 % of a constant's intervals hold the truth (docs/scaling.md).
+    Over 100 such studies 91 to 97 % of a constant's intervals hold the truth (benchmarks/fit_known_laws.md).
     """
     log_x, inside, widths = np.log(GRID), [], []
     for seed in range(100, 106):

@@ -104,7 +104,7 @@ class ScalingFit:
     missing: dict[str, str]
 
 
-class _Missing(Exception):
+class LawMissing(Exception):
     """Why a law cannot be fitted to these runs."""
 
 
@@ -133,7 +133,7 @@ def fit_runs(runs: Sequence[ScalingRun], settings: Settings) -> ScalingFit:
     for name, fit in log.progress(fits.items(), "fit", unit="laws"):
         try:
             laws[name] = fit(runs, settings)
-        except _Missing as reason:
+        except LawMissing as reason:
             missing[name] = str(reason)
     return ScalingFit(settings, laws, missing)
 
@@ -153,7 +153,7 @@ def _of_parameters_with_floor(runs: Sequence[ScalingRun], settings: Settings) ->
     chosen, remarks = _most_data_of_each_size(runs, settings)
     x = _column(chosen, settings.count)
     if len(np.unique(x)) < FEWEST_WITH_FLOOR:
-        raise _Missing(f"{len(np.unique(x))} sizes, and an irreducible term needs {FEWEST_WITH_FLOOR}")
+        raise LawMissing(f"{len(np.unique(x))} sizes, and an irreducible term needs {FEWEST_WITH_FLOOR}")
     name, formula = "loss_of_parameters_with_floor", "L = a N^-alpha + E"
     return _fit(name, formula, ("N",), chosen, x=x, law=FLOOR, settings=settings, remarks=remarks)
 
@@ -195,11 +195,12 @@ def pareto_frontier(runs: Sequence[ScalingRun], *, count: Count) -> list[Scaling
     """Runs that no cheaper or equally cheap run beats, in order of their FLOPs.
 
     Seeds of one size and compute stand and fall together, by their mean loss. Where every size has one amount of
-    compute nothing is to be chosen, and a run that a cheaper one beats shows noise: all are taken.
+    compute nothing is to be chosen, and a run that a cheaper one beats shows noise: all are taken. Raises LawMissing
+    with fewer than three.
     """
     unknown = [run.name for run in runs if run.flops is None]
     if unknown:
-        raise _Missing(f"FLOPs of {unknown[0]} are unknown")
+        raise LawMissing(f"FLOPs of {unknown[0]} are unknown")
     groups: list[list[ScalingRun]] = []
     for run in sorted(runs, key=lambda run: (getattr(run, count), run.flops)):
         last = groups[-1][0] if groups else None
@@ -214,7 +215,7 @@ def pareto_frontier(runs: Sequence[ScalingRun], *, count: Count) -> list[Scaling
         if not found or _mean_loss(group) < _mean_loss(found[-1]):
             found.append(group)
     if len(found) < FEWEST_SIZES:
-        raise _Missing(f"{len(found)} runs on the frontier of loss and compute, and a law needs {FEWEST_SIZES}")
+        raise LawMissing(f"{len(found)} runs on the frontier of loss and compute, and a law needs {FEWEST_SIZES}")
     return [run for group in found for run in group]
 
 
@@ -225,7 +226,7 @@ def _mean_loss(runs: Sequence[ScalingRun]) -> float:
 def _of_parameters_and_data(runs: Sequence[ScalingRun], settings: Settings) -> FittedLaw:
     unknown = [run.name for run in runs if getattr(run, settings.data_unit) is None]
     if unknown:
-        raise _Missing(f"{settings.data_unit} of {unknown[0]} are unknown")
+        raise LawMissing(f"{settings.data_unit} of {unknown[0]} are unknown")
     x = np.hstack([_column(runs, settings.count), _column(runs, settings.data_unit)])
     _check_joint(x)
     law = joint_law(np.log(x), np.log(_losses(runs)))
@@ -238,12 +239,12 @@ def _check_joint(x: np.ndarray) -> None:
     num_amounts = 1 + int(np.sum(amounts[1:] > _SAME_DATA * amounts[:-1]))
     num_sizes = len(np.unique(x[:, 0]))
     if len(x) < FEWEST_JOINT or num_sizes < FEWEST_SIZES or num_amounts < FEWEST_SIZES:
-        raise _Missing(
+        raise LawMissing(
             f"{len(x)} runs of {num_sizes} sizes and {num_amounts} amounts of data, and five constants need "
             f"{FEWEST_JOINT} runs of {FEWEST_SIZES} sizes and {FEWEST_SIZES} amounts"
         )
     if np.linalg.matrix_rank(np.column_stack([np.ones(len(x)), np.log(x)]), tol=1e-3) < 3:
-        raise _Missing("data grow with size in all runs alike, so that the two cannot be told apart")
+        raise LawMissing("data grow with size in all runs alike, so that the two cannot be told apart")
 
 
 def _column(runs: Sequence[ScalingRun], name: str) -> np.ndarray:

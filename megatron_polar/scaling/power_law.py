@@ -20,8 +20,8 @@ from scipy import optimize, stats
 SMALLEST_HUBER_DELTA = 1e-3
 """Of residuals of log loss in the joint law: what deviates more counts linearly. Hoffmann et al. (appendix D.3) take it
 as it is. Where runs scatter by 1 %, as small ones do, nearly all residuals are beyond it, the fit becomes one of
-absolute deviations, exponents scatter a fifth more and intervals are too narrow (docs/scaling.md); so it grows with
-the scatter."""
+absolute deviations, exponents scatter more and intervals are too narrow (benchmarks/fit_known_laws.md); so it grows
+with the scatter."""
 _HUBER_SIGMAS = 1.345
 """Where Huber's loss keeps 95 % of least squares' efficiency on normal residuals (Huber, Robust Statistics, 1981)."""
 _FIRST_HUBER_DELTA = 0.03
