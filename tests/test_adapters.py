@@ -284,9 +284,13 @@ def test_trl_gets_rewards_of_texts_and_conversations(configure, server):
     texts = {name: [said(text) for text in value] for name, value in (("prompts", "pq"), ("completions", "ab"))}
     references = [said("r"), "s"]
     with function_of(server).client as client:
-        polar_reward = adapters.make_trl_reward(RewardFunction(RewardSettings(url=(server.url,)), client))
+        polar_function = RewardFunction(RewardSettings(url=(server.url,)), client)
+        polar_reward = adapters.make_trl_reward(polar_function)
         assert polar_reward(**texts, reference=references) == found
-    assert polar_reward.__name__ == "polar_reward"  # TRL's name for it in logs
+        another = adapters.make_trl_reward(polar_function, name="another")
+        assert another(**texts, reference=references) == found
+    # TRL's names for them in logs: two of one name would be averaged there.
+    assert [polar_reward.__name__, another.__name__] == ["polar_reward", "another"]
 
 
 def test_the_reference_column_can_be_named(configure):

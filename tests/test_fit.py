@@ -113,6 +113,33 @@ def test_the_joint_law_and_the_floor_are_found_from_a_grid(tmp_path):
     assert found["laws"]["loss_of_compute"]["num_runs"] < 20
 
 
+def seeds(*, num_sizes: int, amounts: tuple[float, ...] = (54e9,)) -> list[dict]:
+    """Three runs of each setting, whose tokens and FLOPs differ by up to 0.4 %, as those of other seeds do."""
+    generator, rows = np.random.default_rng(3), []
+    for size in np.geomspace(5e7, 1e9, num_sizes):
+        for tokens in amounts:
+            for seed in range(3):
+                own = tokens * (1 + generator.uniform(-0.004, 0.004))
+                loss = (0.9 * size**-0.0425 + 40 * tokens**-0.28) * np.exp(generator.normal(0, 0.002))
+                row = {"parameters": int(size), "loss": loss, "tokens": own, "flops": 6 * size * own, "seed": seed}
+                rows.append(row | {"name": f"n{size:.0f}_d{tokens:.0f}_s{seed}"})
+    return rows
+
+
+def test_all_seeds_of_the_largest_setting_are_predicted_from_the_others(tmp_path):
+    """None of them stays in the fit, though their tokens and FLOPs are not quite the same."""
+    found = fitted(tmp_path, write_table(tmp_path / "four.csv", seeds(num_sizes=4)), name="four")["laws"]
+    most = [f"n1000000000_d54000000000_s{seed}" for seed in range(3)]
+    for name in ("loss_of_parameters", "loss_of_compute"):
+        assert sorted(found[name]["largest_held_out"]["runs"]) == most, name
+    # Three sizes leave two.
+    found = fitted(tmp_path, write_table(tmp_path / "three.csv", seeds(num_sizes=3)), name="three")["laws"]
+    assert all(law["largest_held_out"] is None for law in found.values())
+    amounts = (1e9, 8e9, 54e9)
+    found = fitted(tmp_path, write_table(tmp_path / "grid.csv", seeds(num_sizes=4, amounts=amounts)), name="grid")
+    assert sorted(found["laws"]["loss_of_parameters_and_data"]["largest_held_out"]["runs"]) == most
+
+
 def test_equal_seeds_give_equal_files_and_others_other_intervals(tmp_path):
     table = write_table(tmp_path / "runs.csv", fixed_tokens())
     first, again = (fitted(tmp_path, table, name=name) for name in ("a", "b"))

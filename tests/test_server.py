@@ -226,8 +226,8 @@ GOOD_TEXT = texts_of(ITEM)[0]
         ("/v1/score", {"items": [ITEM], "stream": True}, "stream is not known"),
         ("/v1/score", {"items": [ITEM], "model": 3}, "model is a number"),
         ("/v1/score", {"items": [ITEM | {"outputs": ["x"] * 13}]}, "items has 13 outputs; at most 12"),
-        ("/v1/score", {"items": [ITEM | {"prompt": "é" * 5001, "outputs": ["x"] * 9}]}, "items have 100020 bytes"),
-        ("/v1/score", {"items": [ITEM | {"prompt": "é" * 9000, "outputs": ["x"] * 2}] * 2}, "items have 108000 bytes"),
+        ("/v1/score", {"items": [ITEM | {"prompt": "é" * 5001, "outputs": ["x"] * 9}]}, "items: 100020 bytes"),
+        ("/v1/score", {"items": [ITEM | {"prompt": "é" * 9000, "outputs": ["x"] * 2}] * 2}, "items: 108000 bytes"),
         ("/pooling", {}, "input is missing"),
         ("/pooling", {"input": [GOOD_TEXT] * 13}, "input has 13 inputs; at most 12"),
         ("/pooling", {"input": [GOOD_TEXT, 3]}, "unmixed"),
@@ -266,6 +266,11 @@ GOOD_TEXT = texts_of(ITEM)[0]
             "query[0] does not begin with prompts[0]",
         ),
         ("/get_reward", {"query": [1], "prompts": ["b"], "labels": ["x"]}, "query[0] is a number"),
+        (
+            "/get_reward",
+            {"query": ["é" * 6000 + "x"], "prompts": ["é" * 6000], "labels": [list("abcde")]},
+            "query: 120000 bytes of prompts",
+        ),
     ],
 )
 def test_what_cannot_be_scored_is_refused_by_the_name_of_its_field(client, path, body, part):
@@ -407,7 +412,7 @@ def test_listening_to_others_without_a_token_is_warned_of(checkpoint, server, tm
 
 def test_models_tell_what_a_client_needs(client):
     model = client.get("/v1/models").json()["data"][0]
-    assert (model["id"], model["max_model_len"], model["max_response_tokens"]) == ("run", 256, 122)
+    assert (model["id"], model["max_model_len"], model["max_response_tokens"]) == ("run", 256, 116)
     assert len(model["tokenizer"]) == 64
 
 

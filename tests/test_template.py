@@ -6,9 +6,11 @@ from megatron_polar.data.template import (
     Half,
     assemble_comparison,
     encode_half,
+    fitting_response_length,
     join_text,
     prompt_text,
 )
+from megatron_polar.data.tokenizer import load_tokenizer
 from megatron_polar.errors import UserError
 
 CONTROL = ControlTokens(bos_id=1, separator_id=2, reward_id=3, pad_id=0)
@@ -127,6 +129,24 @@ def test_no_sequence_exceeds_max_length(max_length):
     assert longest <= max_length
     # Nothing is thrown away without need: one more prompt token in each half would break the published budget.
     assert joined.prompt_tokens_cut == 0 or longest + 2 > max_length - 1
+
+
+@pytest.mark.parametrize("max_length", [60, 61, 62, 63, 64, 65, 100, 128, 129, 130, 131])
+@pytest.mark.parametrize("answer", ["🙂", "ab🙂", "é", "東京 "])
+def test_answers_cut_within_a_character_fit_beside_each_other(answer, max_length, tokenizer_path):
+    """The bytes that a cut leaves become replacement characters, of three bytes each."""
+    tokenizer = load_tokenizer(tokenizer_path)
+    keep = fitting_response_length(4096, max_length)
+    halves = [
+        encode_half(tokenizer, prompt="p", trajectory=text, wrapper="sft", max_response_length=keep)
+        for text in (answer * max_length, "x" + answer * max_length, "xy" + answer * max_length)
+    ]
+    assert any(half.response_tokens_cut for half in halves)
+    for reference in halves:
+        found = assemble_comparison(
+            reference, halves, levels=range(3), control=tokenizer.control, max_length=max_length
+        )
+        assert all(len(found.prefix) + len(tail) <= max_length for tail in found.candidates)
 
 
 def test_a_zero_budget_keeps_no_prompt_and_not_the_whole_prompt():

@@ -6,17 +6,20 @@ import shutil
 import time
 
 import pytest
+import sentencepiece
 from flaky_server import FlakyServer, ok, pooling, value_of
 from hugging_face_models import make_model
 from ranks import run_ranks
 from reward_items import ITEMS, sequence_of
 from servers import metrics_of, serving, trained_checkpoint
 from tiny_runs import STEPS, checkpoint_of, tiny_config, training_refusal
+from transformers import AutoTokenizer
 
 from megatron_polar import cli
 from megatron_polar.config.load import load_saved_config
 from megatron_polar.convert.convert import from_hf, to_hf
-from megatron_polar.data.tokenizer import load_tokenizer
+from megatron_polar.convert.tokenizer import export_tokenizer
+from megatron_polar.data.tokenizer import REWARD_TOKEN, SEPARATOR_TOKEN, load_tokenizer
 from megatron_polar.data.tokenizer_training import train_tokenizer
 from megatron_polar.errors import UserError
 from megatron_polar.serve import transport
@@ -84,6 +87,42 @@ def test_tokens_that_a_configuration_has_renamed_stay_so_in_an_export(tokenizer_
     assert again.fingerprint == ours.fingerprint
     assert again.control == ours.control
     assert from_hf(export, output=tmp_path / "again").is_dir()
+
+
+def test_an_export_has_a_tokenizer_that_transformers_4_knows(tokenizer_path, tmp_path):
+    """transformers 5 writes a class of its own, TokenizersBackend, and SGLang and LMDeploy come with 4."""
+    tokenizer = load_tokenizer(tokenizer_path)
+    export_tokenizer(tokenizer, tmp_path, max_length=64)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_bytes())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded("ba ke").input_ids == [tokenizer.bos_id, *tokenizer.encode("ba ke")]
+    assert (loaded.padding_side, loaded.model_max_length) == ("left", 64)
+
+
+@pytest.mark.parametrize("are_renamed", [False, True])
+def test_a_unigram_model_is_exported(are_renamed, tmp_path, capsys):
+    """sentencepiece's default kind, with control tokens of its own or named by tokenizer_config.json."""
+    words = [f"{a}{b}{c}" for a in "bdkl" for b in "aeiou" for c in ("n", "r", "st", "")]
+    symbols = [] if are_renamed else [SEPARATOR_TOKEN, REWARD_TOKEN]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(" ".join(words[n::7]) for n in range(7)), model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=320, model_type="unigram", byte_fallback=True, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, add_dummy_prefix=False, hard_vocab_limit=False, control_symbols=symbols,
+        num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    if are_renamed:
+        beyond = {400: SEPARATOR_TOKEN, 401: REWARD_TOKEN}
+        added = {str(id): {"content": token, "special": True} for id, token in beyond.items()}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    tokenizer = load_tokenizer(tmp_path if are_renamed else tmp_path / "tokenizer.model")
+    (tmp_path / "export").mkdir()
+    export_tokenizer(tokenizer, tmp_path / "export", max_length=64)
+    assert "differently" not in capsys.readouterr().err
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "export")
+    text = f"ban dest{tokenizer.separator_token}kor 12{tokenizer.reward_token}"
+    halves = [*tokenizer.encode("ban dest"), tokenizer.separator_id, *tokenizer.encode("kor 12"), tokenizer.reward_id]
+    assert loaded(text).input_ids == [tokenizer.bos_id, *halves]
 
 
 # --- behind a server -------------------------------------------------------------------------------------------------

@@ -11,6 +11,10 @@ from megatron_polar.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_polar.errors import UserError
 
 _PROBES = ("Hello world", " two  spaces", "line\nbreak\n\n", "Zürich 東京 🙂", "x = 1234.5e-6;\t# tab", "")
+_CLASS = "PreTrainedTokenizerFast"
+"""What transformers 4 and 5 both load; 5 writes TokenizersBackend, which 4 does not know."""
+_NEVER = -1e4
+"""A score with which a piece is in no text."""
 _SPECIAL = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 
 
@@ -59,13 +63,9 @@ def _write_fast(tokenizer: Tokenizer, target: Path, *, max_length: int) -> None:
     with tempfile.TemporaryDirectory() as bare:  # its own configuration may name a class that is remote code
         shutil.copyfile(target / "tokenizer.model", Path(bare) / "tokenizer.model")
         content = orjson.loads(AutoTokenizer.from_pretrained(bare).backend_tokenizer.to_str())
-    names = {id: token for token, id in content["model"]["vocab"].items()}
-    names |= {id: token for token, id in tokenizer.added_tokens.items()}
+    names = _rename_pieces(content["model"], tokenizer.added_tokens)
     named = [id for id in (tokenizer.bos_id, tokenizer.pad_id) if id is not None]
     special = {*tokenizer.added_tokens.values(), tokenizer.separator_id, tokenizer.reward_id, *named}
-    renamed = set(tokenizer.added_tokens.values())
-    content["model"]["vocab"] = {t: id for t, id in content["model"]["vocab"].items() if id not in renamed}
-    content["model"]["vocab"] |= tokenizer.added_tokens
     content["added_tokens"] = [entry for entry in content["added_tokens"] if entry["id"] not in special]
     content["added_tokens"] += [{"id": id, "content": names[id], **_SPECIAL} for id in special]
     content["added_tokens"].sort(key=lambda entry: entry["id"])
@@ -86,9 +86,22 @@ def _write_fast(tokenizer: Tokenizer, target: Path, *, max_length: int) -> None:
     _add_what_ids_depend_on(tokenizer, target / "tokenizer_config.json")
 
 
+def _rename_pieces(model: dict, added_tokens: dict[str, int]) -> dict[int, str]:
+    """Give ids of a tokenizer.json's model their added names; returns the names of all ids."""
+    added = {id: token for token, id in added_tokens.items()}
+    if model["type"] == "Unigram":  # pieces with scores, in the order of their ids
+        pieces = model["vocab"]
+        pieces += [["", _NEVER] for _ in range(len(pieces), max(added, default=-1) + 1)]
+        for id, token in added.items():
+            pieces[id][0] = token
+        return {id: token for id, (token, _) in enumerate(pieces)}
+    model["vocab"] = {token: id for token, id in model["vocab"].items() if id not in added} | added_tokens
+    return {id: token for token, id in model["vocab"].items()}
+
+
 def _add_what_ids_depend_on(tokenizer: Tokenizer, path: Path) -> None:
     """transformers has written its own configuration over the tokenizer's; tokenizer.model alone needs these of it."""
-    config = orjson.loads(path.read_bytes())
+    config = orjson.loads(path.read_bytes()) | {"tokenizer_class": _CLASS}
     if tokenizer.added_tokens:
         named = {str(id): {"content": token, **_SPECIAL} for token, id in tokenizer.added_tokens.items()}
         config["added_tokens_decoder"] = named

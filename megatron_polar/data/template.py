@@ -75,9 +75,13 @@ class TokenizedComparison:
 
 
 def fitting_response_length(max_response_length: int, max_sequence_length: int) -> int:
-    """Tokens of an answer to keep so that two of them fit beside the control tokens; joined to a prompt, an answer may
-    gain a few tokens."""
-    return max(1, min(max_response_length, max_sequence_length // 2 - 6))
+    """Tokens of an answer to keep so that two of them fit beside the control tokens.
+
+    Joined to a prompt, an answer may gain some: the newline, and six where the cut left three bytes of a character,
+    each of which decodes to a replacement character of three bytes; a few more in case its words are cut otherwise.
+    """
+    gain = 1 + 6 + 3
+    return max(1, min(max_response_length, (max_sequence_length - _RESERVED_TOKENS) // 2 - gain))
 
 
 def prompt_text(messages_or_str: Any) -> str:

@@ -201,13 +201,7 @@ def pareto_frontier(runs: Sequence[ScalingRun], *, count: Count) -> list[Scaling
     unknown = [run.name for run in runs if run.flops is None]
     if unknown:
         raise LawMissing(f"FLOPs of {unknown[0]} are unknown")
-    groups: list[list[ScalingRun]] = []
-    for run in sorted(runs, key=lambda run: (getattr(run, count), run.flops)):
-        last = groups[-1][0] if groups else None
-        if last and getattr(last, count) == getattr(run, count) and run.flops < _SAME_COMPUTE * last.flops:
-            groups[-1].append(run)
-        else:
-            groups.append([run])
+    groups = _same_settings(runs, count=count, amount="flops")
     if len(groups) == len({getattr(run, count) for run in runs}):
         return sorted(runs, key=lambda run: run.flops)
     found: list[list[ScalingRun]] = []
@@ -217,6 +211,23 @@ def pareto_frontier(runs: Sequence[ScalingRun], *, count: Count) -> list[Scaling
     if len(found) < FEWEST_SIZES:
         raise LawMissing(f"{len(found)} runs on the frontier of loss and compute, and a law needs {FEWEST_SIZES}")
     return [run for group in found for run in group]
+
+
+def _same_settings(runs: Sequence[ScalingRun], *, count: Count, amount: str) -> list[list[ScalingRun]]:
+    """Runs of one size and one `amount` ("flops", or of data) stand together: they differ in their seeds."""
+    factor = _SAME_COMPUTE if amount == "flops" else _SAME_DATA
+    groups: list[list[ScalingRun]] = []
+    for run in sorted(runs, key=lambda run: (getattr(run, count), getattr(run, amount))):
+        last = groups[-1][0] if groups else None
+        if (
+            last
+            and getattr(last, count) == getattr(run, count)
+            and getattr(run, amount) < factor * getattr(last, amount)
+        ):
+            groups[-1].append(run)
+        else:
+            groups.append([run])
+    return groups
 
 
 def _mean_loss(runs: Sequence[ScalingRun]) -> float:
@@ -348,10 +359,14 @@ def _predict_largest(
     runs: Sequence[ScalingRun], *, variables: tuple[str, ...], x: np.ndarray, law: Law, settings: Settings
 ) -> Prediction | None:
     """Fit without the largest run (the most N, C or N D; all seeds of it), and predict it; None with too few others."""
-    size = x.prod(axis=1)
-    is_largest = size >= size.max() * (1 - 1e-9)
+    amount = {("N",): settings.count, ("C",): "flops", ("N", "D"): settings.data_unit}[variables]
+    of_one_setting = _same_settings(runs, count=settings.count, amount=amount)
+    most = runs[int(np.argmax(x.prod(axis=1)))]
+    (largest,) = (group for group in of_one_setting if any(run is most for run in group))
+    is_largest = np.array([any(run is one for one in largest) for run in runs])
     rest = ~is_largest
-    if len(np.unique(x[rest, 0])) < FEWEST_SIZES or rest.sum() <= law.num_parameters:
+    sizes = {getattr(run, settings.count) for run, is_left in zip(runs, rest, strict=True) if is_left}
+    if len(sizes) < FEWEST_SIZES or rest.sum() <= law.num_parameters:
         return None
     log_x, log_loss = np.log(x), np.log(_losses(runs))
     theta = law.fit(log_x[rest], log_loss[rest])

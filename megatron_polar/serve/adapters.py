@@ -94,12 +94,16 @@ def trl_reward(prompts: Sequence[Messages], completions: Sequence[Messages], **c
     return _trl_rewards(configured(), prompts, completions, columns)
 
 
-def make_trl_reward(function: RewardFunction) -> Callable[..., list[float]]:
-    """A reward function for TRL's `reward_funcs` out of one that was made in the script."""
+def make_trl_reward(function: RewardFunction, *, name: str = "polar_reward") -> Callable[..., list[float]]:
+    """A reward function for TRL's `reward_funcs` out of one that was made in the script.
+
+    TRL logs by function names: give several their own.
+    """
 
     def polar_reward(prompts: Sequence[Messages], completions: Sequence[Messages], **columns: Any) -> list[float]:
         return _trl_rewards(function, prompts, completions, columns)
 
+    polar_reward.__name__ = name
     return polar_reward
 
 

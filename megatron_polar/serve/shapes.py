@@ -119,7 +119,7 @@ def read_score(body: dict[str, Any], settings: Settings) -> Question:
     count = sum(len(request.outputs) for request in requests)
     what = "outputs" if len(requests) == len(items) else "outputs, each counted once for each reference"
     _check_count(count, "items", what=what, settings=settings)
-    _check_text_bytes(requests, settings=settings)
+    _check_text_bytes(requests, "items", settings=settings)
     names = tuple(f"items[{i}]" for i, item in enumerate(items) for _ in item.requests)
     return Question(Texts(requests, names), partial(_score_reply, items, settings.model, wants_each))
 
@@ -292,6 +292,7 @@ def read_openrlhf(body: dict[str, Any], settings: Settings) -> Question:
     names = tuple(f"query[{i}]" for i, request in enumerate(requests) for _ in request)
     asks = Texts(tuple(each for request in requests for each in request), names)
     _check_count(asks.num_sequences, "query", what="queries, counted once for each reference", settings=settings)
+    _check_text_bytes(asks.requests, "query", settings=settings)
     return Question(asks, partial(_openrlhf_reply, [len(request) for request in requests]))
 
 
@@ -332,13 +333,13 @@ def _check_count(count: int, field: str, *, what: str, settings: Settings) -> No
         raise refusal(f"{field} has {count} {what}; at most {settings.max_items} fit one request: send several")
 
 
-def _check_text_bytes(requests: Sequence[ScoreRequest], *, settings: Settings) -> None:
+def _check_text_bytes(requests: Sequence[ScoreRequest], field: str, *, settings: Settings) -> None:
     """A prompt is encoded once with the reference and once with each output, and all of that is in memory at a time."""
     size = sum((1 + len(request.outputs)) * len(request.prompt.encode()) for request in requests)
     if size > settings.max_text_bytes:
         raise refusal(
-            f"items have {size} bytes of prompts, each counted once for its reference and once for each output; at "
-            f"most {settings.max_text_bytes} fit one request: send fewer outputs at once, or shorten the prompt"
+            f"{field}: {size} bytes of prompts, each counted once for its reference and once for each output; at most "
+            f"{settings.max_text_bytes} fit one request: send fewer outputs or references, or shorten the prompt"
         )
 
 
