@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,8 +25,17 @@ from megatron_polar.errors import (
 )
 from megatron_polar.outputs import check_output_directory, check_output_file
 
+_OPEN_FILES = 65536
 _GO_ON = ("sample", "preprocess", "train")
 """Verbs that, started again, keep what an interrupted call has finished."""
+
+
+def _allow_many_open_files() -> None:
+    """Raise the soft limit, often 1,024: the first of 512 ranks holds two connections to each of the others."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     if rest:  # argparse gives up on positional arguments behind an option: train a.yaml --dry-run a.b=c
         options.overrides = [*options.overrides, *rest]
+    _allow_many_open_files()
     try:
         return options.run(options) or 0
     except RunStopped as stop:

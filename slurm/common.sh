@@ -79,7 +79,8 @@ case $POLAR_LAUNCHER in srun | torchrun) ;; *) polar_die 2 "POLAR_LAUNCHER=$POLA
 case $POLAR_PREFLIGHT in full | nodes | off) ;; *) polar_die 2 "POLAR_PREFLIGHT=$POLAR_PREFLIGHT is unknown; use full, nodes or off" ;; esac
 
 polar_srun() { # srun options... -- command...
-  local options=(--kill-on-bad-exit=1 --wait=60) command=()
+  # A site's SBATCH_EXPORT=NONE is for what a user's shell has, and not for what this script sets.
+  local options=(--export=ALL --kill-on-bad-exit=1 --wait=60) command=()
   local mounts="$POLAR_HOME:$POLAR_HOME${POLAR_CONTAINER_MOUNTS:+,$POLAR_CONTAINER_MOUNTS}"
   while [ "$1" != -- ]; do
     options+=("$1")
@@ -174,7 +175,7 @@ polar_check_nodes() { # preflight; nodes that fail are excluded from the next tr
   [ "$POLAR_PREFLIGHT" != nodes ] || options+=(--no-all-reduce)
   polar_ranks 0 "$POLAR_PYTHON" -m megatron_polar preflight "$@" "${options[@]}" &
   local step=$! limit=$((2 * POLAR_PREFLIGHT_SECONDS)) # each wait of a rank is limited already, unless it is stopped
-  { trap - USR1 TERM; sleep "$limit"; polar_say "preflight: not over after $limit s, ending it"; polar_kill_steps; } &
+  { trap - USR1 TERM; sleep "$limit" || exit; polar_say "preflight: not over after $limit s, ending it"; polar_kill_steps; } &
   local killer=$!
   polar_wait "$step"
   pkill --parent "$killer"
@@ -210,7 +211,7 @@ polar_run_ranks() {
   polar_ranks 1 "$POLAR_PYTHON" -m megatron_polar train "$@" &
   step=$!
   trap 'ASKED=USR1; polar_say "time is nearly up: asking for a checkpoint"; polar_ask' USR1
-  trap 'ASKED=TERM; polar_say "asked to end"; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
+  trap 'ASKED=TERM; polar_say "asked to end"; polar_is_current && scancel --signal=TERM "$SLURM_JOB_ID"' TERM
   polar_watch &
   watcher=$!
   [ "$ASKED" != USR1 ] || polar_ask
@@ -227,8 +228,15 @@ polar_wait() { # process: for its end; a trap ends `wait`, the ranks go on
   done
 }
 
+polar_is_current() { # Slurm may have requeued the job because it lost this node: then its steps are those of another script
+  local restarts
+  restarts=$(scontrol --oneliner show job "$SLURM_JOB_ID" 2>/dev/null | grep -o ' Restarts=[0-9]*' | cut -d= -f2)
+  [ "${restarts:-0}" -le "${SLURM_RESTART_COUNT:-0}" ]
+}
+
 polar_kill_steps() { # and not the job: this script is to decide
   local step
+  polar_is_current || return 0
   for step in $(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format=%i | grep -E '\.[0-9]+$'); do
     scancel --signal=KILL "$step"
   done
@@ -236,7 +244,7 @@ polar_kill_steps() { # and not the job: this script is to decide
 
 polar_ask() { # for a checkpoint and an end; polar_watch repeats it, as the first signal may come before there are ranks
   touch "$POLAR_LOG_DIR/asked"
-  scancel --signal=USR1 "$SLURM_JOB_ID"
+  if polar_is_current; then scancel --signal=USR1 "$SLURM_JOB_ID"; fi
 }
 
 polar_watch() { # STOP file and heartbeat, as long as the ranks run
@@ -291,12 +299,16 @@ polar_decide() { # what happened, and what now
 polar_go_on() { # reason: requeue this job, without the nodes that are known to be bad
   local job
   polar_say "$1"
+  if ! polar_is_current; then
+    polar_say "Slurm has requeued this job already: it goes on elsewhere, and this script ends"
+    exit "$FENCED"
+  fi
   if [ -e "$RUN/STOP" ]; then
     polar_say "$RUN/STOP is there: not going on; remove it and submit again to do so"
     polar_cancel_chain
     exit "$DONE"
   fi
-  if [ "$POLAR_REQUEUE" != 1 ]; then
+  if [ -n "${POLAR_CHAIN:-}" ]; then
     for job in $(squeue --noheader --name="$SLURM_JOB_NAME" --user="$(id -un)" --states=PENDING --format=%A); do
       polar_exclude "$job"
     done
@@ -331,7 +343,7 @@ polar_exclude() { # job: keep it off the bad nodes, and off those that its user 
 }
 
 polar_cancel_chain() { # what still waits under this job's name would fail in the same way
-  if [ "$POLAR_REQUEUE" != 1 ]; then
+  if [ -n "${POLAR_CHAIN:-}" ]; then
     scancel --state=PENDING --user="$(id -un)" --name="$SLURM_JOB_NAME"
   fi
 }

@@ -120,6 +120,10 @@ class Cluster:
         """Take the node off the network; its processes live on."""
         self._ip("link", "set", f"{self._bridge}n{node}", "down")
 
+    def lose_daemon(self, node: int) -> None:
+        """The node's slurmd dies alone: Slurm gives the node up, and its jobs live on with network and storage."""
+        self._processes[f"slurmd{node}"].kill()
+
     def processes_on(self, node: int) -> list[int]:
         """All processes on a node but the one that holds its namespaces."""
         holder = self._processes[f"holder{node}"].pid

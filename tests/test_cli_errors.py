@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -377,3 +378,16 @@ def test_raw_text_in_the_place_of_a_dataset_is_said_to_be_that(config_file, tmp_
         assert str(caught.value) == f"{place}: raw text, no dataset; give the output of megatron-polar preprocess"
     said = refused("train", config_file, f"data.train=[{{path: {source}}}]")
     assert_says(said, source, "give the output of megatron-polar preprocess")
+
+
+@pytest.mark.parametrize(("hard", "soft"), [(2000, 2000), (200_000, 65_536)])
+def test_the_soft_limit_of_open_files_is_raised(hard, soft):
+    """Shells and Slurm hand 1,024 on, and the first of 512 ranks needs more for the others' store alone."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if limit != resource.RLIM_INFINITY and limit < hard:
+        pytest.skip("the limit here is lower")
+    program = "import resource; from megatron_polar import cli; cli._allow_many_open_files()"
+    program += "; print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
+    command = f"ulimit -n {hard} && ulimit -Sn 300 && {sys.executable} -c '{program}'"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(soft), str(hard)]

@@ -1,6 +1,8 @@
 """What a run writes down of itself: whole lines only, and accounts that add up over restarts."""
 
 import os
+import subprocess
+import sys
 
 import orjson
 import pytest
@@ -49,6 +51,32 @@ def test_lines_that_cannot_be_written_wait_and_come_in_order(tmp_path, monkeypat
     file.append({"n": 3})
     assert [orjson.loads(line)["n"] for line in (tmp_path / "lines").read_bytes().splitlines()] == [0, 1, 2, 3]
     assert capfd.readouterr().err.count("cannot be written now") == 1
+
+
+_ON_A_FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from megatron_polar.train.journal import LineFile
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+file = LineFile(Path(sys.argv[1]))
+file.append({"n": 0})
+resource.setrlimit(resource.RLIMIT_FSIZE, (400, resource.RLIM_INFINITY))
+for n in range(1, 4):
+    file.append({"n": n, "text": "x" * 500})
+assert Path(sys.argv[1]).stat().st_size < 20
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+file.append({"n": 4})
+"""
+
+
+def test_a_line_for_which_half_there_was_room_is_not_half_written(tmp_path):
+    """The first write ends at the limit, as on a disk that has just become full."""
+    path = tmp_path / "lines"
+    done = subprocess.run(
+        [sys.executable, "-c", _ON_A_FULL_DISK, str(path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert [orjson.loads(line)["n"] for line in path.read_bytes().splitlines()] == [0, 1, 2, 3, 4]
 
 
 def test_a_report_of_bad_steps_that_cannot_be_written_is_a_warning_and_a_fenced_job_writes_none(tmp_path, capfd):

@@ -1,5 +1,8 @@
 """Saves that fail, are killed or find no room, and checkpoints that cannot be read or do not fit."""
 
+import weakref
+from types import SimpleNamespace
+
 import faults_training
 import orjson
 import pytest
@@ -7,11 +10,14 @@ import torch
 from faults_training import shards
 from ranks import run_ranks
 from tiny_runs import STEPS, change, checkpoint_of, tiny_config, train_with, training_refusal
+from torch.distributed.checkpoint.planner import WriteItemType
 
 from megatron_polar import faults
 from megatron_polar.errors import CANNOT_SAVE
+from megatron_polar.parallel.device import select_device
 from megatron_polar.train.checkpoint_files import find_checkpoint, list_steps, verify_checkpoint
 from megatron_polar.train.journal import read_events
+from megatron_polar.train.shard_files import HashedWriter, ShardReport
 
 
 @pytest.mark.parametrize(
@@ -41,7 +47,7 @@ def test_latest_is_a_hint_whose_failure_fails_no_save(tmp_path, trajectory_corpu
 def test_a_stop_whose_save_fails_says_so_by_its_status(tmp_path, trajectory_corpus):
     config = tiny_config(trajectory_corpus, tmp_path / "run")
     ((status, message),) = run_ranks(
-        train_with, 1, config, "data:2@0=term,before_publish:1=enospc,before_publish:2=enospc"
+        train_with, 1, config, "data:2@0=term," + ",".join(f"before_publish:{n}=enospc" for n in (1, 2, 3))
     )
     assert status == CANNOT_SAVE
     assert "after step 3 of 6; no step is saved" in message
@@ -170,3 +176,21 @@ def test_saving_in_the_background_writes_the_same_bytes(tmp_path, trajectory_cor
         assert [verify_checkpoint(path) for path in steps] == [None] * 3
         hashes.append([shards(path) for path in steps])
     assert hashes[0] == hashes[1]
+
+
+def test_what_was_brought_into_host_memory_is_held_until_it_is_written(tmp_path):
+    """From a GPU it lies in pinned memory, which a forked writer shares: given back, it would take the next batch."""
+    select_device("cpu", local_rank=0)  # says what there is to wait for
+    writer = HashedWriter(str(tmp_path), after_each=lambda: None)
+    item = SimpleNamespace(index="weight", type=WriteItemType.TENSOR)
+    writer.write_buckets = [(str(tmp_path / "shard"), "shard", [(item, torch.ones(4))])]
+    writer.report = ShardReport(1)
+    write, stage, (process, _, *rest) = writer.get_save_function_and_args()
+    staged = stage()
+    tensor = weakref.ref(staged[0][2][0][1])
+    write(process, staged, *rest)
+    del staged  # as schedule_async_call lets its arguments go once the writer is forked
+    assert tensor() is not None
+    (result,) = writer.retrieve_write_results()
+    assert result.index == "weight"
+    assert tensor() is None

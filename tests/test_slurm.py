@@ -218,6 +218,26 @@ def test_a_survivor_on_a_node_that_was_cut_off_is_fenced(cluster, trajectory_cor
     assert shards(run) == shards(whole)
 
 
+@pytest.mark.nodes(3)
+def test_a_script_that_slurm_has_lost_does_not_stop_the_job_that_goes_on_elsewhere(
+    cluster, trajectory_corpus, tmp_path
+):
+    """Its ranks end, because those on the other node were ended; requeueing then would end the new ones."""
+    overrides = ["train.num_steps=100", "checkpoint.save_interval=5"]
+    run = tmp_path / "run"
+    job = submit(cluster, run, nano(trajectory_corpus, run, *overrides), POLAR_FAULT=SLOWLY)
+    wait_for_step(run, 6)
+    assert cluster.job(job)["BatchHost"] == "node1"
+    cluster.lose_daemon(1)
+    cluster.wait(job, "PENDING", seconds=60)
+    cluster.wait(job, "RUNNING", seconds=60)
+    wait_for_log(run, "Slurm has requeued this job already", seconds=90)
+    found = cluster.wait(job, *ENDS)
+    assert found["JobState"] == "COMPLETED", log_of(run)
+    assert (found["Restarts"], found["NodeList"]) == ("1", "node[2-3]"), log_of(run)
+    assert [row["iteration"] for row in metric_rows(run)] == list(range(1, 101))
+
+
 def is_rank(process: int, *, verb: str = "train") -> bool:
     command = f"{PYTHON}\0-m\0megatron_polar\0{verb}"
     try:
@@ -381,6 +401,37 @@ def test_a_dry_run_of_what_is_well_submits_nothing(cluster, trajectory_corpus, t
     assert not cluster.run("squeue", "--noheader").stdout
     done = cluster.run("slurm/launch.sh", "--dry-run", "examples/nothing.yaml", check=False)
     assert (done.returncode, "examples/nothing.yaml: no such file" in done.stderr) == (2, True)
+
+
+def test_a_task_whose_script_is_edited_in_place_runs_its_command_once(tmp_path):
+    """bash reads on from where it was; an editor or scp writes into the same file."""
+    script, said = tmp_path / "task.sh", tmp_path / "said"
+    text = (REPOSITORY / "slurm" / "task.sh").read_text()
+    script.write_text(text)
+    variables = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "1", "POLAR_LAUNCHER": "srun"}
+    variables |= {"POLAR_RENDEZVOUS": "localhost 1", "POLAR_LOG_DIR": str(tmp_path), "PATH": os.environ["PATH"]}
+    process = subprocess.Popen(
+        ["bash", str(script), "sh", "-c", f"echo once >> {said}; sleep 1; exit 5"], env=variables
+    )
+    deadline = time.monotonic() + 30
+    while not said.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    script.write_text(text.replace("set -uo pipefail\n", f"set -uo pipefail\n# {'a longer head ' * 20}\n"))
+    assert process.wait(timeout=30) == 5
+    assert said.read_text() == "once\n"
+    assert (tmp_path / "exit-0").read_text().split()[1] == "5"
+
+
+@pytest.mark.parametrize(("rank", "is_host"), [("0", "1"), ("3", "0")])
+def test_torchrun_is_told_which_node_hosts_its_rendezvous(rank, is_host, tmp_path):
+    """By itself it would not know its own host by the name of a second network."""
+    variables = {"SLURM_PROCID": rank, "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "4", "POLAR_LAUNCHER": "torchrun"}
+    variables |= {"POLAR_RENDEZVOUS": "node1-ib0 1", "POLAR_LOG_DIR": str(tmp_path), "PATH": os.environ["PATH"]}
+    program = "from torch.distributed.run import get_args_parser as parser; print(parser().parse_args(['x']).rdzv_conf)"
+    command = ["bash", "slurm/task.sh", PYTHON, "-c", f"{program[:-1]}, file=open('{tmp_path}/said', 'w'))"]
+    subprocess.run(command, cwd=REPOSITORY, env=variables, check=True)
+    assert (tmp_path / "said").read_text() == f"is_host={is_host}\n"
 
 
 @pytest.mark.nodes(64)

@@ -67,6 +67,16 @@ def test_a_signal_in_any_phase_saves_stops_with_its_own_status_and_resumes_exact
     assert curves[0] == curves[1]
 
 
+def test_a_save_that_fails_for_a_moment_as_the_run_is_stopped_is_tried_again(tmp_path, trajectory_corpus, capfd):
+    """Else a job at its time limit would end for good, with CANNOT_SAVE."""
+    config = tiny_config(trajectory_corpus, tmp_path / "run")
+    ((status, message),) = run_ranks(train_with, 1, config, "after_update:4=usr1,in_shard:2=eio")
+    assert status == STOPPED
+    assert "step 4 is saved" in message
+    assert "step 4 could not be written: rank 0: [Errno 5]" in capfd.readouterr().err
+    assert find_checkpoint(tmp_path / "run") == checkpoint_of(tmp_path / "run", 4)
+
+
 def test_a_signal_while_the_run_is_built_ends_it_at_once(tmp_path, trajectory_corpus):
     config = tiny_config(trajectory_corpus, tmp_path / "run")
     ((status, message),) = run_ranks(signal_while_building, 1, config)

@@ -40,6 +40,7 @@ class Measurement:
         self.can_meet = False
         """Whether this rank has all that it needs of its own node, and waits for others from now on."""
         self.result = AllReduce(num_ranks=place.world_size)
+        self._other_connection: dist.Store | None = None
 
     def run(self) -> AllReduce:
         """Meet and measure; what all ranks of the node have found is in the result of its first."""
@@ -75,8 +76,11 @@ class Measurement:
             self._wait_for_all("left")
         dist.destroy_process_group()
 
-    def arrived(self) -> dict[str, int]:
-        """Ranks that have come, per node. For another thread, while `run` waits for the others."""
+    def arrived(self) -> dict[str, int] | None:
+        """Ranks that have come, per node; None where not even the store was reached. For another thread, while `run`
+        waits for the others."""
+        if self._other_connection is None:
+            return None
         come = [f"here/{rank}" for rank in range(self.place.world_size)]
         store = dist.PrefixStore(self._prefix, self._other_connection)
         nodes = [orjson.loads(store.get(key))[0] for key in come if store.check([key])]

@@ -89,6 +89,8 @@ def initialize(parallel: ParallelSection, *, device: Device) -> Topology:
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=cp,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+        # Nothing of ours asks for them, and each rank would hold three connections to every data-parallel replica.
+        create_gloo_process_groups=False,
     )
     return Topology(
         world_size=world_size,

@@ -28,11 +28,12 @@ class LineFile:
         """Write a row, and those that are waiting; on the disk when this returns, or all of them wait on."""
         self._waiting.append(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
         try:
-            with open(self.path, "ab", opener=_open_no_link) as file:
-                end = file.tell()
+            with open(self.path, "ab", buffering=0, opener=_open_no_link) as file:  # a buffer would be written again
+                end = file.seek(0, os.SEEK_END)
                 try:
-                    file.write(b"".join(self._waiting))
-                    file.flush()
+                    rest = memoryview(b"".join(self._waiting))
+                    while rest:
+                        rest = rest[file.write(rest) :]
                     os.fsync(file.fileno())
                 except OSError:
                     os.ftruncate(file.fileno(), end)

@@ -7,6 +7,7 @@ writes nothing into the directory any more.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
@@ -23,31 +24,44 @@ from megatron_polar.parallel.topology import Topology
 
 TAKE_OVER = "POLAR_TAKE_OVER"
 """Environment variable: what `lock` says of a job that is over, as a scheduler that cannot reach its node knows."""
+_LONGEST = 400
 _SECONDS_FOR_REMAINS = 5.0
 """A job that was just killed may leave a writer or a loader, which share its lock and die a moment after it."""
 
 
 class RunLock:
-    """This job's claim on a run directory. Only the first rank holds the file; the others take its word."""
+    """This job's claim on a run directory. The first rank holds the file; the others know what it says."""
 
     def __init__(self, directory: Path):
         self.directory = directory
         self._handle: int | None = None
+        self._text = ""
 
     def is_ours(self) -> bool:
         """Whether this job may write here. Opens the file instead of asking for its name: NFS keeps names in memory."""
-        if self._handle is None:
+        if not self._text:
             return True
         try:
             current = os.open(self.directory / "lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
-        except OSError:
-            return True  # storage that does not answer: what is to be written will fail by itself
-        try:
-            return os.path.samestat(os.fstat(current), os.fstat(self._handle))
-        finally:
-            os.close(current)
+            try:
+                if self._handle is None:
+                    return os.pread(current, _LONGEST, 0).decode(errors="replace").strip() == self._text
+                return os.path.samestat(os.fstat(current), os.fstat(self._handle))
+            finally:
+                os.close(current)
+        except OSError as error:
+            # ESTALE is NFS's answer about our own file when another host has put one in its place. Storage that does
+            # not answer at all is none of these: what is to be written will fail by itself.
+            return error.errno not in (errno.ENOENT, errno.ESTALE)
+
+    @property
+    def text(self) -> str:
+        """What our file says: host, process, job and restart. No other job's file says the same."""
+        return self._text
+
+    def believe(self, text: str) -> None:
+        """On a rank that does not hold the file: what the first rank's says."""
+        self._text = text
 
     def taken_over(self) -> RunStopped:
         """The error of a job that is fenced."""
@@ -62,7 +76,7 @@ class RunLock:
         while True:
             old = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
             try:
-                text = os.pread(old, 400, 0).decode(errors="replace").strip()
+                text = os.pread(old, _LONGEST, 0).decode(errors="replace").strip()
                 is_over = bool(text) and os.environ.get(TAKE_OVER) == text
                 if is_over or self._lock(old):
                     if os.path.samestat(os.fstat(old), os.stat(self.directory / "lock", follow_symlinks=False)):
@@ -98,14 +112,15 @@ class RunLock:
         path = self.directory / f".lock-{os.urandom(4).hex()}"
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         job = f"{os.environ.get('SLURM_JOB_ID', '-')} {os.environ.get('SLURM_RESTART_COUNT', '0')}"
-        os.write(self._handle, f"{socket.gethostname()} {os.getpid()} {job}\n".encode())
+        self._text = f"{socket.gethostname()} {os.getpid()} {job}"
+        os.write(self._handle, f"{self._text}\n".encode())
         with contextlib.suppress(OSError):  # said above
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.rename(path, self.directory / "lock")
 
     def _read(self) -> str:
         try:
-            return (self.directory / "lock").read_text(errors="replace")[:400].strip()
+            return (self.directory / "lock").read_text(errors="replace")[:_LONGEST].strip()
         except OSError:
             return ""
 
@@ -124,11 +139,14 @@ def lock_run(directory: Path, *, topology: Topology) -> Iterator[RunLock]:
     Collective. Raises UserError on every rank when another job holds it.
     """
     lock = RunLock(directory)
-    problem = [lock.take() if topology.rank == 0 else None]
-    dist.broadcast_object_list(problem, src=0)
+    problem = lock.take() if topology.rank == 0 else None
+    told = [problem, lock.text]
+    dist.broadcast_object_list(told, src=0)
+    problem, text = told
     try:
-        if problem[0] is not None:
-            raise UserError(f"{directory}: {problem[0]}; wait for its end, stop it, or choose another run.directory")
+        if problem is not None:
+            raise UserError(f"{directory}: {problem}; wait for its end, stop it, or choose another run.directory")
+        lock.believe(text)
         yield lock
     finally:
         lock.release()

@@ -43,6 +43,7 @@ def build_optimizer(section: OptimizerSection, *, model: BuiltModel, reduction: 
         ),
         model.chunks,
         config_overrides=overrides,
+        use_gloo_process_groups=False,
     )
     _check_precisions(optimizer)
     _connect(model, optimizer=optimizer, reduction=reduction, section=section)

@@ -363,6 +363,8 @@ def _stop_if_asked(training: Training) -> None:
     if training.saved != training.done:
         _write_metrics(training)
         _save(training, blocking=True)
+        if training.saved != training.done:
+            _save(training, blocking=True)  # once more: storage may have failed for a moment
     training.metrics.close()
     kept = f"step {training.saved} is saved" if training.saved else "no step is saved"
     raise RunStopped(

@@ -14,7 +14,6 @@ import pickle
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -82,13 +81,18 @@ class ShardReport:
 
 class HashedWriter(FileSystemWriterAsync):
     """mcore's writer, with one file for each rank and its SHA-256 taken on the way. `entries` and `error` tell after
-    the save what this rank wrote."""
+    the save what this rank wrote.
+
+    It holds what it brought into host memory until the file is written: tensors from a GPU lie in pinned memory, which
+    a forked process shares instead of copying on write, and what is let go there is given to the next micro-batch.
+    """
 
     def __init__(self, directory: str, *, after_each: Callable[[], None]):
         super().__init__(directory, thread_count=1)
         self._after_each = after_each
         self.report = ShardReport(0)
         self.error: OSError | None = None
+        self._staged: list = []
 
     def prepare_write_data(self, plan, planner) -> None:
         """Collect what to write; nothing is copied yet."""
@@ -104,10 +108,20 @@ class HashedWriter(FileSystemWriterAsync):
         if not self.write_buckets:
             return None, None, []
         arguments = [os.getpid(), self.write_buckets, self.report, self._after_each]
-        return _write_shard, partial(_to_host, self.write_buckets), arguments
+        return _write_shard, self._to_host, arguments
+
+    def _to_host(self) -> list:
+        path, name, data = self.write_buckets[0]
+        staged = [
+            (item, x if isinstance(x, io.BytesIO) else x.detach().to("cpu", non_blocking=True)) for item, x in data
+        ]
+        torch.cuda.synchronize()
+        self._staged = [(path, name, staged)]
+        return self._staged
 
     def retrieve_write_results(self):
         """DCP's results, for `.metadata`; a failure becomes a value that every rank is told of."""
+        self._staged = []
         if not self.write_buckets:
             return []
         path, name, data = self.write_buckets[0]
@@ -131,13 +145,6 @@ class HashedWriter(FileSystemWriterAsync):
     def entries(self) -> dict[str, dict]:
         """Manifest entry of this rank's file, if it has one."""
         return {self.write_buckets[0][1]: self.report.entry} if self.write_buckets else {}
-
-
-def _to_host(buckets: list) -> list:
-    path, name, data = buckets[0]
-    staged = [(item, x if isinstance(x, io.BytesIO) else x.detach().to("cpu", non_blocking=True)) for item, x in data]
-    torch.cuda.synchronize()
-    return [(path, name, staged)]
 
 
 def _write_shard(parent: int, buckets: list, report: ShardReport, after_each: Callable[[], None]) -> None:
