@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from ranks import run_ranks
 
 from megatron_polar.config.presets import architecture_of
@@ -219,6 +220,73 @@ def test_recomputation_changes_nothing_in_parallel_layouts(name, recompute, traj
     config = make_config(str(trajectory_corpus), parallel=LAYOUTS[name], recompute=recompute)
     for figures in run_ranks(train_three_steps, WORLD_SIZES[name], config):
         np.testing.assert_allclose(figures, single_process, rtol=1e-6)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("name", ["single", "tp2", "tp2_sp"])
+def test_recomputation_draws_the_same_dropout_masks(name, recompute):
+    """In padded rows, the only ones with dropout in attention; the gradients of the first pass's masks, exactly."""
+    sizes = {"single": {}, "tp2": {"tensor_model_parallel_size": 2}}.get(name, LAYOUTS["tp2_sp"])
+    found = {}
+    for how in ("none", recompute):
+        config = make_config("unused", parallel=sizes, layout="padded", recompute=how)
+        model = dataclasses.replace(config.model, hidden_dropout=0.1, attention_dropout=0.1)
+        config = dataclasses.replace(config, model=model)
+        found[how] = run_ranks(rewards_and_gradients, 2 if sizes else 1, config, torch.float64, 3)
+    for (rewards, gradients), (again, others) in zip(found["none"], found[recompute], strict=True):
+        np.testing.assert_array_equal(again, rewards)
+        for key, gradient in gradients.items():
+            difference = np.linalg.norm(others[key] - gradient) / np.linalg.norm(gradient)
+            assert difference <= 1e-12, f"{key}: {difference:.1e}"
+
+
+def three_passes(config: RunConfig) -> list[float]:
+    """The first reward of one micro-batch, three times."""
+    device = select_device("cpu", local_rank=0)
+    topology = ranks.initialize(config.parallel, device=device)
+    ranks.seed_ranks(topology, seed=1)
+    model = build_model(config, topology=topology, device=device, vocab_size=VOCAB_SIZE, for_training=False)
+    batch = build_micro_batch(random_comparisons(3), layout="padded", pad_id=0, pad_to_multiple=16)
+    on_device = to_device(batch, model=model, device=device, topology=topology)
+    core = model.cores[0]
+    return [float(core(on_device.tokens, None, None, packed_seq_params=on_device.layout)[0]) for _ in range(3)]
+
+
+@pytest.mark.parametrize("name", ["tp2", "tp2_sp"])
+def test_every_pass_draws_masks_of_its_own(name):
+    sizes = {"tensor_model_parallel_size": 2} if name == "tp2" else LAYOUTS["tp2_sp"]
+    config = make_config("unused", parallel=sizes, layout="padded")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention_dropout=0.1))
+    for rewards in run_ranks(three_passes, 2, config):
+        assert len(set(rewards)) == 3
+
+
+def nested_draws(config: RunConfig) -> tuple[list[float], list[str]]:
+    """Numbers drawn outside of forks of the tensor-parallel generator, within one, and within one in another."""
+    device = select_device("cpu", local_rank=0)
+    ranks.seed_ranks(ranks.initialize(config.parallel, device=device), seed=1)
+    tracker, drawn = get_cuda_rng_tracker(), []
+
+    def draw() -> None:
+        drawn.append(torch.rand(()).item())
+
+    draw()
+    with tracker.fork():
+        draw()
+        with tracker.fork():
+            draw()
+        draw()
+    draw()
+    with tracker.fork():
+        draw()
+    return drawn, list(tracker.get_states())
+
+
+def test_forks_of_the_generator_may_lie_within_each_other():
+    """On the CPU as in megatron-core: a fork goes on behind the one that it held, and no number comes twice."""
+    ((drawn, names),) = run_ranks(nested_draws, 1, make_config("unused", parallel={}))
+    assert len(set(drawn)) == 6
+    assert "default-rng" not in names
 
 
 @pytest.mark.parametrize("name", ["tp2_sp", "dp2"])

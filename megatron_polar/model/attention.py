@@ -13,7 +13,7 @@ Shapes: s tokens of a row on this rank, t tokens of the whole row, u gathered K/
 heads, d head dim (heads are those of this tensor-parallel rank).
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -111,11 +111,21 @@ class SharedPrefixAttention(MegatronModule):
         key, value = (x.index_select(1, layout.batch_rows).permute(1, 2, 0, 3) for x in (key, value))
         mask = torch.arange(key.size(2), device=key.device) < layout.kv_lengths[:, None]
         dropout = self.dropout if self.training else 0.0
-        with get_cuda_rng_tracker().fork() if dropout else nullcontext():
+        with self._random_numbers_of_its_own():
             context = F.scaled_dot_product_attention(
                 query.transpose(1, 2), key, value, mask[:, None, None], dropout, scale=self.scale, enable_gqa=True
             )
         return context.transpose(1, 2)
+
+    def _random_numbers_of_its_own(self) -> AbstractContextManager:
+        """Tensor-parallel ranks hold different heads: these must not draw the same dropout mask.
+
+        With sequence parallelism megatron-core's TransformerBlock has seen to that already. To fork a second time
+        within would go wrong where activations are recomputed, outside of that first fork: other masks would be drawn.
+        """
+        if self.dropout == 0 or not self.training or self.config.sequence_parallel:
+            return nullcontext()
+        return get_cuda_rng_tracker().fork()
 
     def _tokens_together(self, x: torch.Tensor) -> torch.Tensor:
         """[s, b, n, d] of all heads → [t, b, n/cp, d]."""
@@ -147,8 +157,7 @@ class SdpaAttention(SharedPrefixAttention):
         """See SharedPrefixAttention.padded."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         dropout = self.dropout if self.training else 0.0
-        # Tensor-parallel ranks hold different heads: these must not draw the same mask.
-        with get_cuda_rng_tracker().fork() if dropout else nullcontext():
+        with self._random_numbers_of_its_own():
             context = F.scaled_dot_product_attention(
                 query, key, value, is_causal=True, dropout_p=dropout, scale=self.scale, enable_gqa=True
             )
@@ -218,6 +227,7 @@ class TeAttention(SharedPrefixAttention):
             # Told "self", TE's unfused kernel takes the query lengths for the K/V lengths as well, and masks wrongly.
             attention_type="cross",
             get_rng_state_tracker=get_cuda_rng_tracker,
+            sequence_parallel=config.sequence_parallel,  # of random numbers only: see _random_numbers_of_its_own
             attn_mask_type="padding_causal_bottom_right",
             qkv_format="thd",
             softmax_scale=self.scale,

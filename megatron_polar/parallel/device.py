@@ -22,6 +22,8 @@ from megatron_polar import log
 from megatron_polar.errors import UserError
 
 _CPU = torch.device("cpu")
+_DEFAULT = "default-rng"
+"""megatron-core's name for the generator outside of every fork."""
 
 
 @dataclass(frozen=True)
@@ -136,13 +138,18 @@ class _CpuRngStates(mcore_random.CudaRNGStatesTracker):
 
     @contextlib.contextmanager
     def fork(self, name: str = mcore_random._MODEL_PARALLEL_RNG_TRACKER_NAME):
-        outer = torch.get_rng_state()
+        """As on a GPU, also where one fork lies within another of the same name: the outer one goes on behind it."""
+        outer, outer_name = torch.get_rng_state(), self._current_state_name
+        if outer_name != _DEFAULT:
+            self.states_[outer_name] = outer
         torch.set_rng_state(self.states_[name])
+        self._current_state_name = name
         try:
             yield
         finally:
             self.states_[name] = torch.get_rng_state()
-            torch.set_rng_state(outer)
+            torch.set_rng_state(outer if outer_name == _DEFAULT else self.states_[outer_name])
+            self._current_state_name = outer_name
 
 
 _active_mode: _CudaToCpu | None = None
