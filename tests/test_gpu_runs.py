@@ -25,6 +25,7 @@ BLOCKWISE = {"train__fp8": "blockwise"}
 RESUMES = {
     "bf16": {},
     "dropout": {"model__hidden_dropout": 0.1},
+    "saved in the background": {"checkpoint__async_save": True},
     "tensorwise": TENSORWISE,
     "weights in tensorwise FP8": TENSORWISE | {"train__fp8_param_gather": True},
     "weights in blockwise FP8": BLOCKWISE | {"train__fp8_param_gather": True},
