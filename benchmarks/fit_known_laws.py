@@ -7,6 +7,7 @@ of loss and compute, which favours lucky runs, makes the exponent too large.
 import argparse
 import platform
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,13 +16,15 @@ from arguments import positive
 
 from megatron_polar import log
 from megatron_polar.scaling.fit import LawMissing, pareto_frontier
+from megatron_polar.scaling.laws import PUBLISHED
 from megatron_polar.scaling.power_law import SMALLEST_HUBER_DELTA, STRAIGHT, Law, joint_law, resample_residuals
 from megatron_polar.scaling.runs import ScalingRun
 
-OF_SIZE = np.array([np.log(0.9), 0.0425])
-"""The paper's L(N) (arXiv 2507.05197, section 4.4)."""
-OF_COMPUTE = np.array([np.log(2.4), 0.0342])
-"""The paper's L(C)."""
+OF_SIZE, OF_COMPUTE = (
+    np.array([np.log(law.coefficient), law.exponent])
+    for law in (PUBLISHED["loss_of_parameters"], PUBLISHED["loss_of_compute"])
+)
+"""The paper's L(N) and L(C)."""
 JOINT = np.array([np.log(6.0), np.log(40.0), 0.3, 0.28, np.log(0.2)])
 JOINT_NAMES = ("log A", "log B", "alpha", "beta", "log E")
 GRID = np.log([(n, d) for n in np.geomspace(1e6, 1e9, 5) for d in np.geomspace(1e8, 1e11, 4)])
@@ -124,18 +127,10 @@ def frontiers(options: argparse.Namespace) -> str:
         for noise in (0.01, 0.02):
             every, chosen = [], []
             for study in range(options.studies):
-                generator = np.random.default_rng([options.seed, 3, span, round(1000 * noise), study])
-                flops = np.geomspace(1e18, span * 1e18, 8)
-                losses = np.exp(STRAIGHT.log_loss(OF_COMPUTE, np.log(flops)[:, None]) + generator.normal(0, noise, 8))
-                runs = [
-                    ScalingRun(f"run-{number}", 10**8 * (1 + number // 2), float(loss), flops=float(at))
-                    for number, (at, loss) in enumerate(zip(flops, losses, strict=True))
-                ]
+                runs = _runs_over_compute(span, noise=noise, seed=[options.seed, 3, span, round(1000 * noise), study])
                 every.append(_exponent(runs))
-                try:
+                with suppress(LawMissing):
                     chosen.append(_exponent(pareto_frontier(runs, count="parameters")))
-                except LawMissing:
-                    continue
             cells = (f"{span}x", f"{noise:.0%}", _mean(every), _mean(chosen), f"{len(chosen) / options.studies:.1%}")
             rows.append(cells)
     head = ("compute", "noise", "exponent of all runs", "of the frontier", "studies with a frontier of three")
@@ -143,6 +138,16 @@ def frontiers(options: argparse.Namespace) -> str:
         f"{_table(head, rows)}\n\n{options.studies:,} studies a row of 8 runs, mean and its standard error; "
         f"the true exponent is {OF_COMPUTE[1]}."
     )
+
+
+def _runs_over_compute(span: float, *, noise: float, seed: Sequence[int]) -> list[ScalingRun]:
+    flops = np.geomspace(1e18, span * 1e18, 8)
+    scatter = np.random.default_rng(seed).normal(0, noise, len(flops))
+    losses = np.exp(STRAIGHT.log_loss(OF_COMPUTE, np.log(flops)[:, None]) + scatter)
+    return [
+        ScalingRun(f"run-{number}", 10**8 * (1 + number // 2), float(loss), flops=float(at))
+        for number, (at, loss) in enumerate(zip(flops, losses, strict=True))
+    ]
 
 
 def _exponent(runs: Sequence[ScalingRun]) -> float:

@@ -380,14 +380,28 @@ def test_raw_text_in_the_place_of_a_dataset_is_said_to_be_that(config_file, tmp_
     assert_says(said, source, "give the output of megatron-polar preprocess")
 
 
-@pytest.mark.parametrize(("hard", "soft"), [(2000, 2000), (200_000, 65_536)])
-def test_the_soft_limit_of_open_files_is_raised(hard, soft):
+@pytest.mark.parametrize(
+    ("soft", "hard", "asked"),
+    [
+        (300, 2000, (2000, 2000)),
+        (1024, 1 << 20, (65_536, 1 << 20)),
+        (1024, resource.RLIM_INFINITY, (65_536, resource.RLIM_INFINITY)),
+        (100_000, 1 << 20, None),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, None),
+    ],
+)
+def test_the_soft_limit_of_open_files_is_raised(soft, hard, asked, monkeypatch):
     """Shells and Slurm hand 1,024 on, and the first of 512 ranks needs more for the others' store alone."""
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    if limit != resource.RLIM_INFINITY and limit < hard:
-        pytest.skip("the limit here is lower")
-    program = "import resource; from megatron_polar import cli; cli._allow_many_open_files()"
+    set_to = []
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda which, limits: set_to.append(limits))
+    cli._allow_many_open_files()
+    assert set_to == ([] if asked is None else [asked])
+
+
+def test_a_verb_runs_with_as_many_open_files_as_it_may_have(tmp_path):
+    program = "import resource; from megatron_polar import cli; cli.main(['fit', 'nowhere', '--output', 'out'])"
     program += "; print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
-    command = f"ulimit -n {hard} && ulimit -Sn 300 && {sys.executable} -c '{program}'"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [str(soft), str(hard)]
+    command = f'ulimit -n 2000 && ulimit -Sn 300 && "{sys.executable}" -c "{program}"'
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2000", "2000"], done.stderr

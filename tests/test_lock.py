@@ -19,7 +19,7 @@ def lock(tmp_path):
 
 def on_another_rank(lock: RunLock) -> RunLock:
     other = RunLock(lock.directory)
-    other.believe(lock.text)
+    other.text = lock.text
     return other
 
 

@@ -403,6 +403,33 @@ def test_a_dry_run_of_what_is_well_submits_nothing(cluster, trajectory_corpus, t
     assert (done.returncode, "examples/nothing.yaml: no such file" in done.stderr) == (2, True)
 
 
+def test_a_job_gets_what_the_script_sets_where_a_users_environment_is_kept_out(cluster, trajectory_corpus, tmp_path):
+    """Sites with SBATCH_EXPORT=NONE, or a list: srun would leave the rendezvous out as well."""
+    run = tmp_path / "run"
+    kept = ",".join(name for name in cluster.environment if name.startswith("POLAR_"))
+    job = submit(cluster, run, nano(trajectory_corpus, run, "train.num_steps=2"), f"--export={kept}")
+    assert cluster.wait(job, *ENDS)["JobState"] == "COMPLETED", log_of(run)
+
+
+@pytest.mark.parametrize("chain", ["", "polar-run-1.2"])
+def test_only_a_chain_cancels_what_waits_under_its_name(chain, tmp_path):
+    """A site may forbid requeueing by POLAR_REQUEUE=0 for jobs that have nothing to do with each other."""
+    said, stub = tmp_path / "said", tmp_path / "scancel"
+    stub.write_text(f'#!/bin/sh\necho "$@" >> {said}\n')
+    stub.chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "POLAR_HOME": str(REPOSITORY), "POLAR_PYTHON": PYTHON}
+    variables |= {
+        "POLAR_SITE": "/dev/null",
+        "POLAR_REQUEUE": "0",
+        "POLAR_CHAIN": chain,
+        "SLURM_JOB_NAME": "polar-train",
+    }
+    subprocess.run(
+        ["bash", "-c", "source slurm/common.sh; polar_cancel_chain"], cwd=REPOSITORY, env=variables, check=True
+    )
+    assert said.exists() == bool(chain)
+
+
 def test_a_task_whose_script_is_edited_in_place_runs_its_command_once(tmp_path):
     """bash reads on from where it was; an editor or scp writes into the same file."""
     script, said = tmp_path / "task.sh", tmp_path / "said"

@@ -111,21 +111,19 @@ class SharedPrefixAttention(MegatronModule):
         key, value = (x.index_select(1, layout.batch_rows).permute(1, 2, 0, 3) for x in (key, value))
         mask = torch.arange(key.size(2), device=key.device) < layout.kv_lengths[:, None]
         dropout = self.dropout if self.training else 0.0
-        with self._random_numbers_of_its_own():
+        with self._random_numbers_of_its_own(dropout):
             context = F.scaled_dot_product_attention(
                 query.transpose(1, 2), key, value, mask[:, None, None], dropout, scale=self.scale, enable_gqa=True
             )
         return context.transpose(1, 2)
 
-    def _random_numbers_of_its_own(self) -> AbstractContextManager:
+    def _random_numbers_of_its_own(self, dropout: float) -> AbstractContextManager:
         """Tensor-parallel ranks hold different heads: these must not draw the same dropout mask.
 
         With sequence parallelism megatron-core's TransformerBlock has seen to that already. To fork a second time
         within would go wrong where activations are recomputed, outside of that first fork: other masks would be drawn.
         """
-        if self.dropout == 0 or not self.training or self.config.sequence_parallel:
-            return nullcontext()
-        return get_cuda_rng_tracker().fork()
+        return get_cuda_rng_tracker().fork() if dropout and not self.config.sequence_parallel else nullcontext()
 
     def _tokens_together(self, x: torch.Tensor) -> torch.Tensor:
         """[s, b, n, d] of all heads → [t, b, n/cp, d]."""
@@ -157,7 +155,7 @@ class SdpaAttention(SharedPrefixAttention):
         """See SharedPrefixAttention.padded."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         dropout = self.dropout if self.training else 0.0
-        with self._random_numbers_of_its_own():
+        with self._random_numbers_of_its_own(dropout):
             context = F.scaled_dot_product_attention(
                 query, key, value, is_causal=True, dropout_p=dropout, scale=self.scale, enable_gqa=True
             )

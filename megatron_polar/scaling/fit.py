@@ -362,7 +362,7 @@ def _predict_largest(
     amount = {("N",): settings.count, ("C",): "flops", ("N", "D"): settings.data_unit}[variables]
     of_one_setting = _same_settings(runs, count=settings.count, amount=amount)
     most = runs[int(np.argmax(x.prod(axis=1)))]
-    (largest,) = (group for group in of_one_setting if any(run is most for run in group))
+    largest = next(group for group in of_one_setting if any(run is most for run in group))
     is_largest = np.array([any(run is one for one in largest) for run in runs])
     rest = ~is_largest
     sizes = {getattr(run, settings.count) for run, is_left in zip(runs, rest, strict=True) if is_left}

@@ -35,17 +35,18 @@ class RunLock:
     def __init__(self, directory: Path):
         self.directory = directory
         self._handle: int | None = None
-        self._text = ""
+        self.text = ""
+        """What our file says: host, process, job and restart. No other job's file says the same."""
 
     def is_ours(self) -> bool:
         """Whether this job may write here. Opens the file instead of asking for its name: NFS keeps names in memory."""
-        if not self._text:
+        if not self.text:
             return True
         try:
             current = os.open(self.directory / "lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 if self._handle is None:
-                    return os.pread(current, _LONGEST, 0).decode(errors="replace").strip() == self._text
+                    return os.pread(current, _LONGEST, 0).decode(errors="replace").strip() == self.text
                 return os.path.samestat(os.fstat(current), os.fstat(self._handle))
             finally:
                 os.close(current)
@@ -53,15 +54,6 @@ class RunLock:
             # ESTALE is NFS's answer about our own file when another host has put one in its place. Storage that does
             # not answer at all is none of these: what is to be written will fail by itself.
             return error.errno not in (errno.ENOENT, errno.ESTALE)
-
-    @property
-    def text(self) -> str:
-        """What our file says: host, process, job and restart. No other job's file says the same."""
-        return self._text
-
-    def believe(self, text: str) -> None:
-        """On a rank that does not hold the file: what the first rank's says."""
-        self._text = text
 
     def taken_over(self) -> RunStopped:
         """The error of a job that is fenced."""
@@ -112,8 +104,8 @@ class RunLock:
         path = self.directory / f".lock-{os.urandom(4).hex()}"
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         job = f"{os.environ.get('SLURM_JOB_ID', '-')} {os.environ.get('SLURM_RESTART_COUNT', '0')}"
-        self._text = f"{socket.gethostname()} {os.getpid()} {job}"
-        os.write(self._handle, f"{self._text}\n".encode())
+        self.text = f"{socket.gethostname()} {os.getpid()} {job}"
+        os.write(self._handle, f"{self.text}\n".encode())
         with contextlib.suppress(OSError):  # said above
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.rename(path, self.directory / "lock")
@@ -142,11 +134,10 @@ def lock_run(directory: Path, *, topology: Topology) -> Iterator[RunLock]:
     problem = lock.take() if topology.rank == 0 else None
     told = [problem, lock.text]
     dist.broadcast_object_list(told, src=0)
-    problem, text = told
+    problem, lock.text = told
     try:
         if problem is not None:
             raise UserError(f"{directory}: {problem}; wait for its end, stop it, or choose another run.directory")
-        lock.believe(text)
         yield lock
     finally:
         lock.release()
