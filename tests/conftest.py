@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import json
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,14 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def the_test_process_stays_clean():
+    """See ranks.py: what a test leaves behind here, every rank and server that is forked later would begin with."""
+    yield
+    device = sys.modules.get("megatron_polar.parallel.device")
+    assert device is None or device._active_mode is None, "the CUDA substitution belongs into a rank: run_ranks"
 
 
 @pytest.fixture(scope="session")

@@ -178,19 +178,24 @@ def test_saving_in_the_background_writes_the_same_bytes(tmp_path, trajectory_cor
     assert hashes[0] == hashes[1]
 
 
-def test_what_was_brought_into_host_memory_is_held_until_it_is_written(tmp_path):
-    """From a GPU it lies in pinned memory, which a forked writer shares: given back, it would take the next batch."""
+def held_until_written(directory: str) -> list[bool]:
+    """Whether what was brought into host memory is still held: as a writer is forked, and once it is done."""
     select_device("cpu", local_rank=0)  # says what there is to wait for
-    writer = HashedWriter(str(tmp_path), after_each=lambda: None)
+    writer = HashedWriter(directory, after_each=lambda: None)
     item = SimpleNamespace(index="weight", type=WriteItemType.TENSOR)
-    writer.write_buckets = [(str(tmp_path / "shard"), "shard", [(item, torch.ones(4))])]
+    writer.write_buckets = [(f"{directory}/shard", "shard", [(item, torch.ones(4))])]
     writer.report = ShardReport(1)
     write, stage, (process, _, *rest) = writer.get_save_function_and_args()
     staged = stage()
     tensor = weakref.ref(staged[0][2][0][1])
     write(process, staged, *rest)
     del staged  # as schedule_async_call lets its arguments go once the writer is forked
-    assert tensor() is not None
+    held = [tensor() is not None]
     (result,) = writer.retrieve_write_results()
     assert result.index == "weight"
-    assert tensor() is None
+    return [*held, tensor() is not None]
+
+
+def test_what_was_brought_into_host_memory_is_held_until_it_is_written(tmp_path):
+    """From a GPU it lies in pinned memory, which a forked writer shares: given back, it would take the next batch."""
+    assert run_ranks(held_until_written, 1, str(tmp_path)) == [[True, False]]
