@@ -388,6 +388,7 @@ def test_importers_write_the_list_where_there_are_several(tmp_path):
 
 def test_the_benchmark_counts_what_the_prompt_alone_would_save(tmp_path, tokenizer_path, monkeypatch, capsys):
     path = Path(__file__).resolve().parents[1] / "benchmarks" / "reference_prefixes.py"
+    monkeypatch.syspath_prepend(path.parent)
     spec = importlib.util.spec_from_file_location("reference_prefixes", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

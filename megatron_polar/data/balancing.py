@@ -8,6 +8,7 @@ import bisect
 import heapq
 import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -104,17 +105,19 @@ def karmarkar_karp(costs: Sequence[int], num_parts: int) -> list[list[int]]:
     if num_parts == 1 or not costs:
         return [list(range(len(costs)))] + [[] for _ in range(num_parts - 1)]
     joined = []  # what parts consist of: `joined[n]` are the two that became part number len(costs) + n
+    numbers, order = itertools.count(len(costs)), itertools.count()
 
     def join(first: Part, second: Part) -> Part:
         joined.append((first[1], second[1]))
-        return first[0] + second[0], len(costs) + len(joined) - 1
+        return first[0] + second[0], next(numbers)
 
     # A partition lists its parts that are not empty, ascending. Most are much shorter than `num_parts`. An item that is
-    # still alone differs by its cost; these are not in the heap, but taken in order, many by the same partition. Both
-    # are what makes this fast.
-    items = sorted(((cost, index) for index, cost in enumerate(costs)), key=lambda item: -item[0])
+    # still alone differs by its cost; these are not in the heap, but taken in order, many by the same partition: all
+    # at once while it has empty parts, since its spread is that of its heaviest then. This is what makes it fast.
+    descending = sorted(range(len(costs)), key=costs.__getitem__, reverse=True)  # equal ones stay in their order
+    items = [(costs[index], index) for index in descending]
     alone = [cost for cost, _ in items] + [-1, -1]
-    heap, taken, count, numbers = [], 0, len(items), itertools.count()
+    heap, taken, count = [], 0, len(items)
     while taken < count or len(heap) > 1:
         if len(heap) > 1 and -min(heap[1:3])[0] > alone[taken]:
             parts = _combine(heapq.heappop(heap)[2], heapq.heappop(heap)[2], num_parts=num_parts, join=join)
@@ -122,13 +125,17 @@ def karmarkar_karp(costs: Sequence[int], num_parts: int) -> list[list[int]]:
             parts = heapq.heappop(heap)[2] if heap and -heap[0][0] > alone[taken + 1] else []
             next_spread = -heap[0][0] if heap else -1
             spread = math.inf  # the first item is always taken: nothing in the heap differs more
+            if len(parts) < num_parts:
+                end = bisect.bisect_right(alone, -next_spread, taken, count, key=operator.neg)
+                end = min(end, taken + num_parts - len(parts))
+                parts = sorted(parts + items[taken:end])
+                taken, spread = end, _spread(parts, num_parts)
             while taken < count and spread >= alone[taken + 1] and min(spread, alone[taken]) >= next_spread:
-                item = items[taken]
+                bisect.insort(parts, join(parts.pop(0), items[taken]))
                 taken += 1
-                bisect.insort(parts, item if len(parts) < num_parts else join(parts.pop(0), item))
                 spread = _spread(parts, num_parts)
-        heapq.heappush(heap, (-_spread(parts, num_parts), next(numbers), parts))
-    parts = [_members(number, joined, len(costs)) for _, number in heap[0][2]]
+        heapq.heappush(heap, (-_spread(parts, num_parts), next(order), parts))
+    parts = _members([number for _, number in heap[0][2]], joined, len(costs))
     return [[] for _ in range(num_parts - len(parts))] + parts
 
 
@@ -146,13 +153,15 @@ def _combine(
     return sorted(first[shared:] + second[shared:] + list(map(join, first[:shared], reversed(second[:shared]))))
 
 
-def _members(number: int, joined: list[tuple[int, int]], num_items: int) -> list[int]:
-    """Items of a part, ascending; iterative, since parts are nested as deeply as there are items."""
-    items, stack = [], [number]
-    while stack:
-        number = stack.pop()
-        if number < num_items:
-            items.append(number)
-        else:
-            stack.extend(joined[number - num_items])
-    return sorted(items)
+def _members(numbers: list[int], joined: list[tuple[int, int]], num_items: int) -> list[list[int]]:
+    """Items of each part, ascending. From the last join to the first: what a part consists of has lower numbers."""
+    members = [[] for _ in numbers]
+    part_of = [members] * (num_items + len(joined))  # every place is written before it is read
+    for number, part in zip(numbers, members, strict=True):
+        part_of[number] = part
+    for number in range(len(joined) - 1, -1, -1):
+        first, second = joined[number]
+        part_of[first] = part_of[second] = part_of[num_items + number]
+    for index in range(num_items):
+        part_of[index].append(index)
+    return members

@@ -7,6 +7,7 @@ An index counts comparisons over all epochs: epoch = index // comparisons per ep
 
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,10 +38,11 @@ def permute(position: int, *, size: int, key: int) -> int:
     """
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half_bits) - 1
+    round_keys = [_mix64(key + index) for index in range(_FEISTEL_ROUNDS)]
     while True:
         left, right = position >> half_bits, position & mask
-        for round_index in range(_FEISTEL_ROUNDS):
-            left, right = right, left ^ (_mix64(right ^ _mix64(key + round_index)) & mask)
+        for round_key in round_keys:
+            left, right = right, left ^ (_mix64(right ^ round_key) & mask)
         position = (left << half_bits) | right
         if position < size:
             return position
@@ -198,19 +200,19 @@ def _draw_contrast(
     document: StoredDocument, *, count: int, generator: np.random.Generator
 ) -> tuple[int, list[int], tuple[int, ...]]:
     """Reference and candidate 1 from one policy, the others from as many other policies as there are."""
-    policies, sizes = np.unique(document.policy_ids, return_counts=True)
-    anchor = generator.choice(policies[sizes >= 2])
-    reference, same = generator.permutation(np.flatnonzero(document.policy_ids == anchor))[:2]
-    others = generator.permutation(np.flatnonzero(document.policy_ids != anchor))
+    ids = document.policy_ids.tolist()  # a handful: numpy would take longer
+    sizes = Counter(ids)
+    anchor = generator.choice([policy for policy in sorted(sizes) if sizes[policy] >= 2])
+    reference, same = generator.permutation([i for i, policy in enumerate(ids) if policy == anchor])[:2].tolist()
+    others = generator.permutation([i for i, policy in enumerate(ids) if policy != anchor]).tolist()
     # The n-th trajectory of every policy comes before anyone's (n+1)-th: policies stay as different as possible.
-    seen: dict[int, int] = {}
-    turns = []
+    seen: Counter = Counter()
+    turns = {}
     for trajectory in others:
-        policy = int(document.policy_ids[trajectory])
-        turns.append(seen.get(policy, 0))
-        seen[policy] = turns[-1] + 1
-    chosen = others[np.argsort(turns, kind="stable")][: count - 1]
-    return int(reference), [int(same), *map(int, chosen)], (0,) + (1,) * len(chosen)
+        turns[trajectory] = seen[ids[trajectory]]
+        seen[ids[trajectory]] += 1
+    chosen = sorted(others, key=turns.__getitem__)[: count - 1]
+    return reference, [same, *chosen], (0,) + (1,) * len(chosen)
 
 
 def _draw_ranking(

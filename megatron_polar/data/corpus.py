@@ -132,8 +132,11 @@ class Corpus:
             raise IndexError(f"document {index} of {self._length}")
         dataset = self._open()
         first, last = (int(bound) for bound in dataset.document_indices[index : index + 2])
-        # Copies: mcore unmaps the file when the dataset goes, and a view that outlives it crashes the process.
-        header, *sequences = (sequence.copy() for sequence in dataset[first:last])
+        # In one piece, as sequences lie behind each other (storage.py has checked that): dataset[first:last] would cut
+        # it slowly. A copy: mcore unmaps the file when the dataset goes, and a view that outlives it crashes.
+        ends = np.cumsum(dataset.sequence_lengths[first:last], dtype=np.int64).tolist()
+        block = dataset.get(first, length=ends[-1]).copy()
+        header, *sequences = (block[start:end] for start, end in zip([0, *ends], ends, strict=False))
         fields, policy_ids = header[:HEADER_FIELDS].tolist(), header[HEADER_FIELDS:]
         kind, wrapper, prompt_length = fields if len(fields) == HEADER_FIELDS else (-1, -1, -1)
         num_references = int(kind == KINDS.index("preference"))
@@ -147,7 +150,7 @@ class Corpus:
             or prompt_length < 0
             or (kind == KINDS.index("references") and not 1 < num_references < len(sequences))
             or not -1 <= policy_ids.min() <= policy_ids.max() < len(self.policies)
-            or not all(self._ids_fit(sequence) for sequence in sequences)
+            or not self._ids_fit(block[ends[0] :])
         ):
             raise UserError(f"{self.path / TOKENS}: document {index} is damaged; run preprocess again")
         halves = tuple(
