@@ -215,7 +215,7 @@ def fuzz_lines(count: int, workdir: Path, seed: int) -> dict:
             max_bad_fraction=1.0,
             unit_bytes=50_000,
         )
-    entries = [json.loads(line) for line in (workdir / "out" / "quarantine.jsonl").read_text().splitlines()]
+    entries = [json.loads(line) for line in (workdir / "out" / "quarantine.ndjson").read_text().splitlines()]
     found = {(entry["file"], entry["line"], entry["byte_offset"], entry["sha256"]) for entry in entries}
     assert report.lines == report.documents + report.bad_lines
     assert len(Corpus(workdir / "out")) == report.documents

@@ -2,11 +2,14 @@
 
 import dataclasses
 import hashlib
+import importlib.util
+import json
 import math
 import multiprocessing
 import pickle
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +34,8 @@ from megatron_polar.data.pair_counts import (
     plain,
     split_keys,
 )
+from megatron_polar.data.tokenizer import load_tokenizer
+from megatron_polar.errors import UserError
 
 GOLDEN = {
     # (K, blended with rankings): SHA-256 of two epochs of draws, computed with commit db12e3d, before the curriculum
@@ -393,3 +398,31 @@ def test_a_worker_that_runs_ahead_waits_for_its_table(tmp_path):
     assert receiver.poll(20)
     assert receiver.recv() == len(count_pairs(*random_counts(0)))
     worker.join()
+
+
+def test_show_batch_shows_what_the_curriculum_draws(trajectory_corpus, tmp_path, monkeypatch, capsys):
+    path = Path(__file__).resolve().parents[1] / "tools" / "show_batch.py"
+    spec = importlib.util.spec_from_file_location("show_batch", path)
+    show_batch = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(show_batch)
+    config = tmp_path / "train.yaml"
+    data = {"train": [{"path": str(trajectory_corpus)}], "max_sequence_length": 256, "contrast": "by_difficulty"}
+    data |= {"max_tokens_per_micro_batch": 4096, "curriculum": {"interval": 3, "floor": 0.0}}
+    sections = {"run": {"directory": "unused"}, "model": {"preset": "nano"}, "data": data, "optimizer": {"lr": 1e-3}}
+    config.write_text(json.dumps(sections | {"train": {"global_batch_size": 2, "num_steps": 9}}))
+
+    def shown(step: int) -> str:
+        monkeypatch.setattr("sys.argv", ["show_batch.py", str(config), "run.seed=1", f"--step={step}"])
+        show_batch.main()
+        return capsys.readouterr().out
+
+    dataset = by_difficulty(trajectory_corpus, interval=3, floor=0.0)
+    table = difficulty_table(EMPTY, dataset.curriculum)
+    decode = load_tokenizer(trajectory_corpus / "tokenizer").decode
+    found = shown(5)
+    for index in (10, 11):
+        comparison = dataset.comparison(index, table)
+        for ids in (np.concatenate([comparison.prefix, comparison.candidates[0]]), comparison.candidates[1]):
+            assert repr(decode(ids.tolist())) in found
+    with pytest.raises(UserError, match=r"--step 6: from step 6 on .* --replay-step repeats such a step"):
+        shown(6)

@@ -132,8 +132,8 @@ def _link(path: Path, target: Path) -> None:
     path.symlink_to(target)
 
 
-OUTPUTS = ["corpus.bin", "corpus.idx", "manifest.json", "quarantine.jsonl", "tokenizer"]
-WORK_FILES = ["lock", "corpus.bin", "corpus.idx", "quarantine.jsonl", "lengths", "manifest.json"]
+OUTPUTS = ["corpus.bin", "corpus.idx", "manifest.json", "quarantine.ndjson", "tokenizer"]
+WORK_FILES = ["lock", "corpus.bin", "corpus.idx", "quarantine.ndjson", "lengths", "manifest.json"]
 
 
 @pytest.mark.parametrize("name", [*OUTPUTS, ".work", ".work/tokenizer", *(f".work/{name}" for name in WORK_FILES)])
@@ -169,12 +169,12 @@ def test_a_directory_with_other_files_is_no_output(call, tmp_path):
 
 
 def test_inputs_inside_of_the_output_are_refused(call, tmp_path):
-    """Or a second start would read the quarantine of the first."""
+    """They would go with what is replaced there."""
     shutil.copy(call["inputs"][0], tmp_path)
     output = tmp_path / "out"
-    (output / ".work").mkdir(parents=True)
-    (output / ".work" / "quarantine.jsonl").write_text("")
-    with pytest.raises(UserError, match=r"quarantine\.jsonl: an input inside of the output"):
+    (output / "tokenizer").mkdir(parents=True)
+    (output / "tokenizer" / "texts.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"texts\.jsonl: an input inside of the output"):
         preprocess_quietly(**{**call, "inputs": [tmp_path]}, output=output)
 
 
@@ -254,7 +254,7 @@ def test_an_output_that_is_a_file_is_one_line(call, tmp_path):
 # --- damage and repair -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["corpus.bin", "corpus.idx", "tokenizer/tokenizer.model", "quarantine.jsonl"])
+@pytest.mark.parametrize("name", ["corpus.bin", "corpus.idx", "tokenizer/tokenizer.model", "quarantine.ndjson"])
 @pytest.mark.parametrize("missing", [True, False])
 def test_the_same_command_mends_a_damaged_dataset(call, dataset, dataset_copy, name, missing, capsys):
     path = dataset_copy / name

@@ -369,7 +369,7 @@ def test_a_warning_counts_quarantined_lines_and_says_why_most_often(sentence_tok
     preprocess([path], output=output, tokenizer_path=sentence_tokenizer, max_bad_fraction=0.9)
     (said,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert said == (
-        f"warning: {output / 'quarantine.jsonl'}: 6 of 7 lines are not in the dataset; most often: malformed JSON "
+        f"warning: {output / 'quarantine.ndjson'}: 6 of 7 lines are not in the dataset; most often: malformed JSON "
         "(3 times), not UTF-8 (2 times)"
     )
 
@@ -381,7 +381,7 @@ def test_allowed_bad_lines_are_quarantined_with_place_reason_and_hash(sentence_t
         [path], output=tmp_path / "out", tokenizer_path=sentence_tokenizer, max_bad_fraction=0.2, unit_bytes=100
     )
     assert (report.documents, report.bad_lines) == (8, 2)
-    entries = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
+    entries = [json.loads(line) for line in (tmp_path / "out" / "quarantine.ndjson").read_text().splitlines()]
     assert [(entry["file"], entry["line"]) for entry in entries] == [("in.jsonl", 9), ("in.jsonl", 10)]
     content = path.read_bytes()
     assert [entry["byte_offset"] for entry in entries] == [
@@ -389,7 +389,44 @@ def test_allowed_bad_lines_are_quarantined_with_place_reason_and_hash(sentence_t
     ]
     assert entries[1]["sha256"] == hashlib.sha256(BAD_LINES["not UTF-8"]).hexdigest()
     assert "'prompt' is empty" in entries[0]["reason"]
-    assert "quarantine.jsonl" in Corpus(tmp_path / "out").manifest["files"]
+    assert "quarantine.ndjson" in Corpus(tmp_path / "out").manifest["files"]
+
+
+def test_an_input_of_no_records_is_said_to_be_that(sentence_tokenizer, tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(BAD_LINES["empty prompt"])
+    with pytest.raises(UserError, match=r"quarantine\.ndjson: says why none of the 1 lines can be used"):
+        preprocess([path], output=tmp_path / "out", tokenizer_path=sentence_tokenizer, max_bad_fraction=1.0)
+
+
+def test_an_output_below_its_input_goes_on_and_is_no_input(sentence_tokenizer, tmp_path):
+    """Its quarantine and work files are not called .jsonl."""
+    path, output = tmp_path / "in" / "a.jsonl", tmp_path / "in" / "tok"
+    path.parent.mkdir()
+    path.write_bytes(b"\n".join([GOOD.encode()] * 8 + [BAD_LINES["empty prompt"]] * 2))
+    call = {"output": output, "tokenizer_path": sentence_tokenizer}
+    with pytest.raises(UserError, match="2 bad lines of 10"):
+        preprocess([path.parent], **call, max_bad_fraction=0.1)
+    for already in (False, True):
+        assert preprocess([path.parent], **call, max_bad_fraction=0.5).already_complete is already
+    report = preprocess([path.parent], output=tmp_path / "b", tokenizer_path=sentence_tokenizer, max_bad_fraction=0.5)
+    assert report.lines == 10
+
+
+def test_a_check_finds_what_the_call_would_be_refused_for(sentence_files, sentence_tokenizer, tmp_path, capfd):
+    output = tmp_path / "out"
+    call = {"output": output, "tokenizer_path": sentence_tokenizer}
+    twice = [sentence_files, sentence_files / "b.jsonl"]
+    with pytest.raises(UserError, match="given twice as input"):
+        preprocess(twice, **call, check=True)
+    preprocess([sentence_files], **call)
+    with pytest.raises(UserError, match="was made with wrapper='sft', not 'pretrain'"):
+        preprocess([sentence_files], **call, wrapper="pretrain", check=True)
+    assert preprocess([sentence_files], **call, check=True) is None
+    (output / "corpus.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="without --part or --check it makes the dataset again"):
+        preprocess([sentence_files], **call, check=True)
+    assert (output / "manifest.json").is_file()
 
 
 def test_too_many_bad_lines_fail_and_leave_the_quarantine(sentence_tokenizer, tmp_path):
@@ -398,11 +435,11 @@ def test_too_many_bad_lines_fail_and_leave_the_quarantine(sentence_tokenizer, tm
     call = {"output": tmp_path / "out", "tokenizer_path": sentence_tokenizer}
     with pytest.raises(UserError, match=r"2 bad lines of 10 \(20\.00%\), more than max_bad_fraction=0\.1"):
         preprocess([path], **call, max_bad_fraction=0.1)
-    assert len((tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "out" / "quarantine.ndjson").read_text().splitlines()) == 2
     assert not (tmp_path / "out" / "manifest.json").exists()
     write_lines(path, [GOOD] * 10)
     preprocess([path], **call)
-    assert not (tmp_path / "out" / "quarantine.jsonl").exists()
+    assert not (tmp_path / "out" / "quarantine.ndjson").exists()
 
 
 def test_arguments_without_meaning_are_refused(sentence_files, sentence_tokenizer, tmp_path):

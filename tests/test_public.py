@@ -87,6 +87,16 @@ def test_annotations_become_preferences_with_the_best_answer_as_reference(tmp_pa
     assert all(isinstance(record, Preference) for record in parsed(records))
 
 
+def test_a_preference_of_0_is_a_draw_and_what_is_no_preference_is_left_out(tmp_path):
+    for policy, preference in {"draw": 0, "loses": 1, "wins": 2, "nan": float("nan"), "true": True, "far": 3}.items():
+        annotate(tmp_path, policy, {"Q": preference})
+    skipped = Counter()
+    records = list(public.alpaca_eval_preferences(tmp_path, pairs_per_prompt=9, skipped=skipped))
+    pairs = {(record["chosen"], record["rejected"]) for record in records}
+    assert pairs == {("base on Q", "loses on Q"), ("draw on Q", "loses on Q")}
+    assert skipped == {"annotation without a preference": 3}
+
+
 def test_a_named_reference_policy_is_never_one_of_the_pair(tmp_path):
     annotate(tmp_path, "good", {"Q": 1.99})
     annotate(tmp_path, "poor", {"Q": 1.01})

@@ -1,3 +1,4 @@
+import errno
 import gzip
 import hashlib
 import json
@@ -136,6 +137,16 @@ def test_duplicates_are_dropped_and_counted():
     assert drop_duplicates(parse(GROUP), source="f", line_number=1) == Distinct(parse(GROUP), duplicates=0, identical=0)
 
 
+def test_a_candidate_that_is_a_reference_is_dropped_and_counted():
+    """Beside the reference's own text every other answer is worse for no reason, and it better than all for none."""
+    for given in ({"reference": "1"}, {"references": ["9", "1"]}):
+        ranking = parse({"prompt": "p", **given, "ranked": ["2", " 1\n", "3"]})
+        found = drop_duplicates(ranking, source="f", line_number=1)
+        assert (found.record.candidates, found.duplicates) == (("2", "3"), 1)
+    with pytest.raises(RecordError, match=r"^f:1: fewer than two candidates are no reference, so there"):
+        drop_duplicates(parse(changed(PREFERENCE, chosen=PREFERENCE["reference"])), source="f", line_number=1)
+
+
 def test_a_text_of_an_earlier_policy_is_dropped_and_counted_apart():
     pairs = [("a", "1"), ("a", "2"), ("b", "1"), ("b", "1"), ("c", "2"), ("c", "3"), ("a", "3")]
     items = [{"policy": policy, "text": text} for policy, text in pairs]
@@ -192,7 +203,7 @@ def test_archives_of_several_parts_are_read_to_the_end(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
-@pytest.mark.parametrize("damage", [lambda data: data[:-5], lambda data: b"plain text\n"])
+@pytest.mark.parametrize("damage", [lambda data: data[:-5], lambda data: b"plain text\n", lambda data: b""])
 def test_a_truncated_or_damaged_archive_is_an_error_with_its_place(tmp_path, suffix, damage):
     path = tmp_path / f"a{suffix}"
     path.write_bytes(damage(PACKED[suffix](TEXT)))
@@ -294,6 +305,40 @@ def test_an_input_that_is_no_regular_file_is_refused_and_not_left_out(tmp_path, 
     for path in (tmp_path, tmp_path / "a.jsonl"):
         with pytest.raises(UserError, match=r"a\.jsonl: (not a regular file|no such file)"):
             list_inputs([path])
+
+
+def test_links_to_directories_are_followed_and_each_directory_is_read_once(tmp_path):
+    for name in ("in/real", "elsewhere/deep"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "a.jsonl").write_text("{}")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "real" / "again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "in")
+    found = [path.relative_to(tmp_path).as_posix() for path in list_inputs([tmp_path / "in"])]
+    assert found == ["in/link/deep/a.jsonl", "in/real/a.jsonl"]
+
+
+def test_a_directory_that_cannot_be_read_is_refused_and_not_left_out(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.jsonl").write_text("{}")
+    scan = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)  # the tests may run as root, whom no permission stops
+    with pytest.raises(UserError, match=r"closed: cannot be read \(Permission denied\); check its permissions"):
+        list_inputs([tmp_path])
+
+
+def test_an_archive_that_takes_too_much_memory_is_said_to_be_that(tmp_path):
+    settings = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
+    data = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(data.compress(TEXT) + data.flush())
+    with pytest.raises(UserError, match=r"a\.jsonl\.zst:1: .*compress it again without"):
+        list(read_jsonl(tmp_path / "a.jsonl.zst"))
 
 
 def test_a_link_to_a_file_and_a_directory_with_a_files_name_are_inputs(tmp_path):

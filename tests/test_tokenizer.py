@@ -146,6 +146,27 @@ def test_control_tokens_in_random_text_stay_text(tokenizer):
         assert all(0 <= id < tokenizer.vocab_size for id in ids)
 
 
+def test_a_text_may_spell_a_control_token_a_thousand_times(tokenizer, monkeypatch):
+    """Where the library sees it, too: split once for each, which no stack holds."""
+    encode = tokenizer._codec.encode
+    control = [tokenizer.separator_id]
+    monkeypatch.setattr(tokenizer._codec, "encode", lambda text: control if SEPARATOR_TOKEN in text else encode(text))
+    text = SEPARATOR_TOKEN * 1500
+    ids = tokenizer.encode(text)
+    assert tokenizer.separator_id not in ids
+    assert tokenizer.decode(ids).replace(" ", "") == text.replace(" ", "")
+
+
+def test_a_file_under_another_name_is_saved_without_what_was_not_read(workspace, tmp_path):
+    source = train_fast(tmp_path / "fast", special=True, bos=False)
+    (source / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "add_bos_token": True}))
+    named = (source / "tokenizer.json").rename(source / "edited.json")
+    tokenizer = load_tokenizer(named)
+    assert tokenizer.bos_id is None
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").fingerprint == tokenizer.fingerprint
+
+
 def test_decode_skips_control_ids(tokenizer):
     ids = tokenizer.encode("again")
     around = [tokenizer.separator_id, *ids, tokenizer.reward_id]

@@ -1,4 +1,7 @@
-"""Print one training step as the model sees it: rows, segments, text, pairs. `show_batch.py CONFIG.yaml [--step N]`"""
+"""Print one training step as the model sees it: rows, segments, text, pairs. `show_batch.py CONFIG.yaml [--step N]`
+
+Micro-batches are those of a run on one data-parallel rank.
+"""
 
 import argparse
 import sys
@@ -6,10 +9,23 @@ from pathlib import Path
 
 from megatron_polar.config.load import load_config
 from megatron_polar.config.presets import architecture_of
+from megatron_polar.config.schema import CurriculumSection
 from megatron_polar.data.comparisons import ComparisonDataset
+from megatron_polar.data.curriculum import DifficultyTable, difficulty_table
+from megatron_polar.data.pair_counts import EMPTY
 from megatron_polar.data.steps import RowShape, build_step
 from megatron_polar.data.tokenizer import load_tokenizer
 from megatron_polar.errors import UserError
+
+
+def first_table(curriculum: CurriculumSection, *, step: int) -> DifficultyTable:
+    """What the steps of the first two periods are drawn by; later ones depend on what the run has found."""
+    if step >= 2 * curriculum.interval:
+        raise UserError(
+            f"--step {step}: from step {2 * curriculum.interval} on data.contrast=by_difficulty draws by what the run "
+            f"has counted; megatron-polar train RUN/config.yaml --replay-step repeats such a step from a checkpoint"
+        )
+    return difficulty_table(EMPTY, curriculum)
 
 
 def main() -> int:
@@ -21,11 +37,14 @@ def main() -> int:
     options = parser.parse_args()
     config = load_config(options.config, options.overrides)
     section = config.data
+    curriculum = section.curriculum if section.contrast == "by_difficulty" else None
+    table = None if curriculum is None else first_table(curriculum, step=options.step)
     comparisons = ComparisonDataset(
         section.train,
         seed=config.run.seed,
         candidates_per_comparison=section.candidates_per_comparison,
         max_sequence_length=section.max_sequence_length,
+        curriculum=curriculum,
     )
     shape = RowShape(
         layout=section.layout,
@@ -37,7 +56,7 @@ def main() -> int:
     )
     size = config.train.global_batch_size
     indices = range(options.step * size, (options.step + 1) * size)
-    step = build_step(comparisons, indices, number=options.step, rank=0, shape=shape)
+    step = build_step(comparisons, indices, number=options.step, rank=0, shape=shape, table=table)
     tokenizer = load_tokenizer(Path(section.train[0].path) / "tokenizer")
     batch = step.micro_batches[0]
     shapes = ", ".join(str(list(b.tokens.shape)) for b in step.micro_batches)

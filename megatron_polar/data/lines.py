@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -67,8 +68,7 @@ def list_inputs(paths: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            entries = sorted(entry for entry in path.rglob("*") if entry.name.endswith(INPUT_SUFFIXES))
-            found = [entry for entry in entries if not entry.is_dir()]
+            found = files_below(path, INPUT_SUFFIXES)
             if not found:
                 raise UserError(f"{path}: no {', '.join(INPUT_SUFFIXES)} file in this directory; check the path")
             files.extend(found)
@@ -86,6 +86,25 @@ def list_inputs(paths: Sequence[Path]) -> list[Path]:
         if _UNWRITABLE.search(f"{file} {file.resolve()}"):
             raise UserError(f"{str(file)!r}: has control characters in its name, or is not UTF-8; rename it")
     return files
+
+
+def files_below(directory: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """Files below a directory whose names end so, sorted by path. Links are followed; a directory that several paths
+    lead to is read once. Raises UserError for one that cannot be read."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from error
+
+    found, seen = [], set()
+    for place, directories, names in os.walk(directory, onerror=refuse, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            directories.clear()
+            continue
+        seen.add(real)
+        directories.sort()
+        found += [Path(place, name) for name in names if name.endswith(suffixes)]
+    return sorted(found)
 
 
 def read_jsonl(path: Path | str, *, meter: Meter | None = None) -> Iterator[tuple[int, bytes]]:
@@ -110,6 +129,8 @@ def read_lines(path: Path, *, meter: Meter | None = None) -> Iterator[InputLine]
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: not a regular file, nor a link to one; write the lines to a file")
     try:
+        if path.name.endswith((".gz", ".zst")) and path.stat().st_size == 0:
+            raise EOFError("it has no bytes, not even an archive's head")
         with _open_lines(path, meter=meter) as stream:
             while data := stream.readline(MAX_LINE_BYTES + 1):
                 number, start = number + 1, offset
@@ -124,6 +145,9 @@ def read_lines(path: Path, *, meter: Meter | None = None) -> Iterator[InputLine]
                 if data and not data.isspace():
                     yield InputLine(number, start, _without_newline(data))
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+        if "too much memory" in str(error):
+            remedy = "zstd --long made it, which takes too much memory to read; compress it again without"
+            raise UserError(f"{path}:{number + 1}: {error}; {remedy}") from error
         raise UserError(f"{path}:{number + 1}: damaged or truncated archive ({error}); fetch the file again") from error
     except OSError as error:
         raise UserError(f"{path}:{number + 1}: cannot be read ({error.strerror or error}); check the file") from error

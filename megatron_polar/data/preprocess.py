@@ -70,7 +70,7 @@ def preprocess(
     """Tokenise JSONL files into the indexed dataset `output` (format: docs/data.md).
 
     `wrapper` is for lines that name none; `max_response_length` is in tokens. Fails on the first bad line unless
-    `max_bad_fraction` > 0; then bad lines go to `quarantine.jsonl`, and the run fails when they are more than that
+    `max_bad_fraction` > 0; then bad lines go to `quarantine.ndjson`, and the run fails when they are more than that
     fraction. An output that is complete and was made from the same inputs and settings is left as it is. With a `part`
     it encodes that part's work units and leaves them to a call without one; parts may run at the same time. `check`:
     look at the arguments, write nothing, return None. Raises UserError.
@@ -86,10 +86,12 @@ def preprocess(
         files = list_inputs([Path(path) for path in inputs])
         tokenizer = load_tokenizer(tokenizer_path, separator_token=separator_token, reward_token=reward_token)
         check_output(output, files=files)
+        complete = complete_output(
+            output, files=files, tokenizer=tokenizer, settings=settings, only_look=check or part is not None
+        )
         if check:
             log.info(f"{output}: the arguments are right; {len(files)} input files")
             return None
-        complete = complete_output(output, files=files, tokenizer=tokenizer, settings=settings, part=part)
         if complete is not None:
             log.info(f"{output}: complete already, made from the same inputs and settings; nothing to do")
             if part is not None:
@@ -194,6 +196,8 @@ def _check_counts(merger: Merger, *, files: Sequence[Path], output: Path, max_ba
     if bad > max_bad_fraction * lines or not merger.counts["documents"]:
         quarantine = output / QUARANTINE
         merger.quarantine.path.replace(quarantine)
+        if bad == lines:
+            raise UserError(f"{quarantine}: says why none of the {lines} lines can be used; are these records?")
         raise UserError(
             f"{quarantine}: names {bad} bad lines of {lines} ({bad / lines:.2%}), more than "
             f"max_bad_fraction={max_bad_fraction} allows; mend them or raise the fraction"

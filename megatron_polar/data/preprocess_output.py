@@ -52,6 +52,7 @@ def check_output(output: Path, *, files: Sequence[Path]) -> None:
     inside = [file for file in files if file.resolve().is_relative_to(output.resolve())]
     if inside:
         raise UserError(f"{inside[0]}: an input inside of the output {output}; choose another output directory")
+    short_names(files)  # refuses one that is given twice
 
 
 def short_names(files: Sequence[Path]) -> list[str]:
@@ -74,12 +75,12 @@ def describe_tokenizer(tokenizer: Tokenizer) -> dict:
 
 
 def complete_output(
-    output: Path, *, files: Sequence[Path], tokenizer: Tokenizer, settings: dict, part: Part | None
+    output: Path, *, files: Sequence[Path], tokenizer: Tokenizer, settings: dict, only_look: bool
 ) -> dict | None:
     """The manifest of an output that this very call made before; None where there is work to do; else an error.
 
-    An output of this call that was damaged since is work to do. A part, one of many at once, compares names and sizes
-    but no contents, and changes nothing.
+    An output of this call that was damaged since is work to do. With `only_look`, for a check and for a part, one of
+    many at once, names and sizes are compared but no contents, and nothing is changed.
     """
     if not os.path.lexists(output / MANIFEST):
         return None
@@ -89,18 +90,18 @@ def complete_output(
         check_nothing_else(output, manifest["files"], allowed=[WORK])
     except Damaged as error:
         raise UserError(f"{output}/{error}; {remedy}") from error
-    different = _differences(manifest, files=files, tokenizer=tokenizer, settings=settings, read_files=part is None)
+    different = _differences(manifest, files=files, tokenizer=tokenizer, settings=settings, read_files=not only_look)
     if different:
         raise UserError(f"{output}: was made with {'; '.join(different)}; {remedy}")
     try:
-        if part is not None:
+        if only_look:
             check_sizes(output, manifest["files"])
             return manifest
         check_dataset(output, manifest)
         check_content(output, manifest)
     except Damaged as error:
-        if part is not None:
-            raise UserError(f"{output}/{error}; the command without --part makes the dataset again") from error
+        if only_look:
+            raise UserError(f"{output}/{error}; without --part or --check it makes the dataset again") from error
         log.warn(f"{output}/{error}; making the dataset again")
         (output / MANIFEST).unlink()
         sync_directory(output)

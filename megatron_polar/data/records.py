@@ -90,16 +90,20 @@ def parse_record(
 def drop_duplicates(record: TrajectoryGroup | Preference, *, source: str, line_number: int) -> Distinct:
     """Drop answers that would be compared with themselves; the first of equals stays.
 
-    In a preference these are repeated candidates; repeated references, which are dropped already, are counted with
-    them. In a group they are trajectories given twice (same policy, same text), and a text that an earlier policy wrote
-    as well: nothing tells the two apart, so it is label noise. Raises RecordError when the rest can no longer be
-    compared.
+    In a preference these are repeated candidates and those that are a reference, but for surrounding white space:
+    beside the reference's own text every other answer is worse for no reason. Repeated references, which are dropped
+    already, are counted with them. In a group they are trajectories given twice (same policy, same text), and a text
+    that an earlier policy wrote as well: nothing tells the two apart, so it is label noise. Raises RecordError when the
+    rest can no longer be compared.
     """
     try:
         if isinstance(record, Preference):
-            candidates = tuple(dict.fromkeys(record.candidates))
+            references = {text.strip() for text in record.references}
+            candidates = tuple(text for text in dict.fromkeys(record.candidates) if text.strip() not in references)
             if len(candidates) < 2:
-                raise _Reason("all candidates have the same text, so there is no preference; drop the line")
+                same = len(set(record.candidates)) == 1
+                found = "all candidates have the same text" if same else "fewer than two candidates are no reference"
+                raise _Reason(f"{found}, so there is no preference; drop the line")
             dropped = len(record.candidates) - len(candidates)
             record = replace(record, candidates=candidates) if dropped else record
             return Distinct(record, duplicates=dropped + record.duplicate_references, identical=0)

@@ -26,7 +26,8 @@ from megatron_polar.manifest import (
 
 FORMAT = "megatron_polar.corpus"
 FORMAT_VERSION = 2
-TOKENS, INDEX, QUARANTINE, TOKENIZER = "corpus.bin", "corpus.idx", "quarantine.jsonl", "tokenizer"
+TOKENS, INDEX, TOKENIZER = "corpus.bin", "corpus.idx", "tokenizer"
+QUARANTINE = "quarantine.ndjson"  # not .jsonl: `preprocess` reads all of these in a directory
 WORK = ".work"  # what an unfinished run has done so far
 KINDS = ("trajectories", "preference", "references")
 """What a document holds; "references" is a preference with several references, and is written for no other."""

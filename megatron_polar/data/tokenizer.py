@@ -77,13 +77,18 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Encode plain text: no BOS, and never a control id, whatever the text spells."""
-        ids = self._codec.encode(text)
-        if self._never_from_text.isdisjoint(ids):
-            return ids
-        return self._encode_apart(text)
+        encoded, waiting = [], [text]
+        while waiting:
+            part = waiting.pop()
+            ids = self._codec.encode(part)
+            if self._never_from_text.isdisjoint(ids):
+                encoded += ids
+            else:
+                waiting += reversed(self._apart(part))
+        return encoded
 
-    def _encode_apart(self, text: str) -> list[int]:
-        """Encode text in which the library itself sees a control token: split inside the literal until it sees none."""
+    def _apart(self, text: str) -> tuple[str, str]:
+        """Split text in which the library itself sees a control token inside the literal; perhaps not the last time."""
         if len(text) < 2:
             raise UserError(f"tokenizer gives a control id for the text {text!r}; choose tokens that no text maps to")
         # A control token that is spelled otherwise (a normaliser's doing) is closed in on by halving the text.
@@ -93,7 +98,7 @@ class Tokenizer:
             if place >= 0 and len(literal) > 1:
                 middle = place + len(literal) // 2
                 break
-        return self.encode(text[:middle]) + self.encode(text[middle:])
+        return text[:middle], text[middle:]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids to text; control ids are skipped."""
@@ -330,7 +335,8 @@ class _HuggingFace:
         if self.path.parent.resolve() == directory.resolve() and self.path.name == "tokenizer.json":
             return
         (directory / "tokenizer.json").write_bytes(self._bytes)
-        _copy_configs(self.path.parent, directory)
+        if self._settings != _Settings.none():
+            _copy_configs(self.path.parent, directory)
 
 
 def _control_id(codec: _SentencePiece | _HuggingFace, token: str, *, role: str) -> int:

@@ -76,7 +76,7 @@ def alpaca_eval_preferences(
         for where, row in json_rows(path):
             prompt = _alpaca_eval_prompt(row, where=where)
             preference = row.get("preference")
-            if not isinstance(preference, int | float):
+            if type(preference) not in (int, float) or not (preference == 0 or 1 <= preference <= 2):
                 skipped["annotation without a preference"] += 1
                 continue
             if baseline is None:
@@ -88,7 +88,8 @@ def alpaca_eval_preferences(
                 )
             answers = prompts.setdefault(prompt, {})
             answers[str(baseline)] = (_ALPACA_EVAL_TIE, text_of(row, "output_1", where=where))
-            answers[policy] = (float(preference), text_of(row, "output_2", where=where))
+            # 0 is how older files write a draw, and how AlpacaEval's own metrics read it.
+            answers[policy] = (float(preference or _ALPACA_EVAL_TIE), text_of(row, "output_2", where=where))
     if reference_policy is not None and not any(reference_policy in answers for answers in prompts.values()):
         known = sorted({policy for answers in prompts.values() for policy in answers})
         raise UserError(f"{results}: no annotations of --reference-policy {reference_policy!r}; there are {known}")

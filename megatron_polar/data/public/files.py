@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_polar import log
-from megatron_polar.data.lines import list_inputs, read_jsonl
+from megatron_polar.data.lines import files_below, list_inputs, read_jsonl
 from megatron_polar.errors import UserError
 from megatron_polar.manifest import HashedFile
 
@@ -103,7 +103,7 @@ def published_rows(path: Path) -> Iterator[tuple[str, Record]]:
     """Yield ("place", object) of a Parquet file, a JSON list or JSONL, or of a folder that holds one of these kinds."""
     if path.is_dir():
         for suffix in (".parquet", ".json"):
-            files = sorted(path.rglob(f"*{suffix}"))
+            files = files_below(path, (suffix,))
             if files:
                 for file in files:
                     yield from published_rows(file)
