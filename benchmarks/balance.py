@@ -21,7 +21,11 @@ from megatron_polar.data.balancing import plan_step, step_costs
 from megatron_polar.data.packing import physical_tokens
 from megatron_polar.data.template import TokenizedComparison
 
-CASES = ((128, 8, 2), (128, 8, 4), (512, 64, 2), (4096, 64, 2), (4096, 512, 2))
+CASES = (
+    *((128, 8, 2), (128, 8, 4)),
+    *((count, 64, 2) for count in (64, 96, 128, 256, 512, 1024, 4096)),
+    (4096, 512, 2),
+)
 """Comparisons of a step, data-parallel ranks, K."""
 MAX_TOKENS = 16384
 _TOKENS = np.zeros(20_000, dtype=np.int32)
@@ -57,7 +61,7 @@ def measure(case: tuple[int, int, int], options: argparse.Namespace, *, architec
     random, ours, seconds, shares = [], [], [], []
     for _ in range(options.batches):
         comparisons = [draw(k, generator) for _ in range(count)]
-        costs = np.array(step_costs(comparisons, layout="shared_prefix", architecture=architecture)[0])
+        costs = np.array(step_costs(comparisons, layout="shared_prefix", architecture=architecture).flops)
         start = time.process_time()
         plan = plan_step(
             comparisons, num_ranks=ranks, max_tokens=MAX_TOKENS, layout="shared_prefix", architecture=architecture

@@ -160,7 +160,7 @@ def draw(case: Case, count: int) -> list[TokenizedComparison]:
 
 def flops_of(case: Case, trainer: Trainer, comparisons: list[TokenizedComparison]) -> int:
     """Of one step's forward passes."""
-    return sum(step_costs(comparisons, layout=case.layout, architecture=trainer.model.architecture)[0])
+    return sum(step_costs(comparisons, layout=case.layout, architecture=trainer.model.architecture).flops)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def _config(layers: int, kind: str):
 def saved(architecture: Architecture, *, k: int = 2) -> float:
     """Share of all rows' FLOPs, over the length mix."""
     comparisons = draw(k, count=200, generator=np.random.default_rng(1))
-    needed = sum(step_costs(comparisons, layout="shared_prefix", architecture=architecture)[0])
+    needed = sum(step_costs(comparisons, layout="shared_prefix", architecture=architecture).flops)
     pairs = sum(attended_pairs(c, layout="shared_prefix") for c in comparisons)
     tokens = sum(physical_tokens(c, layout="shared_prefix") for c in comparisons)
     every_row = architecture.forward_flops(tokens=tokens, attended=pairs, rewards=tokens, reward_keys=pairs)

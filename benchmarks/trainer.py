@@ -65,7 +65,14 @@ class Trainer:
         start = clock(self.device)
         rows = lay_out(comparisons, shape=self._shape, rank=self.topology.dp_rank, pad_id=0)
         step = Step(
-            self._number, rows.micro_batches, rows.members, len(comparisons), 0, rows.imbalance, rows.num_rounds
+            self._number,
+            rows.micro_batches,
+            rows.members,
+            len(comparisons),
+            0,
+            rows.imbalance,
+            rows.num_rounds,
+            rows.work,
         )
         result = train_step(
             self.model, optimizer=self._optimizer, step=step, reduction=self._reduction, guard=self._guard,

@@ -65,7 +65,7 @@ def test_no_more_micro_batches_than_comparisons_when_each_is_above_the_limit():
 def test_with_one_micro_batch_less_some_would_be_too_long(layout, max_tokens):
     comparisons = batch_of(13, count=60)
     keywords = {"layout": layout, "architecture": SHAPE}
-    costs, _ = step_costs(comparisons, **keywords)
+    costs, *_ = step_costs(comparisons, **keywords)
     (plan,) = plan_step(comparisons, num_ranks=1, max_tokens=max_tokens, **keywords)
     parts = karmarkar_karp(costs, len(plan) - 1)
 
@@ -78,7 +78,7 @@ def test_with_one_micro_batch_less_some_would_be_too_long(layout, max_tokens):
 
 def test_micro_batches_go_from_the_most_to_the_least_expensive():
     comparisons = batch_of(10, count=30)
-    costs, _ = step_costs(comparisons, layout="shared_prefix", architecture=SHAPE)
+    costs, *_ = step_costs(comparisons, layout="shared_prefix", architecture=SHAPE)
     plan = plan_step(comparisons, num_ranks=2, max_tokens=300, layout="shared_prefix", architecture=SHAPE)
     for parts in plan:
         loads = [sum(costs[i] for i in part) for part in parts]
@@ -97,7 +97,7 @@ def test_a_plan_is_a_function_of_its_input():
 def test_costs_of_a_step_are_those_of_its_comparisons(layout, preset):
     comparisons = batch_of(12, count=25)
     shape = PRESETS[preset]
-    costs, tokens = step_costs(comparisons, layout=layout, architecture=shape)
+    costs, tokens, *_ = step_costs(comparisons, layout=layout, architecture=shape)
     assert costs == [
         shape.forward_flops(
             tokens=physical_tokens(c, layout=layout),
@@ -180,6 +180,6 @@ def test_lognormal_mixes_are_balanced_to_two_percent_over_eight_ranks(layout, se
     ]
     shape = PRESETS["polar_1_8b"]
     plan = plan_step(comparisons, num_ranks=8, max_tokens=32768, layout=layout, architecture=shape)
-    costs, _ = step_costs(comparisons, layout=layout, architecture=shape)
+    costs, *_ = step_costs(comparisons, layout=layout, architecture=shape)
     loads = [sum(costs[i] for part in parts for i in part) for parts in plan]
     assert max(loads) * 8 / sum(loads) <= 1.02

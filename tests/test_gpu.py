@@ -179,7 +179,7 @@ def train_steps(config: RunConfig, *, place, steps: int):
     losses = []
     for number in range(steps):
         rows = lay_out(random_comparisons(3), shape=shape, rank=0, pad_id=0)
-        step = Step(number, rows.micro_batches, rows.members, 1, 0, rows.imbalance, rows.num_rounds)
+        step = Step(number, rows.micro_batches, rows.members, 1, 0, rows.imbalance, rows.num_rounds, rows.work)
         result = train_step(
             model, optimizer=optimizer, step=step, reduction=reduction, guard=StepGuard(FaultsSection()),
             topology=topology, device=device,

@@ -19,6 +19,20 @@ def test_goodput_of_a_failing_run_is_what_the_simulation_kept_account_of(seed, t
     assert figures["restarts"] > 10
 
 
+@pytest.mark.parametrize("beside", [0.0, 400.0])
+def test_steps_behind_the_last_event_count_for_both_sides_of_the_goodput(beside):
+    """A run that goes on, or was killed: here 360 steps of 10 s until a save, and 240 behind it; a save in the
+    background ends while steps go on."""
+    save = {"time": 3700.0 + beside, "event": "save", "step": 360, "seconds": 100.0 + beside, "stalled_seconds": 100.0}
+    events = [{"time": 0.0, "event": "start", "step": 0}, save]
+    rows = [{"iteration": step, "iteration-time": 10.0} for step in range(10, 610, 10)]
+    found = goodput(events, rows)
+    assert (found.wall_seconds, found.productive_seconds) == (6100.0, 6000.0)
+    assert found.ettr == pytest.approx(6000 / 6100)
+    done = {"time": 7000.0, "event": "done", "step": 600}
+    assert goodput([*events, done], rows).wall_seconds == 7000.0
+
+
 def test_a_run_without_events_has_no_goodput(tmp_path):
     assert goodput(read_events(tmp_path), read_rows(tmp_path)).ettr == 0.0
 

@@ -160,6 +160,26 @@ def test_more_ranks_than_comparisons_give_padding_with_the_same_number_of_micro_
     assert sum(len(batch.reward_positions) for step in steps for batch in step.micro_batches) == 6
 
 
+@pytest.mark.parametrize("in_turn", [False, True])
+@pytest.mark.parametrize("num_ranks", [1, 5, 20])
+@pytest.mark.parametrize("layout", ["shared_prefix", "packed", "padded"])
+def test_every_rank_knows_the_work_of_all_of_them(num_ranks, layout, in_turn, trajectory_corpus):
+    """With few comparisons a rank the first has far less than the mean, or nothing: no rank stands for the others."""
+    shape = {"num_ranks": num_ranks, "layout": layout, "in_turn": in_turn}
+    steps = [make_dataset(trajectory_corpus, rank=rank, **shape)[2] for rank in range(num_ranks)]
+    batches = [batch for step in steps for batch in step.micro_batches]
+    for step in steps:
+        work = step.work
+        assert work.physical_tokens == sum(batch.tokens.size for batch in batches)
+        assert work.logical_tokens == sum(batch.num_logical_tokens for batch in batches)
+        assert work.attended == sum(batch.num_attended for batch in batches)
+        assert work.rewards == sum(len(batch.reward_positions) for batch in batches)
+    loads = [step.work.load for step in steps]
+    assert sum(loads) == pytest.approx(num_ranks)
+    assert max(loads) == pytest.approx(steps[0].imbalance)
+    assert (min(loads) == 0) == (num_ranks > BATCH)
+
+
 def test_the_last_step_of_an_epoch_goes_on_into_the_next(trajectory_corpus):
     step = make_dataset(trajectory_corpus)[80 // BATCH]  # 80 comparisons an epoch are no multiple of 12
     assert step.num_comparisons == BATCH

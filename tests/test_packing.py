@@ -170,7 +170,7 @@ def test_flops_of_comparisons_add_up_to_those_of_the_row(layout):
     comparisons = batch_of(7)
     batch = build(comparisons, layout, multiple=1)
     tokens = sum(physical_tokens(c, layout=layout) for c in comparisons)
-    assert sum(step_costs(comparisons, layout=layout, architecture=SHAPE)[0]) == SHAPE.forward_flops(
+    assert sum(step_costs(comparisons, layout=layout, architecture=SHAPE).flops) == SHAPE.forward_flops(
         tokens=tokens,
         attended=batch.num_attended,
         rewards=len(batch.reward_positions),

@@ -430,7 +430,11 @@ def test_what_falls_short_is_said_and_nothing_else():
     assert "GRPO, reward model pre-trained and fine-tuned is worse than before: -0.294" in said
     assert "SFT on the same prompts and references is not clearly better than before" in said
     assert "does not clearly tell right from wrong: 0.500 (0.252 to 0.748)" in said
-    assert "GRPO raises the reward of the model pre-trained and fine-tuned, and right answers become fewer" in said
+    assert "GRPO raises the reward of the model pre-trained and fine-tuned, and right answers become fewer:" in said
+    unclear = figures_of(greedy={best: [0.1, 0.6, 0.3]}, accuracies=[0.9] * 3, rewards=(0.0, 1.0))
+    assert "right answers do not become more, though not clearly fewer" in " ".join(
+        " ".join(shortcomings(unclear)).split()
+    )
     alone = figures_of(greedy={"sft": [0.3]}, accuracies=[0.9], rewards=(0, 1))
     assert {word for _, word, _ in verdicts(alone)} == {"one run only"}
     single = " ".join(shortcomings(alone))

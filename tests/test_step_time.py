@@ -180,7 +180,7 @@ def test_a_job_script_is_no_configuration(capsys):
 
 
 def test_a_layout_has_the_links_that_its_groups_reach(seven_billion):
-    """Data-parallel groups stay inside a node only where all ranks do."""
+    """Data-parallel groups stay inside a node only where all ranks do; over nodes each member has its own adapter."""
     work, none = mean_work(Lengths(), candidates=2, layout="shared_prefix"), Layout(1, 1, None, 1, 8, False)
     alone = change(change(seven_billion, "parallel", tensor_model_parallel_size=1, sequence_parallel=False),
                    "optimizer", overlap_grad_reduce=False, overlap_param_gather=False)  # fmt: skip
@@ -190,4 +190,31 @@ def test_a_layout_has_the_links_that_its_groups_reach(seven_billion):
             alone, layout=none, work=work, gpu=GPUS["h100"], gpus_per_node=gpus_per_node, embedding_rows=92544
         ).data_parallel
 
-    assert data_parallel(4) == pytest.approx(data_parallel(8) * 450 / 50)
+    assert data_parallel(4) == pytest.approx(data_parallel(8) * 450 / (4 * 50))
+    assert data_parallel(1) == pytest.approx(data_parallel(8) * 450 / 50)
+
+
+@pytest.mark.parametrize(("tp", "adapters"), [(1, 8), (2, 4), (4, 2), (8, 1)])
+def test_data_parallel_groups_over_nodes_use_every_adapter_of_theirs(tp, adapters, seven_billion):
+    """Eight groups of one GPU a node take as long as one group of eight: a node's adapters together carry the same."""
+    config = change(seven_billion, "optimizer", overlap_grad_reduce=False, overlap_param_gather=False)
+    times = {
+        size: time_of(change(config, "parallel", tensor_model_parallel_size=size), nodes=64).data_parallel
+        for size in (tp, 8)
+    }
+    shards = (64 * 8 // tp - 1) / (64 * 8 // tp) / (63 / 64)
+    assert times[tp] * adapters / times[8] == pytest.approx(8 / tp * shards, rel=0.01)
+
+
+def test_the_heaviest_rank_counts_as_measured_and_a_single_one_does_not(seven_billion):
+    def share(comparisons: int, nodes: int) -> float:
+        time = time_of(change(seven_billion, "train", global_batch_size=comparisons), nodes=nodes)
+        return time.imbalance / (time.compute + time.tensor_parallel + time.pipeline_bubble)
+
+    dp = 8 * 16 // seven_billion.parallel.tensor_model_parallel_size
+    for comparisons, expected in ((1, 1.16), (2, 0.40), (8, 0.026), (64, 0.003)):
+        assert share(comparisons * dp, 16) == pytest.approx(expected)
+    assert 0.40 < share(3 * dp // 2, 16) < 1.16
+    assert share(dp // 2, 16) == pytest.approx(2 * 2.16 - 1)
+    alone = change(seven_billion, "parallel", tensor_model_parallel_size=8)
+    assert time_of(alone, nodes=1).imbalance == 0.0

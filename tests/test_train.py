@@ -15,18 +15,21 @@ from tiny_runs import (
 )
 
 from megatron_polar.config.load import load_config
+from megatron_polar.config.presets import PRESETS
 from megatron_polar.config.schema import DatasetSource
 from megatron_polar.data.comparisons import ComparisonDataset
-from megatron_polar.data.steps import Step
+from megatron_polar.data.steps import Step, StepWork
 from megatron_polar.parallel import topology as ranks
 from megatron_polar.parallel.device import select_device
 from megatron_polar.train.build import count_steps, open_data
 from megatron_polar.train.evaluation import evaluate_held_out
 from megatron_polar.train.gradients import GradientReduction
 from megatron_polar.train.guard import StepGuard
+from megatron_polar.train.metrics import Metrics
+from megatron_polar.train.objective import SUMS
 from megatron_polar.train.optimizer import build_optimizer, build_schedule, current_learning_rate
 from megatron_polar.train.run import train
-from megatron_polar.train.step import train_step
+from megatron_polar.train.step import StepResult, train_step
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +199,25 @@ def _count_steps(config) -> int:
     return count_steps(config, data=open_data(config, topology=topology))
 
 
+def test_a_row_counts_the_work_of_all_ranks(tmp_path):
+    """Not that of the rank that writes it, times their number: it may have no comparison at all."""
+    sums = dict.fromkeys(SUMS, 1.0)
+    work = StepWork(physical_tokens=64, logical_tokens=100, attended=500, rewards=6, load=0.0)
+    metrics = Metrics(
+        tmp_path, num_steps=1, world_size=2, architecture=PRESETS["nano"], peak_tflops=1e-6, tensorboard=False,
+        global_batch_size=3, resumed_at=0, started_at=0.0,
+    )  # fmt: skip
+    metrics.add(
+        Step(0, [], [], 3, 0, imbalance=2.0, num_rounds=1, work=work), StepResult(sums, grad_norm=1.0),
+        seconds=2.0, waited_seconds=0.0, learning_rate=1.0,
+    )  # fmt: skip
+    row = metrics._summarise(1, memory_bytes=0)
+    assert (row["tokens/physical_per_s"], row["tokens/logical_per_s"]) == (32, 50)
+    flops = 3 * PRESETS["nano"].forward_flops(tokens=64, attended=500, rewards=6, reward_keys=100)
+    assert row["throughput"] == pytest.approx(flops / 2 / 2 / 1e12)
+    assert row["mfu"] == pytest.approx(row["throughput"] / 1e-6)
+
+
 def test_a_step_without_any_pair_leaves_the_weights_alone(tmp_path, trajectory_corpus):
     assert run_ranks(_step_without_pairs, 1, tiny_config(trajectory_corpus, tmp_path)) == [(0.0, 0.0, 0.0)]
 
@@ -209,7 +231,7 @@ def _step_without_pairs(config) -> tuple[float, float, float]:
     result = train_step(
         model,
         optimizer=optimizer,
-        step=Step(0, [empty], [[]], num_comparisons=0, prompt_tokens_cut=0, imbalance=1.0, num_rounds=1),
+        step=Step(0, [empty], [[]], 0, 0, imbalance=1.0, num_rounds=1, work=StepWork(16, 0, 0, 0, load=1.0)),
         reduction=model.transformer_config.finalize_model_grads_func,
         guard=StepGuard(config.faults),
         topology=topology,

@@ -471,6 +471,18 @@ def test_a_rank_is_slow_when_most_of_its_steps_are():
     assert find_slow(held_up_now_and_then, ranks=[0, 1], ratio=1.5) == []
 
 
+@pytest.mark.parametrize("slow_rank", [None, 3, 7])
+def test_a_rank_with_more_work_is_not_slow(slow_rank):
+    """Eight comparisons over eight ranks, as test_loader.py's plan deals them: the last always has the heaviest."""
+    loads = [0.45, 0.55, 0.7, 0.85, 0.95, 1.2, 1.6, 1.7]
+    ranks = [Stragglers(ratio=1.5) for _ in loads]
+    for _ in range(10):
+        for rank, (stragglers, load) in enumerate(zip(ranks, loads, strict=True)):
+            stragglers.add((0.02 + load) * (2.5 if rank == slow_rank else 1.0), load=load)
+    found = find_slow([stragglers._seconds for stragglers in ranks], ranks=list(range(8)), ratio=1.5)
+    assert [slow.rank for slow in found] == ([] if slow_rank is None else [slow_rank])
+
+
 def report_stragglers() -> list:
     topology = initialize(ParallelSection(), device=select_device("cpu", local_rank=0))
     stragglers, nothing = Stragglers(ratio=1.5, fewest_steps=4), Stragglers(ratio=0)

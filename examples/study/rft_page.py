@@ -188,11 +188,12 @@ def shortcomings(found: dict) -> Iterator[str]:
             yield f"The reward model {words} does not clearly tell right from wrong: {_shown(accuracy)}."
         elif accuracy["mean"] < overlap:
             yield f"Counting words shared with the reference ({overlap:.3f}) beats the reward model {words}."
-        grpo, policy = found["grpo"][model], found["accuracy"][f"grpo-{model}"]["greedy"]["mean"]
-        before = found["accuracy"]["before"]["greedy"]["mean"]
-        if grpo["last_reward"]["mean"] > grpo["first_reward"]["mean"] and policy < before:
-            yield f"""GRPO raises the reward of the model {words}, and right answers become fewer ({before:.3f} to
-                {policy:.3f}, greedy)."""
+        grpo, change = found["grpo"][model], found["differences"][f"grpo-{model} - before"]["greedy"]
+        if grpo["last_reward"]["mean"] > grpo["first_reward"]["mean"] and change["mean"] < 0:
+            is_clear = change["ci95"] is None or change["ci95"][1] < 0
+            became = "become fewer" if is_clear else "do not become more, though not clearly fewer"
+            yield f"""GRPO raises the reward of the model {words}, and right answers {became}:
+                {_shown(change, sign=True)}, greedy."""
 
 
 def _origin(found: dict) -> Iterator[str]:

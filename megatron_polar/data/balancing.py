@@ -10,6 +10,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,7 +37,7 @@ def plan_step(
     by FLOPs over ranks and within each rank, and none exceeds `max_tokens` unless it holds a single comparison.
     Micro-batches are sorted by cost, so that the k-th ones of all ranks take about the same time.
     """
-    costs, tokens = step_costs(comparisons, layout=layout, architecture=architecture)
+    costs, tokens, *_ = step_costs(comparisons, layout=layout, architecture=architecture)
     ranks = karmarkar_karp(costs, num_ranks)
 
     rows = [len(c.candidates) for c in comparisons] if layout == "padded" else []
@@ -75,24 +76,29 @@ def plan_step(
     return [sorted(parts, key=lambda part: -sum([costs[i] for i in part])) for parts in plan]
 
 
-def step_costs(
-    comparisons: Sequence[TokenizedComparison], *, layout: Layout, architecture: Architecture
-) -> tuple[list[int], list[int]]:
-    """Forward FLOPs of every comparison in this layout, by which rows are balanced, and its physical tokens."""
+class StepCosts(NamedTuple):
+    """Of every comparison: forward FLOPs, by which rows are balanced, physical tokens, query-key pairs inside the mask,
+    and tokens without sharing; all without padding."""
+
+    flops: list[int]
+    tokens: list[int]
+    attended: list[int]
+    logical_tokens: list[int]
+
+
+def step_costs(comparisons: Sequence[TokenizedComparison], *, layout: Layout, architecture: Architecture) -> StepCosts:
+    """What every comparison costs in this layout."""
     prefixes = np.array([len(c.prefix) for c in comparisons], dtype=np.int64)
     counts = np.array([len(c.candidates) for c in comparisons], dtype=np.int64)
     lengths = np.array([len(candidate) for c in comparisons for candidate in c.candidates], dtype=np.int64)
     starts = np.cumsum(counts) - counts
     candidates = np.add.reduceat(lengths, starts)
     repeats = 1 if layout == "shared_prefix" else counts
+    tokens, logical = repeats * prefixes + candidates, counts * prefixes + candidates
     attended = np.add.reduceat(lengths * (lengths + 1) // 2, starts) + prefixes * candidates
-    flops = architecture.forward_flops(
-        tokens=repeats * prefixes + candidates,
-        attended=attended + repeats * (prefixes * (prefixes + 1) // 2),
-        rewards=counts,
-        reward_keys=counts * prefixes + candidates,
-    )
-    return flops.tolist(), (repeats * prefixes + candidates).tolist()
+    attended += repeats * (prefixes * (prefixes + 1) // 2)
+    flops = architecture.forward_flops(tokens=tokens, attended=attended, rewards=counts, reward_keys=logical)
+    return StepCosts(flops.tolist(), tokens.tolist(), attended.tolist(), logical.tolist())
 
 
 def karmarkar_karp(costs: Sequence[int], num_parts: int) -> list[list[int]]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_polar.config.schema import DataSection
 from megatron_polar.data.packing import MicroBatch
-from megatron_polar.data.steps import Step, StepDataset
+from megatron_polar.data.steps import Step, StepDataset, StepWork
 from megatron_polar.errors import UserError
 from megatron_polar.processes import serve_rank
 
@@ -101,8 +101,9 @@ class _Source:
 def flatten(step: Step) -> np.ndarray:
     """A step as int64: numbers first, then of each micro-batch its members, its numbers, and its arrays with shapes."""
     numbers = [step.number, step.num_comparisons, step.prompt_tokens_cut, step.num_rounds, len(step.micro_batches)]
-    imbalance = np.array([step.imbalance], dtype=np.float64).view(np.int64)
-    pieces = [[_STEP, *numbers], imbalance]
+    *amounts, load = dataclasses.astuple(step.work)
+    floats = np.array([step.imbalance, load], dtype=np.float64).view(np.int64)
+    pieces = [[_STEP, *numbers], amounts, floats]
     for batch, members in zip(step.micro_batches, step.indices, strict=True):
         pieces += [[len(members), *members], [getattr(batch, name) for name in _NUMBERS]]
         for name in _ARRAYS:
@@ -118,7 +119,8 @@ def restore(row: np.ndarray, *, on_device: Any = None) -> Step:
     if kind == _ERROR:
         raise UserError(row[1:].astype(np.uint8).tobytes().decode())
     number, num_comparisons, cut, num_rounds, num_batches = rest.take(5).tolist()
-    imbalance = float(rest.take(1).view(np.float64)[0])
+    amounts = rest.take(len(dataclasses.fields(StepWork)) - 1).tolist()
+    imbalance, load = rest.take(2).view(np.float64).tolist()
     batches, indices = [], []
     for _ in range(num_batches):
         indices.append(rest.take(rest.one()).tolist())
@@ -131,7 +133,8 @@ def restore(row: np.ndarray, *, on_device: Any = None) -> Step:
             if on_device is not None:
                 there[name] = on_device[place : 1 + rest.place].reshape(shape)
         batches.append(MicroBatch(**fields, on_device=there or None))
-    return Step(number, batches, indices, num_comparisons, cut, imbalance, num_rounds)
+    work = StepWork(*amounts, load)
+    return Step(number, batches, indices, num_comparisons, cut, imbalance, num_rounds, work)
 
 
 class _Reader:

@@ -60,6 +60,16 @@ def physical_tokens(comparison: TokenizedComparison, *, layout: Layout) -> int:
     return repeats * len(comparison.prefix) + sum(candidate_lengths)
 
 
+def row_tokens(comparisons: Sequence[TokenizedComparison], *, layout: Layout, pad_to_multiple: int) -> int:
+    """Tokens, padding included, of the micro-batch that `build_micro_batch` makes of these."""
+    if layout == "padded":
+        rows = sum(len(c.candidates) for c in comparisons)
+        longest = max((len(c.prefix) + max(map(len, c.candidates)) for c in comparisons), default=1)
+        return max(rows, 1) * -(-longest // pad_to_multiple) * pad_to_multiple
+    total = sum(physical_tokens(comparison, layout=layout) for comparison in comparisons)
+    return max(-(-total // pad_to_multiple), 1) * pad_to_multiple
+
+
 def split_candidates(comparison: TokenizedComparison, *, max_tokens: int, layout: Layout) -> list[TokenizedComparison]:
     """Cut a comparison into several that fit `max_tokens` each, with at least one candidate: rewards stay what they
     are, pairs of candidates do not. `join_rewards` puts the rewards together again."""

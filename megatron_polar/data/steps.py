@@ -11,7 +11,7 @@ from megatron_polar.config.presets import Architecture
 from megatron_polar.data.balancing import plan_step, step_costs
 from megatron_polar.data.comparisons import ComparisonDataset
 from megatron_polar.data.curriculum import DifficultyTable, DifficultyTables
-from megatron_polar.data.packing import Layout, MicroBatch, build_micro_batch
+from megatron_polar.data.packing import Layout, MicroBatch, build_micro_batch, row_tokens
 from megatron_polar.data.template import TokenizedComparison
 
 
@@ -30,6 +30,21 @@ class RowShape:
 
 
 @dataclass(frozen=True)
+class StepWork:
+    """What the data-parallel ranks have to do in one step, all of them together, which each knows from the plan.
+
+    Tokens in rows, padding included; tokens without sharing and padding, which are also the keys that the rewards see;
+    query-key pairs inside the mask; rewards. `load` is this rank's FLOPs over the mean of the ranks.
+    """
+
+    physical_tokens: int
+    logical_tokens: int
+    attended: int
+    rewards: int
+    load: float
+
+
+@dataclass(frozen=True)
 class Step:
     """One rank's share of one optimizer step, and what is known about the whole step.
 
@@ -44,6 +59,7 @@ class Step:
     prompt_tokens_cut: int
     imbalance: float
     num_rounds: int
+    work: StepWork
 
 
 class StepDataset:
@@ -90,6 +106,7 @@ def build_step(
         prompt_tokens_cut=sum(c.prompt_tokens_cut for c in drawn),
         imbalance=rows.imbalance,
         num_rounds=rows.num_rounds,
+        work=rows.work,
     )
 
 
@@ -101,6 +118,7 @@ class Rows:
     members: list[list[int]]
     imbalance: float
     num_rounds: int
+    work: StepWork
 
 
 def lay_out(comparisons: Sequence[TokenizedComparison], *, shape: RowShape, rank: int, pad_id: int) -> Rows:
@@ -115,16 +133,16 @@ def lay_out(comparisons: Sequence[TokenizedComparison], *, shape: RowShape, rank
     )
     if shape.in_turn:
         plan = [plan[0][first :: shape.num_ranks] for first in range(shape.num_ranks)]
-    costs, _ = step_costs(comparisons, layout=shape.layout, architecture=shape.architecture)
-    loads = [sum(costs[i] for part in parts for i in part) for parts in plan]
-    batches = [
-        build_micro_batch(
-            [comparisons[i] for i in part],
-            layout=shape.layout,
-            pad_id=pad_id,
-            pad_to_multiple=shape.pad_to_multiple,
-        )
-        for part in plan[rank]
-    ]
-    imbalance = max(loads) * len(loads) / sum(loads)
-    return Rows(batches, plan[rank], imbalance=imbalance, num_rounds=max(map(len, plan)))
+    costs = step_costs(comparisons, layout=shape.layout, architecture=shape.architecture)
+    loads = [sum(costs.flops[i] for part in parts for i in part) for parts in plan]
+    mean = sum(loads) / len(loads)
+    placed = {"layout": shape.layout, "pad_to_multiple": shape.pad_to_multiple}
+    work = StepWork(
+        physical_tokens=sum(row_tokens([comparisons[i] for i in part], **placed) for parts in plan for part in parts),
+        logical_tokens=sum(costs.logical_tokens),
+        attended=sum(costs.attended),
+        rewards=sum(len(comparison.candidates) for comparison in comparisons),
+        load=loads[rank] / mean,
+    )
+    batches = [build_micro_batch([comparisons[i] for i in part], pad_id=pad_id, **placed) for part in plan[rank]]
+    return Rows(batches, plan[rank], imbalance=max(loads) / mean, num_rounds=max(map(len, plan)), work=work)

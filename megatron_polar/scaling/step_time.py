@@ -14,11 +14,15 @@ come out within a tenth; Megatron-LM's published MFU near our sizes, on H100s, c
   values and outputs.
 - PP: (P - 1) / V of a micro-batch's time of bubble, and two sends for each micro-batch and chunk.
 - DP: reduce-scatter of fp32 gradients and all-gather of weights, less what `overlap_grad_reduce` and
-  `overlap_param_gather` hide behind one micro-batch's backward and forward pass. Optimizer: the bytes of its state.
-- Imbalance: of Karmarkar-Karp by comparisons a rank, as benchmarks/balance.py measures it.
+  `overlap_param_gather` hide behind one micro-batch's backward and forward pass. A group that leaves the node uses the
+  network adapters of all its members there, one a GPU. Optimizer: the bytes of its state.
+- Imbalance: of Karmarkar-Karp by comparisons a rank, as benchmarks/balance.py finds it over 64 ranks.
 """
 
+import math
 from dataclasses import dataclass
+
+import numpy as np
 
 from megatron_polar.config.presets import Architecture, architecture_of
 from megatron_polar.config.schema import RunConfig
@@ -33,6 +37,8 @@ MEMORY_SHARE = 0.40
 """So little, because what is counted (`_bytes_moved`) leaves out casts, copies and sums between kernels."""
 LINK_SHARE = 0.75
 """Of NVLink's and the network's bandwidth, in collectives of megabytes."""
+IMBALANCE = ((1, 1.16), (1.5, 0.74), (2, 0.40), (4, 0.067), (8, 0.026), (16, 0.003))
+"""Comparisons a rank; the heaviest rank's work over the mean, less one (benchmarks/balance.md, 64 ranks)."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,7 @@ def estimate_step_time(
         "pipeline_sends": _sends(config, architecture, layout=layout, links=links, tokens=tokens),
         "data_parallel": _data_parallel(config, layout, links, parameters=parameters, micro_batch=per_micro_batch),
         "optimizer": _optimizer(config, layout, parameters=parameters, gpu=gpu),
-        "imbalance": _imbalance(own) * base,
+        "imbalance": _imbalance(own) * base if layout.dp > 1 else 0.0,
     }
     peak = layout.world_size * gpu.peak_tflops * 1e12
     return StepTime(**times, mfu=flops / sum(times.values()) / peak)
@@ -175,7 +181,9 @@ class _Links:
 
         self.tp = of(layout.tp)
         self.cp = of(layout.tp * layout.cp)
-        self.dp = of(layout.tp * layout.cp * layout.dp)
+        # Gradients and weights go over data- and context-parallel ranks, rings of NCCL over every adapter in a node.
+        neighbours = min(layout.cp * layout.dp, max(1, gpus_per_node // layout.tp))
+        self.dp = max(of(layout.tp * layout.cp * layout.dp), min(inside, neighbours * outside))
         self.pp = of(layout.world_size)
 
 
@@ -226,5 +234,9 @@ def _optimizer(config: RunConfig, layout: Layout, *, parameters: int, gpu: Gpu) 
 
 
 def _imbalance(comparisons: float) -> float:
-    """Heaviest rank over the mean, less one: 0.03 at 8 comparisons a rank, nothing from 16 on (balance.py)."""
-    return 0.03 * max(0.0, min(16.0 / max(comparisons, 0.5) - 1.0, 8.0))
+    """Heaviest rank over the mean, less one, between the points of IMBALANCE. Below one comparison a rank the heaviest
+    has one, as there."""
+    counts, found = zip(*IMBALANCE, strict=True)
+    if comparisons < counts[0]:
+        return (1 + found[0]) / comparisons - 1
+    return float(np.interp(math.log(comparisons), [math.log(count) for count in counts], found))

@@ -227,7 +227,7 @@ def goodput(events: Sequence[dict], rows: Sequence[dict]) -> Goodput:
         return Goodput(0.0, *[0.0] * 6, *[0] * 4)
     saves = [event for event in events if event["event"] == "save"]
     down = sum(event["time"] - event.get("last_sign", event["time"]) for event in starts)
-    wall = max(event["time"] for event in events) - starts[0]["time"]
+    wall = _last_heard_of(events, rows) - starts[0]["time"]
     productive = productive_seconds(rows)
     return Goodput(
         ettr=min(1.0, productive / wall) if wall > 0 else 0.0,
@@ -242,6 +242,18 @@ def goodput(events: Sequence[dict], rows: Sequence[dict]) -> Goodput:
         skipped_steps=len(bad_steps(events)),
         failed_saves=sum(bool(event.get("problem")) for event in saves),
     )
+
+
+def _last_heard_of(events: Sequence[dict], rows: Sequence[dict]) -> float:
+    """When the last event was, or the last step since one whose row was written: a run that goes on, or was killed, has
+    done more than its events tell."""
+    times = [event["time"] for event in events]
+    last = max((event for event in events if "step" in event), key=lambda event: event["time"], default=None)
+    if last is not None:
+        counted = [row for row in rows if row["iteration"] <= last["step"]]
+        beside = last.get("seconds", 0.0) - last.get("stalled_seconds", 0.0)  # of a save: steps went on meanwhile
+        times.append(last["time"] - beside + productive_seconds(rows) - productive_seconds(counted))
+    return max(times)
 
 
 def productive_seconds(rows: Sequence[dict]) -> float:

@@ -53,16 +53,14 @@ def rates(sums: dict[str, float], *, prefix: str = "rm/") -> dict[str, float]:
 
 
 class Metrics:
-    """Collects steps, and writes one row per logging interval. Tokens are counted on one rank and scaled
-    up by the number of data-parallel ranks, which KK balancing keeps within a few percent of the truth. `may_write` is
-    asked before every row."""
+    """Collects steps, and writes one row per logging interval. Tokens and FLOPs are those of all data-parallel ranks,
+    which every rank knows from the plan (data/steps.py). `may_write` is asked before every row."""
 
     def __init__(
         self,
         directory: Path,
         *,
         num_steps: int,
-        num_ranks: int,
         world_size: int,
         architecture: Architecture,
         peak_tflops: float | None,
@@ -72,7 +70,7 @@ class Metrics:
         started_at: float,
         may_write: Callable[[], bool] = lambda: True,
     ):
-        self.num_steps, self.num_ranks, self.world_size = num_steps, num_ranks, world_size
+        self.num_steps, self.world_size = num_steps, world_size
         self.architecture, self.peak_tflops = architecture, peak_tflops
         self.global_batch_size = global_batch_size
         self._started_at, self._productive_seconds = started_at, 0.0
@@ -136,13 +134,12 @@ class Metrics:
         self._productive_seconds += total_seconds
         taken = [result for result in results if result.skipped is None]  # a NaN would spoil the means of the others
         sums = {name: sum(result.sums[name] for result in taken) if taken else math.nan for name in SUMS}
-        batches = [batch for step in steps for batch in step.micro_batches]
-        physical = sum(batch.tokens.size for batch in batches) * self.num_ranks
-        logical = sum(batch.num_logical_tokens for batch in batches) * self.num_ranks
-        attended = sum(batch.num_attended for batch in batches) * self.num_ranks
-        rewards = sum(len(batch.reward_positions) for batch in batches) * self.num_ranks
+        physical, logical = (sum(getattr(s.work, f"{kind}_tokens") for s in steps) for kind in ("physical", "logical"))
         flops = 3 * self.architecture.forward_flops(
-            tokens=physical, attended=attended, rewards=rewards, reward_keys=logical
+            tokens=physical,
+            attended=sum(step.work.attended for step in steps),
+            rewards=sum(step.work.rewards for step in steps),
+            reward_keys=logical,
         )
         tflops = flops / total_seconds / self.world_size / 1e12
         row = {"iteration": iteration, "iteration-time": total_seconds / len(steps)} | rates(sums)

@@ -144,7 +144,7 @@ def _one_step(training: Training, step: Step, *, timer: StepTimer) -> None:
     run.schedule.step(increment=1)
     training.done = training.journal.step = step.number + 1
     training.metrics.add(step, result, seconds=timer.lap(), waited_seconds=waited, learning_rate=learning_rate)
-    training.stragglers.add(result.busy_seconds)
+    training.stragglers.add(result.busy_seconds, load=step.work.load)
     run.pairs.add(step, result)
     if result.skipped is not None:
         _write_down_bad_step(training, result)
@@ -212,7 +212,6 @@ def _open(run: Run, *, signals: StopSignals, watchdog: Watchdog, journal: Journa
     metrics = Metrics(
         run.directory,
         num_steps=run.num_steps,
-        num_ranks=run.topology.dp_size,
         world_size=run.topology.world_size,
         architecture=run.model.architecture,
         peak_tflops=peak_tflops(run.device.name, config.logging.hardware_peak_tflops),

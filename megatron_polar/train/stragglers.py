@@ -46,10 +46,12 @@ class Stragglers:
         self.ratio, self.fewest_steps = ratio, fewest_steps
         self._seconds: list[float] = []
 
-    def add(self, busy_seconds: float) -> None:
-        """Take note of one step of this rank."""
+    def add(self, busy_seconds: float, *, load: float = 1.0) -> None:
+        """Take note of one step of this rank, whose work is `load` times the mean: with few comparisons a rank the
+        heaviest has much more, and it is always the same one. Less work is not counted in a rank's favour, since some
+        of the time is the same for all."""
         if self.ratio:
-            self._seconds.append(busy_seconds)
+            self._seconds.append(busy_seconds / max(1.0, load))
 
     def report(self, topology: Topology, *, device: torch.device | str = "cpu") -> list[SlowReplica]:
         """Replicas that were slow since the last report, the same on every rank, slowest first. Collective: two small
