@@ -3,7 +3,8 @@
 The length mix is that of layouts.py, the work that of the shared-prefix layout. `ranks` is the heaviest rank over the
 mean, which is what a step waits for; `lockstep` adds up the heaviest rank of every round of micro-batches over the
 mean, which is what pipelines and sharded weights wait for. Beside ours: dealing at random and filling rows one after
-the other, as a shuffled loader with packing does. Means over batches.
+the other, as a shuffled loader with packing does. Means over batches. A second table has the heaviest rank of ours with
+few comparisons a rank, where nothing can make work even; `plan` counts by it (scaling/step_time.py).
 """
 
 import argparse
@@ -17,16 +18,13 @@ from arguments import positive, share
 from machine import cpu_name
 
 from megatron_polar.config.presets import PRESETS, Architecture
-from megatron_polar.data.balancing import plan_step, step_costs
+from megatron_polar.data.balancing import karmarkar_karp, plan_step, step_costs
 from megatron_polar.data.packing import physical_tokens
 from megatron_polar.data.template import TokenizedComparison
 
-CASES = (
-    *((128, 8, 2), (128, 8, 4)),
-    *((count, 64, 2) for count in (64, 96, 128, 256, 512, 1024, 4096)),
-    (4096, 512, 2),
-)
+CASES = ((128, 8, 2), (128, 8, 4), (512, 64, 2), (4096, 64, 2), (4096, 512, 2))
 """Comparisons of a step, data-parallel ranks, K."""
+FEW_RANKS, FEW_COMPARISONS = (2, 8, 64, 512), (1, 1.5, 2, 4, 8, 16)
 MAX_TOKENS = 16384
 _TOKENS = np.zeros(20_000, dtype=np.int32)
 
@@ -46,6 +44,11 @@ def main() -> None:
     print("|---:|---:|---:|---:|---:|---:|---:|")
     for case in CASES:
         print(measure(case, options, architecture=architecture), flush=True)
+    print(f"\n| ranks | {' | '.join(map(str, FEW_COMPARISONS))} comparisons a rank |")
+    print("|---:|" + "---:|" * len(FEW_COMPARISONS))
+    for ranks in FEW_RANKS:
+        row = [heaviest(int(each * ranks), ranks, options, architecture=architecture) for each in FEW_COMPARISONS]
+        print(f"| {ranks} | {' | '.join(f'{value:.3f}' for value in row)} |", flush=True)
     print(
         f"\n{options.preset}, rows of {MAX_TOKENS} tokens, {options.batches} batches a case, seed {options.seed}; "
         f"planning in CPU time of one process (Python {platform.python_version()}, {cpu_name()}), which loader "
@@ -75,6 +78,18 @@ def measure(case: tuple[int, int, int], options: argparse.Namespace, *, architec
     ]
     planning = f"{1e3 * statistics.median(seconds):.1f} | {statistics.median(shares):.1%}"
     return f"| {count} | {ranks} | {k} | {cells[0]} | {cells[1]} | {planning} |"
+
+
+def heaviest(count: int, ranks: int, options: argparse.Namespace, *, architecture: Architecture) -> float:
+    """Work of the heaviest rank over the mean, K = 2."""
+    generator, found = np.random.default_rng([options.seed, count, ranks]), []
+    batches = max(options.batches, 512 // ranks)  # few ranks vary more
+    for _ in range(batches):
+        comparisons = [draw(2, generator) for _ in range(count)]
+        costs = step_costs(comparisons, layout="shared_prefix", architecture=architecture).flops
+        loads = [sum(costs[index] for index in part) for part in karmarkar_karp(costs, ranks)]
+        found.append(max(loads) * ranks / sum(loads))
+    return statistics.fmean(found)
 
 
 def draw(k: int, generator: np.random.Generator) -> TokenizedComparison:

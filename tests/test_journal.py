@@ -33,6 +33,14 @@ def test_steps_behind_the_last_event_count_for_both_sides_of_the_goodput(beside)
     assert goodput([*events, done], rows).wall_seconds == 7000.0
 
 
+def test_of_a_row_with_an_event_in_between_only_what_came_after_is_added():
+    events = [{"time": 0.0, "event": "start", "step": 0}, {"time": 1510.0, "event": "bad_step", "step": 150}]
+    rows = [{"iteration": step, "iteration-time": 10.0} for step in (100, 200)]
+    assert goodput(events, rows).wall_seconds == 1510.0 + 500.0
+    slow = {"time": 1510.0, "event": "straggler", "step": 150, "seconds": 9.0, "ratio": 2.0}  # its seconds are a step's
+    assert goodput([events[0], slow], rows).wall_seconds == 1510.0 + 500.0
+
+
 def test_a_run_without_events_has_no_goodput(tmp_path):
     assert goodput(read_events(tmp_path), read_rows(tmp_path)).ettr == 0.0
 

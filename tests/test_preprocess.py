@@ -21,6 +21,7 @@ from tokenizers import Tokenizer as Fast
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron_polar.data.corpus import Corpus, preprocess
+from megatron_polar.data.parts import Part
 from megatron_polar.data.template import encode_half
 from megatron_polar.data.tokenizer import REWARD_TOKEN, SEPARATOR_TOKEN, load_tokenizer
 from megatron_polar.errors import UserError
@@ -424,9 +425,25 @@ def test_a_check_finds_what_the_call_would_be_refused_for(sentence_files, senten
         preprocess([sentence_files], **call, wrapper="pretrain", check=True)
     assert preprocess([sentence_files], **call, check=True) is None
     (output / "corpus.bin").write_bytes(b"")
-    with pytest.raises(UserError, match="without --part or --check it makes the dataset again"):
-        preprocess([sentence_files], **call, check=True)
+    assert preprocess([sentence_files], **call, check=True) is None  # the call would make it again
     assert (output / "manifest.json").is_file()
+
+
+def test_a_quarantine_under_its_old_name_is_known_and_replaced(sentence_tokenizer, tmp_path):
+    path, output = tmp_path / "in.jsonl", tmp_path / "out"
+    path.write_bytes(b"\n".join([GOOD.encode()] * 8 + [BAD_LINES["empty prompt"]] * 2))
+    output.mkdir()
+    (output / "quarantine.jsonl").write_text("{}\n")
+    preprocess([path], output=output, tokenizer_path=sentence_tokenizer, max_bad_fraction=0.5)
+    assert sorted(p.name for p in output.iterdir() if p.name.startswith("quarantine")) == ["quarantine.ndjson"]
+
+
+def test_work_begun_by_other_rules_is_begun_again(sentence_files, sentence_tokenizer, tmp_path, monkeypatch):
+    call = {"output": tmp_path / "out", "tokenizer_path": sentence_tokenizer, "unit_bytes": UNIT_BYTES}
+    monkeypatch.setattr("megatron_polar.data.preprocess.RULES_VERSION", 1)
+    assert preprocess([sentence_files], **call, part=Part(0, 1)).units_made > 1
+    monkeypatch.undo()
+    assert preprocess([sentence_files], **call).units_resumed == 0
 
 
 def test_too_many_bad_lines_fail_and_leave_the_quarantine(sentence_tokenizer, tmp_path):

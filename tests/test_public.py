@@ -337,6 +337,7 @@ def test_hh_rlhf_takes_the_common_turns_as_prompt_and_references_from_another_fi
         {"chosen": HH_START + "same", "rejected": HH_START + "same"},
         {"chosen": HH_START + "Pear.", "rejected": "\n\nHuman: Other\n\nAssistant: Stone."},
         {"chosen": "\n\nHuman: No reference\n\nAssistant: a", "rejected": "\n\nHuman: No reference\n\nAssistant: b"},
+        {"chosen": HH_START + "A pear, say.", "rejected": HH_START + "Stone."},
     ]
     path = tmp_path / "train.jsonl.gz"
     path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
@@ -354,9 +355,10 @@ def test_hh_rlhf_takes_the_common_turns_as_prompt_and_references_from_another_fi
         "equal transcripts": 1,
         "transcripts that differ in more than their last assistant turn": 1,
         "prompt without a reference": 1,
+        "answer with the text of its reference": 1,
     }
     without = list(public.hh_rlhf_preferences(path, references=None, skipped=Counter()))
-    assert [(r["reference"], r["meta"]["reference"]) for r in without] == [("", "none")] * 2
+    assert [(r["reference"], r["meta"]["reference"]) for r in without] == [("", "none")] * 3
     assert all(isinstance(record, Preference) for record in parsed(without))
 
 

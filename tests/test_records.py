@@ -140,7 +140,7 @@ def test_duplicates_are_dropped_and_counted():
 def test_a_candidate_that_is_a_reference_is_dropped_and_counted():
     """Beside the reference's own text every other answer is worse for no reason, and it better than all for none."""
     for given in ({"reference": "1"}, {"references": ["9", "1"]}):
-        ranking = parse({"prompt": "p", **given, "ranked": ["2", " 1\n", "3"]})
+        ranking = parse({"prompt": "p", **given, "ranked": ["2", "1", "3"]})
         found = drop_duplicates(ranking, source="f", line_number=1)
         assert (found.record.candidates, found.duplicates) == (("2", "3"), 1)
     with pytest.raises(RecordError, match=r"^f:1: fewer than two candidates are no reference, so there"):
@@ -314,6 +314,7 @@ def test_links_to_directories_are_followed_and_each_directory_is_read_once(tmp_p
     (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "in" / "real" / "again").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "a").symlink_to("real")  # what lies here itself keeps its own name
     found = [path.relative_to(tmp_path).as_posix() for path in list_inputs([tmp_path / "in"])]
     assert found == ["in/link/deep/a.jsonl", "in/real/a.jsonl"]
 

@@ -13,7 +13,16 @@ from megatron_polar.scaling.hardware import GPUS
 from megatron_polar.scaling.memory import Layout, layout_of
 from megatron_polar.scaling.plan import Cluster, make_plan
 from megatron_polar.scaling.search import search_layouts
-from megatron_polar.scaling.step_time import Lengths, StepTime, Work, estimate_step_time, mean_work
+from megatron_polar.scaling.step_time import (
+    LINK_SHARE,
+    Lengths,
+    StepTime,
+    Work,
+    _imbalance,
+    _Links,
+    estimate_step_time,
+    mean_work,
+)
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 # Megatron-LM's README, H100, BF16, sequences of 4096: layers, hidden size, FFN width, heads; TP, GPUs, MFU. FFN widths
@@ -207,14 +216,29 @@ def test_data_parallel_groups_over_nodes_use_every_adapter_of_theirs(tp, adapter
 
 
 def test_the_heaviest_rank_counts_as_measured_and_a_single_one_does_not(seven_billion):
-    def share(comparisons: int, nodes: int) -> float:
-        time = time_of(change(seven_billion, "train", global_batch_size=comparisons), nodes=nodes)
-        return time.imbalance / (time.compute + time.tensor_parallel + time.pipeline_bubble)
+    def share(comparisons: float, dp: int) -> float:
+        tp = seven_billion.parallel.tensor_model_parallel_size
+        config = change(seven_billion, "train", global_batch_size=round(comparisons * dp))
+        time = time_of(config, nodes=dp * tp // 8)
+        return time.imbalance / (time.compute + time.tensor_parallel)
 
-    dp = 8 * 16 // seven_billion.parallel.tensor_model_parallel_size
-    for comparisons, expected in ((1, 1.16), (2, 0.40), (8, 0.026), (64, 0.003)):
-        assert share(comparisons * dp, 16) == pytest.approx(expected)
-    assert 0.40 < share(3 * dp // 2, 16) < 1.16
-    assert share(dp // 2, 16) == pytest.approx(2 * 2.16 - 1)
+    for dp, comparisons, expected in ((64, 1, 1.586), (64, 2, 0.314), (8, 8, 0.004), (512, 4, 0.102), (64, 70, 0.005)):
+        assert share(comparisons, dp) == pytest.approx(expected, rel=1e-6), (dp, comparisons)
+    assert 0.314 < share(1.75, 64) < 0.773
+    assert 0.314 < share(2, 128) < 0.803
+    assert share(0.5, 64) == pytest.approx(2 * 2.586 - 1)
     alone = change(seven_billion, "parallel", tensor_model_parallel_size=8)
     assert time_of(alone, nodes=1).imbalance == 0.0
+
+
+def test_the_heaviest_rank_has_no_more_than_all_the_work():
+    assert _imbalance(0.5, ranks=2) == pytest.approx(1.0)
+    assert all(
+        0 <= _imbalance(count, ranks=ranks) <= ranks - 1 for ranks in (1, 2, 3, 700) for count in (0.3, 1, 3, 1e4)
+    )
+
+
+@pytest.mark.parametrize(("tp", "pp", "nodes", "adapters"), [(2, 2, 3, 2), (4, 4, 6, 1), (1, 2, 3, 4), (1, 8, 3, 1)])
+def test_the_node_with_the_fewest_members_of_a_group_sets_its_pace(tp, pp, nodes, adapters):
+    layout = Layout(tp, pp, None, 1, nodes * 8 // tp // pp, False)
+    assert _Links(GPUS["h100"], gpus_per_node=8, layout=layout).dp == pytest.approx(adapters * 50e9 * LINK_SHARE)

@@ -505,7 +505,7 @@ def test_slow_ranks_of_a_replica_are_named_together():
     together = by_replica(found)
     assert together == [SlowReplica((3, 2), 2.1, 0.21), SlowReplica((1,), 1.6, 0.16)]
     assert str(together[0]).startswith("ranks 3, 2, which wait for each other within a step, take 2.10 times as long")
-    assert str(together[1]).startswith("rank 1 takes 1.60 times as long as the others (160 ms a step)")
+    assert str(together[1]).startswith("rank 1 takes 1.60 times as long as the others (160 ms for a step's mean work)")
 
 
 def test_a_slow_rank_of_a_later_stage_is_written_down_with_those_that_wait_for_it(tmp_path, trajectory_corpus):

@@ -95,15 +95,17 @@ def files_below(directory: Path, suffixes: tuple[str, ...]) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from error
 
-    found, seen = [], set()
-    for place, directories, names in os.walk(directory, onerror=refuse, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
-            directories.clear()
-            continue
-        seen.add(real)
-        directories.sort()
-        found += [Path(place, name) for name in names if name.endswith(suffixes)]
+    found, seen, waiting = [], set(), [directory]
+    while waiting:  # links last: what lies here itself keeps its own name
+        for place, directories, names in os.walk(waiting.pop(0), onerror=refuse):
+            real = os.path.realpath(place)
+            if real in seen:
+                directories.clear()
+                continue
+            seen.add(real)
+            directories.sort()
+            waiting += [path for path in (Path(place, name) for name in directories) if path.is_symlink()]
+            found += [Path(place, name) for name in names if name.endswith(suffixes)]
     return sorted(found)
 
 

@@ -17,6 +17,7 @@ from megatron_polar.data.lines import RecordError, list_inputs
 from megatron_polar.data.parts import Part
 from megatron_polar.data.preprocess_output import (
     check_output,
+    check_same_call,
     complete_output,
     describe_tokenizer,
     in_plain_words,
@@ -24,6 +25,7 @@ from megatron_polar.data.preprocess_output import (
     short_names,
 )
 from megatron_polar.data.preprocess_report import PartReport, PreprocessReport, say_what_a_part_made, say_what_was_made
+from megatron_polar.data.records import RULES_VERSION
 from megatron_polar.data.shards import Merger, encode_units, shard_path
 from megatron_polar.data.storage import (
     COUNTS,
@@ -31,6 +33,7 @@ from megatron_polar.data.storage import (
     FORMAT_VERSION,
     INDEX,
     MAXIMA,
+    OLD_QUARANTINE,
     QUARANTINE,
     TOKENIZER,
     TOKENS,
@@ -86,12 +89,12 @@ def preprocess(
         files = list_inputs([Path(path) for path in inputs])
         tokenizer = load_tokenizer(tokenizer_path, separator_token=separator_token, reward_token=reward_token)
         check_output(output, files=files)
-        complete = complete_output(
-            output, files=files, tokenizer=tokenizer, settings=settings, only_look=check or part is not None
-        )
+        call = {"files": files, "tokenizer": tokenizer, "settings": settings}
         if check:
+            check_same_call(output, **call, read_files=False)
             log.info(f"{output}: the arguments are right; {len(files)} input files")
             return None
+        complete = complete_output(output, **call, part=part)
         if complete is not None:
             log.info(f"{output}: complete already, made from the same inputs and settings; nothing to do")
             if part is not None:
@@ -120,7 +123,7 @@ def _unit_context(
         max_response_length=max_response_length,
         work=output / WORK,
         files=tuple(short_names(files)),
-        key=orjson.dumps([FORMAT_VERSION, tokenizer.fingerprint, wrapper, max_response_length]),
+        key=orjson.dumps([FORMAT_VERSION, RULES_VERSION, tokenizer.fingerprint, wrapper, max_response_length]),
     )
 
 
@@ -219,7 +222,8 @@ def _publish(merger: Merger, manifest: dict, *, tokenizer: Tokenizer, output: Pa
     entries = {file.path.name: file.entry for file in written}
     entries |= _save_tokenizer(tokenizer, directory=work / TOKENIZER)
     faults.point("before_dataset_files")
-    _remove(output / QUARANTINE)
+    for name in (QUARANTINE, OLD_QUARANTINE):
+        _remove(output / name)
     _remove(output / TOKENIZER)
     for file in written:
         file.path.replace(output / file.path.name)

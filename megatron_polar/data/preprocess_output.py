@@ -13,6 +13,7 @@ from megatron_polar import log
 from megatron_polar.data.parts import Part, locked
 from megatron_polar.data.storage import (
     INDEX,
+    OLD_QUARANTINE,
     QUARANTINE,
     TOKENIZER,
     TOKENS,
@@ -45,7 +46,7 @@ def in_plain_words(output: Path) -> Iterator[None]:
 
 def check_output(output: Path, *, files: Sequence[Path]) -> None:
     """Refuse an output that holds other people's files, or the inputs: both would become part of a dataset."""
-    ours = {TOKENS, INDEX, QUARANTINE, TOKENIZER, MANIFEST, WORK}
+    ours = {TOKENS, INDEX, QUARANTINE, OLD_QUARANTINE, TOKENIZER, MANIFEST, WORK}
     foreign = sorted(set(os.listdir(output)) - ours) if output.is_dir() else []
     if foreign:
         raise UserError(f"{output}: holds {foreign[0]!r}, which is no part of a dataset; choose an empty directory")
@@ -74,14 +75,11 @@ def describe_tokenizer(tokenizer: Tokenizer) -> dict:
 # --- Complete already? -----------------------------------------------------------------------------------------------
 
 
-def complete_output(
-    output: Path, *, files: Sequence[Path], tokenizer: Tokenizer, settings: dict, only_look: bool
+def check_same_call(
+    output: Path, *, files: Sequence[Path], tokenizer: Tokenizer, settings: dict, read_files: bool
 ) -> dict | None:
-    """The manifest of an output that this very call made before; None where there is work to do; else an error.
-
-    An output of this call that was damaged since is work to do. With `only_look`, for a check and for a part, one of
-    many at once, names and sizes are compared but no contents, and nothing is changed.
-    """
+    """The manifest of an output that this very call made before; None where there is none. UserError where another call
+    made it. With `read_files` the content of inputs is compared, too."""
     if not os.path.lexists(output / MANIFEST):
         return None
     remedy = "choose another output directory or remove this one"
@@ -90,18 +88,33 @@ def complete_output(
         check_nothing_else(output, manifest["files"], allowed=[WORK])
     except Damaged as error:
         raise UserError(f"{output}/{error}; {remedy}") from error
-    different = _differences(manifest, files=files, tokenizer=tokenizer, settings=settings, read_files=not only_look)
+    different = _differences(manifest, files=files, tokenizer=tokenizer, settings=settings, read_files=read_files)
     if different:
         raise UserError(f"{output}: was made with {'; '.join(different)}; {remedy}")
+    return manifest
+
+
+def complete_output(
+    output: Path, *, files: Sequence[Path], tokenizer: Tokenizer, settings: dict, part: Part | None
+) -> dict | None:
+    """The manifest of an output that this very call made before; None where there is work to do; else an error.
+
+    An output of this call that was damaged since is work to do. A part, one of many at once, compares names and sizes
+    but no contents, and changes nothing.
+    """
+    call = {"files": files, "tokenizer": tokenizer, "settings": settings}
+    manifest = check_same_call(output, **call, read_files=part is None)
+    if manifest is None:
+        return None
     try:
-        if only_look:
+        if part is not None:
             check_sizes(output, manifest["files"])
             return manifest
         check_dataset(output, manifest)
         check_content(output, manifest)
     except Damaged as error:
-        if only_look:
-            raise UserError(f"{output}/{error}; without --part or --check it makes the dataset again") from error
+        if part is not None:
+            raise UserError(f"{output}/{error}; the command without --part makes the dataset again") from error
         log.warn(f"{output}/{error}; making the dataset again")
         (output / MANIFEST).unlink()
         sync_directory(output)

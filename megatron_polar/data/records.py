@@ -17,6 +17,8 @@ from megatron_polar.errors import printable
 # Far below what the JSON parsers refuse themselves, which depends on how deep the stack already is.
 MAX_DEPTH = 100
 _SHOWN = 60  # characters of a value in a message
+RULES_VERSION = 2
+"""Of what a line becomes (`drop_duplicates`): work that was begun by other rules is begun again."""
 _FORMS = 'one of {"prompt","trajectories"}, {"prompt","reference","chosen","rejected"}, {"prompt","reference","ranked"}'
 """Several references, `"references": [...]` in the place of `reference`, are in docs/data.md."""
 
@@ -90,16 +92,14 @@ def parse_record(
 def drop_duplicates(record: TrajectoryGroup | Preference, *, source: str, line_number: int) -> Distinct:
     """Drop answers that would be compared with themselves; the first of equals stays.
 
-    In a preference these are repeated candidates and those that are a reference, but for surrounding white space:
-    beside the reference's own text every other answer is worse for no reason. Repeated references, which are dropped
-    already, are counted with them. In a group they are trajectories given twice (same policy, same text), and a text
-    that an earlier policy wrote as well: nothing tells the two apart, so it is label noise. Raises RecordError when the
-    rest can no longer be compared.
+    In a preference these are repeated candidates and those with the text of a reference: beside that every other answer
+    is worse for no reason. Repeated references, which are dropped already, are counted with them. In a group they are
+    trajectories given twice (same policy, same text), and a text that an earlier policy wrote as well: nothing tells
+    the two apart, so it is label noise. Raises RecordError when the rest can no longer be compared.
     """
     try:
         if isinstance(record, Preference):
-            references = {text.strip() for text in record.references}
-            candidates = tuple(text for text in dict.fromkeys(record.candidates) if text.strip() not in references)
+            candidates = tuple(text for text in dict.fromkeys(record.candidates) if text not in record.references)
             if len(candidates) < 2:
                 same = len(set(record.candidates)) == 1
                 found = "all candidates have the same text" if same else "fewer than two candidates are no reference"

@@ -28,6 +28,7 @@ FORMAT = "megatron_polar.corpus"
 FORMAT_VERSION = 2
 TOKENS, INDEX, TOKENIZER = "corpus.bin", "corpus.idx", "tokenizer"
 QUARANTINE = "quarantine.ndjson"  # not .jsonl: `preprocess` reads all of these in a directory
+OLD_QUARANTINE = "quarantine.jsonl"  # its name until 2026-11
 WORK = ".work"  # what an unfinished run has done so far
 KINDS = ("trajectories", "preference", "references")
 """What a document holds; "references" is a preference with several references, and is written for no other."""

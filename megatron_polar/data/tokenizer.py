@@ -335,7 +335,7 @@ class _HuggingFace:
         if self.path.parent.resolve() == directory.resolve() and self.path.name == "tokenizer.json":
             return
         (directory / "tokenizer.json").write_bytes(self._bytes)
-        if self._settings != _Settings.none():
+        if self.path.name == "tokenizer.json":  # of another name they were not read
             _copy_configs(self.path.parent, directory)
 
 

@@ -5,7 +5,7 @@
   as the paper does: every comparison as full sequences, prompt and reference once for each candidate.
 - C, `flops`: what the run computed, from its own metrics: 2 per weight and physical token and the exact causal area of
   attention, three times for forward and backward (Architecture.forward_flops). Shared prefixes count once, padding
-  counts, recomputation does not. With data parallelism the first rank's rows stand for all.
+  counts, recomputation does not.
 - L, `loss`: mean held-out loss of the evaluations in the last TAIL of the steps, at least the one after the last step.
 """
 

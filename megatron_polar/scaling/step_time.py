@@ -16,7 +16,7 @@ come out within a tenth; Megatron-LM's published MFU near our sizes, on H100s, c
 - DP: reduce-scatter of fp32 gradients and all-gather of weights, less what `overlap_grad_reduce` and
   `overlap_param_gather` hide behind one micro-batch's backward and forward pass. A group that leaves the node uses the
   network adapters of all its members there, one a GPU. Optimizer: the bytes of its state.
-- Imbalance: of Karmarkar-Karp by comparisons a rank, as benchmarks/balance.py finds it over 64 ranks.
+- Imbalance: of Karmarkar-Karp, by ranks and comparisons a rank, as benchmarks/balance.py finds it.
 """
 
 import math
@@ -37,8 +37,15 @@ MEMORY_SHARE = 0.40
 """So little, because what is counted (`_bytes_moved`) leaves out casts, copies and sums between kernels."""
 LINK_SHARE = 0.75
 """Of NVLink's and the network's bandwidth, in collectives of megabytes."""
-IMBALANCE = ((1, 1.16), (1.5, 0.74), (2, 0.40), (4, 0.067), (8, 0.026), (16, 0.003))
-"""Comparisons a rank; the heaviest rank's work over the mean, less one (benchmarks/balance.md, 64 ranks)."""
+IMBALANCE_COMPARISONS = (1, 1.5, 2, 4, 8, 16)
+IMBALANCE = {
+    2: (0.221, 0.152, 0.054, 0.013, 0.002, 0.0),
+    8: (0.676, 0.242, 0.109, 0.026, 0.004, 0.0),
+    64: (1.586, 0.773, 0.314, 0.067, 0.025, 0.005),
+    512: (2.251, 1.157, 0.803, 0.102, 0.030, 0.012),
+}
+"""By data-parallel ranks and by comparisons a rank: the heaviest rank's work over the mean, less one
+(benchmarks/balance.md)."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,7 @@ def estimate_step_time(
         "pipeline_sends": _sends(config, architecture, layout=layout, links=links, tokens=tokens),
         "data_parallel": _data_parallel(config, layout, links, parameters=parameters, micro_batch=per_micro_batch),
         "optimizer": _optimizer(config, layout, parameters=parameters, gpu=gpu),
-        "imbalance": _imbalance(own) * base if layout.dp > 1 else 0.0,
+        "imbalance": _imbalance(own, ranks=layout.dp) * base,
     }
     peak = layout.world_size * gpu.peak_tflops * 1e12
     return StepTime(**times, mfu=flops / sum(times.values()) / peak)
@@ -182,8 +189,10 @@ class _Links:
         self.tp = of(layout.tp)
         self.cp = of(layout.tp * layout.cp)
         # Gradients and weights go over data- and context-parallel ranks, rings of NCCL over every adapter in a node.
-        neighbours = min(layout.cp * layout.dp, max(1, gpus_per_node // layout.tp))
-        self.dp = max(of(layout.tp * layout.cp * layout.dp), min(inside, neighbours * outside))
+        # The node with the fewest members of a group sets the pace.
+        span = layout.tp * layout.cp * layout.dp
+        neighbours = max(1, math.gcd(span, gpus_per_node) // layout.tp)
+        self.dp = max(of(span), min(inside, neighbours * outside))
         self.pp = of(layout.world_size)
 
 
@@ -233,10 +242,14 @@ def _optimizer(config: RunConfig, layout: Layout, *, parameters: int, gpu: Gpu) 
     return 28 * parameters / shards / (gpu.memory_gb_s * 1e9 * MEMORY_SHARE)
 
 
-def _imbalance(comparisons: float) -> float:
-    """Heaviest rank over the mean, less one, between the points of IMBALANCE. Below one comparison a rank the heaviest
-    has one, as there."""
-    counts, found = zip(*IMBALANCE, strict=True)
-    if comparisons < counts[0]:
-        return (1 + found[0]) / comparisons - 1
-    return float(np.interp(math.log(comparisons), [math.log(count) for count in counts], found))
+def _imbalance(comparisons: float, *, ranks: int) -> float:
+    """Heaviest rank over the mean, less one, between the points of IMBALANCE and at its ends; below one comparison a
+    rank the heaviest has one, as there."""
+    if ranks == 1:
+        return 0.0
+    by_ranks = [
+        np.interp(math.log(comparisons), [math.log(count) for count in IMBALANCE_COMPARISONS], row)
+        for row in IMBALANCE.values()
+    ]
+    found = float(np.interp(math.log(ranks), [math.log(count) for count in IMBALANCE], by_ranks))
+    return min((1 + found) / min(comparisons, 1.0), ranks) - 1

@@ -250,17 +250,18 @@ def _last_heard_of(events: Sequence[dict], rows: Sequence[dict]) -> float:
     times = [event["time"] for event in events]
     last = max((event for event in events if "step" in event), key=lambda event: event["time"], default=None)
     if last is not None:
-        counted = [row for row in rows if row["iteration"] <= last["step"]]
-        beside = last.get("seconds", 0.0) - last.get("stalled_seconds", 0.0)  # of a save: steps went on meanwhile
-        times.append(last["time"] - beside + productive_seconds(rows) - productive_seconds(counted))
+        times.append(last["time"] + productive_seconds(rows, since=last["step"]))
+        if last["event"] == "save":  # steps went on beside it
+            times[-1] -= last.get("seconds", 0.0) - last.get("stalled_seconds", 0.0)
     return max(times)
 
 
-def productive_seconds(rows: Sequence[dict]) -> float:
-    """Seconds of the steps that rows of metrics.jsonl stand for; a row's steps reach back to the row before it."""
+def productive_seconds(rows: Sequence[dict], *, since: int = 0) -> float:
+    """Seconds of the steps behind `since` that rows of metrics.jsonl stand for; a row's steps reach back to the row
+    before it."""
     total, last = 0.0, 0
     for row in rows:
-        total += row["iteration-time"] * (row["iteration"] - last)
+        total += row["iteration-time"] * max(0, row["iteration"] - max(last, since))
         last = row["iteration"]
     return total
 

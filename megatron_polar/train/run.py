@@ -144,7 +144,8 @@ def _one_step(training: Training, step: Step, *, timer: StepTimer) -> None:
     run.schedule.step(increment=1)
     training.done = training.journal.step = step.number + 1
     training.metrics.add(step, result, seconds=timer.lap(), waited_seconds=waited, learning_rate=learning_rate)
-    training.stragglers.add(result.busy_seconds, load=step.work.load)
+    if step.num_comparisons >= run.topology.dp_size:  # else some have nothing to do, and none can be called slow
+        training.stragglers.add(result.busy_seconds, load=step.work.load)
     run.pairs.add(step, result)
     if result.skipped is not None:
         _write_down_bad_step(training, result)

@@ -13,7 +13,7 @@ from megatron_polar.parallel.topology import Topology
 
 @dataclass(frozen=True)
 class SlowRank:
-    """A rank (global) that takes `ratio` times as long as the others for a step: `seconds`."""
+    """A rank (global) that takes `ratio` times as long as the others for a step: `seconds`, of the mean rank's work."""
 
     rank: int
     ratio: float
@@ -33,7 +33,7 @@ class SlowReplica:
     seconds: float
 
     def __str__(self) -> str:
-        takes = f"{self.ratio:.2f} times as long as the others ({self.seconds * 1000:.0f} ms a step)"
+        takes = f"{self.ratio:.2f} times as long as the others ({self.seconds * 1000:.0f} ms for a step's mean work)"
         if len(self.ranks) == 1:
             return f"rank {self.ranks[0]} takes {takes}"
         return f"ranks {', '.join(map(str, self.ranks))}, which wait for each other within a step, take {takes}"

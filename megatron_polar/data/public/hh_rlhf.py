@@ -38,6 +38,9 @@ def hh_rlhf_preferences(path: Path, *, references: Path | None, skipped: Counter
             if reference is None:
                 skipped["prompt without a reference"] += 1
                 continue
+            if reference in (last_chosen["content"], last_rejected["content"]):
+                skipped["answer with the text of its reference"] += 1
+                continue
             found += 1
             meta = {"dataset": "hh-rlhf"} | ({"reference": "none"} if texts is None else {})
             yield preference_record(
