@@ -424,5 +424,5 @@ def test_show_batch_shows_what_the_curriculum_draws(trajectory_corpus, tmp_path,
         comparison = dataset.comparison(index, table)
         for ids in (np.concatenate([comparison.prefix, comparison.candidates[0]]), comparison.candidates[1]):
             assert repr(decode(ids.tolist())) in found
-    with pytest.raises(UserError, match=r"--step 6: from step 6 on .* --replay-step repeats such a step"):
+    with pytest.raises(UserError, match=r"--step 6: from step 6 on .* --replay-step 7 repeats it from a checkpoint"):
         shown(6)

@@ -14,6 +14,8 @@ from megatron_polar.scaling.memory import Layout, layout_of
 from megatron_polar.scaling.plan import Cluster, make_plan
 from megatron_polar.scaling.search import search_layouts
 from megatron_polar.scaling.step_time import (
+    IMBALANCE,
+    IMBALANCE_COMPARISONS,
     LINK_SHARE,
     Lengths,
     StepTime,
@@ -229,6 +231,16 @@ def test_the_heaviest_rank_counts_as_measured_and_a_single_one_does_not(seven_bi
     assert share(0.5, 64) == pytest.approx(2 * 2.586 - 1)
     alone = change(seven_billion, "parallel", tensor_model_parallel_size=8)
     assert time_of(alone, nodes=1).imbalance == 0.0
+
+
+def test_imbalance_is_that_of_the_committed_table():
+    table = (EXAMPLES.parent / "benchmarks" / "balance.md").read_text().split("\n| ranks |")[1].split("\n\n")[0]
+    head, _, *rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
+    assert tuple(float(cell.split()[0]) for cell in head) == IMBALANCE_COMPARISONS
+    found = {int(ranks): [float(cell) - 1 for cell in cells] for ranks, *cells in rows}
+    assert found.keys() == IMBALANCE.keys()
+    for ranks, values in IMBALANCE.items():
+        assert found[ranks] == pytest.approx(values)
 
 
 def test_the_heaviest_rank_has_no_more_than_all_the_work():

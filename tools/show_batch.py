@@ -23,7 +23,7 @@ def first_table(curriculum: CurriculumSection, *, step: int) -> DifficultyTable:
     if step >= 2 * curriculum.interval:
         raise UserError(
             f"--step {step}: from step {2 * curriculum.interval} on data.contrast=by_difficulty draws by what the run "
-            f"has counted; megatron-polar train RUN/config.yaml --replay-step repeats such a step from a checkpoint"
+            f"has counted; megatron-polar train RUN/config.yaml --replay-step {step + 1} repeats it from a checkpoint"
         )
     return difficulty_table(EMPTY, curriculum)
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_polar.config.presets import Architecture
-from megatron_polar.data.packing import Layout
+from megatron_polar.data.packing import Layout, row_tokens
 from megatron_polar.data.template import TokenizedComparison
 
 Part = tuple[int, int]
@@ -40,12 +40,9 @@ def plan_step(
     costs, tokens, *_ = step_costs(comparisons, layout=layout, architecture=architecture)
     ranks = karmarkar_karp(costs, num_ranks)
 
-    rows = [len(c.candidates) for c in comparisons] if layout == "padded" else []
-    longest = [len(c.prefix) + max(map(len, c.candidates)) for c in comparisons] if layout == "padded" else []
-
     def size(members: list[int]) -> int:
         if layout == "padded":
-            return max(longest[i] for i in members) * sum([rows[i] for i in members])
+            return row_tokens([comparisons[i] for i in members], layout=layout, pad_to_multiple=1)
         return sum([tokens[i] for i in members])
 
     def split(members: list[int], count: int) -> list[list[int]]:

@@ -134,7 +134,8 @@ class Metrics:
         self._productive_seconds += total_seconds
         taken = [result for result in results if result.skipped is None]  # a NaN would spoil the means of the others
         sums = {name: sum(result.sums[name] for result in taken) if taken else math.nan for name in SUMS}
-        physical, logical = (sum(getattr(s.work, f"{kind}_tokens") for s in steps) for kind in ("physical", "logical"))
+        physical = sum(step.work.physical_tokens for step in steps)
+        logical = sum(step.work.logical_tokens for step in steps)
         flops = 3 * self.architecture.forward_flops(
             tokens=physical,
             attended=sum(step.work.attended for step in steps),

@@ -13,7 +13,8 @@ from megatron_polar.parallel.topology import Topology
 
 @dataclass(frozen=True)
 class SlowRank:
-    """A rank (global) that takes `ratio` times as long as the others for a step: `seconds`, of the mean rank's work."""
+    """A rank (global) that takes `ratio` times as long as the others for a step: `seconds`, scaled down to the mean
+    rank's work where it has more."""
 
     rank: int
     ratio: float
