@@ -32,7 +32,7 @@ study-data: # before anything is installed
 	@test "$(SIZE)" = smoke || test -d "$(DATA)" || { echo "error: DATA=$(DATA) is no folder; make study DATA=folder with the public sets (examples/study/prepare_data.py makes it), or SIZE=smoke, which makes its own" >&2; exit 2; }
 
 study-rft: $(VENV)/.ready-dev
-	$(RUN) examples/study/rft.py --size $(or $(SIZE),cpu)
+	$(RUN) examples/study/rft.py --size $(or $(SIZE),cpu) $(if $(RUNS),--runs $(RUNS))
 
 faults: $(VENV)/.ready-dev
 	$(RUN) tests/run_faults.py
@@ -68,7 +68,7 @@ benchmarks: $(VENV)/.ready-dev
 $(VENV)/.ready: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("error: Python 3.10 or newer is needed; set PYTHON=...")'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV): some minutes, about 1.3 GB"
+	@echo "installing into $(VENV): some minutes, about 1.5 GB"
 	$(RUN) -m pip install --disable-pip-version-check --quiet --requirement requirements.txt
 	$(RUN) -m pip install --disable-pip-version-check --quiet --no-deps --editable .
 	touch $@

@@ -146,7 +146,7 @@ def _add_sample(verbs) -> None:
         help="pretrain: trajectories continue the prompt; sft: they answer it, on a line of their own",
     )
     verb.add_argument("--seed", type=int, default=1, help="draws other prompts, policies and trajectories")
-    verb.add_argument("--workers", type=int, default=1, help="processes, for pools of embedded policies")
+    verb.add_argument("--workers", type=int, default=1, help="processes; only pools of embedded policies need them")
     verb.add_argument("--prompts-per-shard", type=int, default=500, help="what a part of an array takes at a time")
     verb.add_argument(
         "--wait-for-servers", type=float, default=0.0, metavar="SECONDS", help="that they may take to start"
@@ -295,7 +295,9 @@ def _train(options: argparse.Namespace) -> int | None:
 
         return replay_step(config, step=options.replay_step)
     from megatron_polar.train.run import train
+    from megatron_polar.train.signals import outlive_late_signals
 
+    outlive_late_signals()
     train(config)
     if log.is_first_rank():
         from megatron_polar.score.report import training_report

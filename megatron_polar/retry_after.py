@@ -1,13 +1,13 @@
 """When a server that turned a request away wants to be asked again; for all clients of HTTP servers."""
 
 import email.utils
-import math
 import time
 from collections.abc import Mapping
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a server asks to be left alone: a number or a date. None when it says nothing that can be read."""
+    """Seconds that a server asks to be left alone: a number or a date. None where it names no time to wait: nothing at
+    all, 0, what cannot be read, a date that is past by our clock. Then the pause is the caller's."""
     value = headers.get("retry-after", "")
     try:
         seconds = float(value)
@@ -16,4 +16,4 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
         except (ValueError, TypeError, OverflowError):
             return None
-    return None if math.isnan(seconds) else max(0.0, seconds)
+    return seconds if seconds > 0.0 else None

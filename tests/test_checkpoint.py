@@ -141,8 +141,11 @@ def test_rows_of_metrics_beyond_the_resumed_step_are_cut(finished, tmp_path):
     ("changes", "parts"),
     [
         ({"train__global_batch_size": 16}, ("train.global_batch_size=8, now 16", "32 comparisons consumed, now 64")),
-        ({"run__seed": 8}, ("seed", "data fingerprint")),
-        ({"data__candidates_per_comparison": 3}, ("other data", "train.init_from")),
+        ({"run__seed": 8}, ("with run.seed=7, and this run has 8",)),
+        (
+            {"data__candidates_per_comparison": 3, "data__max_sequence_length": 99},
+            ("=2, and this run has 3; with data.max_sequence_length=", "this run has 99", "train.init_from"),
+        ),
     ],
     ids=["batch_size", "seed", "candidates"],
 )

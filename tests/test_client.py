@@ -131,8 +131,17 @@ def test_retry_after_may_be_a_date():
         return retry_after({"retry-after": value})
 
     assert seconds(email.utils.formatdate(time.time() + 60, usegmt=True)) == pytest.approx(60, abs=2)
-    assert seconds(email.utils.formatdate(time.time() - 60, usegmt=True)) == 0.0
-    assert [seconds(value) for value in ("7", "-3", "nan", "tomorrow", "")] == [7.0, 0.0, None, None, None]
+    assert seconds(email.utils.formatdate(time.time() - 60, usegmt=True)) is None
+    assert [seconds(value) for value in ("7", "0", "-3", "nan", "tomorrow", "")] == [7.0, *[None] * 5]
+
+
+def test_a_server_that_asks_for_no_pause_is_not_hammered(client_of):
+    """Eight retries without a pause are over in a moment, and a reinforcement learning run with them."""
+    with FlakyServer(lambda request: (503, {"Retry-After": "0"}, {})) as server:
+        refused(client_of(server.url, retries=4, backoff_seconds=0.04), ITEMS[:2])
+        times = [request.time for request in server.requests]
+    pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
+    assert all(pause >= 0.02 * 2**k for k, pause in enumerate(pauses))
 
 
 def test_a_request_that_takes_too_long_is_asked_again(client_of, tokenizer_path):

@@ -1,6 +1,7 @@
 """`sample` over real HTTP: every request answered once, whatever fails and whenever it is killed."""
 
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import pytest
 from flaky_server import FlakyServer
 
 from megatron_polar.data.lines import read_jsonl
+from megatron_polar.data.parts import Part
 from megatron_polar.data.records import TrajectoryGroup, parse_record
 from megatron_polar.errors import UserError
 from megatron_polar.policies.collect import Asking
@@ -144,9 +146,9 @@ def finished(output: Path) -> int:
     return sum(path.read_bytes().count(b"\n") for path in (output / ".work").glob("answers-*.ndjson"))
 
 
-def start(pool: Path, output: Path) -> subprocess.Popen:
+def start(pool: Path, output: Path, *words: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "megatron_polar", "sample", "--pool", pool, "--output", output]
-    command += ["--num-prompts", "60", "--policies-per-prompt", "3"]
+    command += ["--num-prompts", "60", "--policies-per-prompt", "3", *words]
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths}, stderr=subprocess.PIPE, text=True)
 
@@ -313,8 +315,6 @@ def test_an_output_of_other_settings_is_refused(server, tmp_path):
 
 
 def test_parts_give_the_bytes_of_one_call(server, straight, tmp_path):
-    from megatron_polar.data.parts import Part
-
     pool, output = write_pool(tmp_path, server), tmp_path / "out"
     for index in (1, 0):
         assert not draw(pool, output, part=Part(index, 2)).is_complete
@@ -323,6 +323,47 @@ def test_parts_give_the_bytes_of_one_call(server, straight, tmp_path):
     assert shards(output) == shards(straight)
     served = [policy["served"] for policy in manifest_of(output)["collected"]["policies"]]
     assert served == [{"owned_by": "tests"}] * 3, "the last call has asked no server, and the parts have"
+
+
+def test_a_manifest_of_before_parts_that_asked_again_is_written_anew(server, straight, tmp_path):
+    pool, output = write_pool(tmp_path, server), tmp_path / "out"
+    server.behave(fail=0.1, kinds=[422])
+    draw(pool, output)
+    assert quarantined(output)
+    server.behave(fail=0.0)
+    for index in (0, 1):
+        assert not draw(pool, output, part=Part(index, 2), asking=Asking(retry_failed=True)).is_complete
+    assert draw(pool, output).is_complete
+    manifest = manifest_of(output)
+    assert [entry["sha256"] for entry in manifest["shards"]] == [
+        hashlib.sha256(content).hexdigest() for content in shards(output).values()
+    ]
+    assert manifest["shards"] == manifest_of(straight)["shards"] and manifest["prompts"] == 60
+    assert sum(policy["counts"]["failed"] for policy in manifest["collected"]["policies"]) == 0
+    assert quarantined(output) == [] and manifest["quarantine"]["bytes"] == 0
+
+
+def test_a_part_that_is_given_twice_sends_nothing_twice(server, straight, tmp_path):
+    """The second is refused, and so is one of another number of parts with the same shard."""
+    pool, output = write_pool(tmp_path, server, max_concurrency=4), tmp_path / "out"
+    server.behave(delay=0.05)
+    first = start(pool, output, "--part", "0/2")
+    try:
+        deadline = time.monotonic() + 60
+        while not finished(output) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert first.poll() is None
+        for part in (Part(0, 2), Part(0, 4)):
+            with pytest.raises(UserError, match=r"out: another sample asks for shards of this part .*; wait for it"):
+                draw(pool, output, part=part, prompts_per_shard=500)
+        assert draw(pool, output, part=Part(1, 2), prompts_per_shard=500).num_shards == 0
+        assert first.wait(timeout=60) == 0
+    finally:
+        first.kill()
+        first.wait()
+    draw(pool, output, prompts_per_shard=500)
+    assert set(server.counts()["answered"].values()) == {1} and server.counts()["seen"] == 240
+    assert b"".join(shards(output).values()) == b"".join(shards(straight).values())
 
 
 # --- what cannot be used ---------------------------------------------------------------------------------------------
@@ -480,10 +521,10 @@ def test_embedded_policies_of_a_mixed_pool_answer_too(server, tmp_path):
     assert shards(tmp_path / "out") == shards(tmp_path / "again")
 
 
-def test_workers_are_for_embedded_policies(server, tmp_path):
-    with pytest.raises(UserError, match=r"workers=2 is for embedded policies"):
-        draw(write_pool(tmp_path, server), tmp_path / "out", workers=2)
-    assert not (tmp_path / "out").exists() and server.counts()["seen"] == 0
+def test_workers_change_nothing_where_servers_are_asked(server, straight, tmp_path):
+    """slurm/sample.sh gives a job's cores, whatever the pool."""
+    draw(write_pool(tmp_path, server), tmp_path / "out", workers=2)
+    assert shards(tmp_path / "out") == shards(straight)
 
 
 def test_check_asks_nobody_and_writes_nothing(server, tmp_path):

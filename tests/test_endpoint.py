@@ -105,6 +105,34 @@ def test_throttling_is_waited_for_as_long_as_the_server_says(server, tmp_path):
     assert max(later - earlier for earlier, later in itertools.pairwise(times)) >= 0.28
 
 
+@pytest.mark.parametrize("told", ["0", "", "Wed, 21 Oct 2015 07:28:00 GMT"])
+def test_throttling_without_a_pause_is_waited_for_with_pauses_of_our_own(tmp_path, monkeypatch, told):
+    """A quota of a second that says 0: no request is given up, none is sent a thousand times."""
+    monkeypatch.setattr("megatron_polar.policies.endpoint._MOST_THROTTLED", 3)
+    opens = time.monotonic() + 1.0
+
+    def reply(request):
+        if request.time < opens:
+            return 429, {"Retry-After": told}, {}
+        return 200, {}, {"choices": [{"text": "well", "finish_reason": "stop"}]}
+
+    with FlakyServer(reply) as flaky:
+        settings = {"max_concurrency": 2, "retries": 0, "backoff_seconds": 0.05}
+        found = answers(lambda: endpoint_of(tmp_path, flaky.url, **settings), map(ask_for, range(4)))
+        assert [getattr(answer, "text", answer) for answer in found] == ["well"] * 4
+        assert len(flaky.requests) < 40
+
+
+def test_a_quota_of_a_day_is_not_waited_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_polar.policies.endpoint._MOST_THROTTLED", 3)
+    monkeypatch.setattr("megatron_polar.policies.endpoint._MOST_THROTTLED_SECONDS", 0.2)
+    listed = {"data": [{"id": "a"}, {"id": "b"}]}
+    with FlakyServer(lambda request: (429, {}, {}), models=lambda: (200, {}, listed)) as flaky:
+        settings = {"retries": 0, "backoff_seconds": 0.05, "max_concurrency": 2}
+        found = answers(lambda: endpoint_of(tmp_path, flaky.url, **settings), map(ask_for, range(2)))
+    assert any(isinstance(one, UserError) and "HTTP 429" in str(one) for one in found)
+
+
 def test_pauses_grow_and_retries_end(server, tmp_path):
     server.behave(fail=1.0, kinds=[500])
     begun = time.monotonic()

@@ -273,23 +273,26 @@ GOOD = '{"prompt": "a", "reference": "b", "output": "c"}'
 @pytest.mark.parametrize(
     ("line", "part"),
     [
-        ('{"prompt": "a"', "not valid JSON"),
-        ("[1]", "not a JSON object"),
+        ('{"prompt": "a"', "malformed JSON"),
+        ('{"prompt": "\udce9"}', "not UTF-8 (byte 12: 0xe9); convert the file to UTF-8"),
+        (f"[{', '.join([GOOD] * 99)}]", "a JSON array, not an object with prompt, reference and output"),
         ('{"reference": "b", "output": "c"}', "'prompt' is missing"),
         ('{"prompt": "a", "output": "c"}', "'reference' is missing"),
         ('{"prompt": "a", "reference": "b"}', "'output' is missing"),
         ('{"prompt": "a", "reference": "b", "outputs": []}', "non-empty list"),
         ('{"prompt": "a", "reference": "b", "outputs": "c"}', "non-empty list"),
         ('{"prompt": 3, "reference": "b", "output": "c"}', "prompt=3"),
+        (f'{{"prompt": "a", "reference": "b", "output": [{", ".join(["1"] * 999)}]}}', "output=[1, 1, 1"),
         ('{"prompt": "a", "reference": "b", "output": null}', "output=None"),
         ('{"prompt": "a", "reference": "b", "output": "c", "wrapper": "chat"}', "sft or pretrain"),
     ],
 )
 def test_a_bad_line_is_refused_with_its_place_before_any_model_is_loaded(line, part, tmp_path, capsys):
     source = tmp_path / "in.jsonl"
-    source.write_text(f"{GOOD}\n{line}\n")
+    source.write_text(f"{GOOD}\n{line}\n", errors="surrogateescape")
     with pytest.raises(UserError) as caught:
         read_requests(source)
+    assert len(str(caught.value)) < 300 + len(str(source))
     assert str(caught.value).startswith(f"{source}:2: ")
     assert part in str(caught.value)
     arguments = ["--checkpoint", str(tmp_path), "--input", str(source), "--output", str(tmp_path / "out.jsonl")]

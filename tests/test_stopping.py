@@ -4,7 +4,9 @@ import hashlib
 import os
 import signal
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import faults_ranks
 import faults_training
@@ -17,11 +19,14 @@ from ranks import run_ranks
 from tiny_runs import STEPS, change, checkpoint_of, metric_rows, tiny_config, train_with, training_refusal
 
 from megatron_polar import faults
+from megatron_polar.config.load import dump_config
 from megatron_polar.config.schema import CurriculumSection
 from megatron_polar.errors import FENCED, STALLED, STOPPED
 from megatron_polar.train.checkpoint_files import find_checkpoint
 from megatron_polar.train.lock import TAKE_OVER
 from megatron_polar.train.run import train
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 # --- signals ---------------------------------------------------------------------------------------------------------
 
@@ -83,6 +88,31 @@ def test_a_signal_while_the_run_is_built_ends_it_at_once(tmp_path, trajectory_co
     assert status == STOPPED
     assert "before the run was built" in message
     assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_after_the_last_save_does_not_make_a_failure_of_a_run_that_is_done(tmp_path, trajectory_corpus):
+    """It comes while the report is drawn, and again while the interpreter ends."""
+    config = tiny_config(trajectory_corpus, tmp_path / "run")
+    (tmp_path / "run.yaml").write_text(dump_config(config))
+    program = """
+import atexit, os, signal, sys
+from megatron_polar import cli
+from megatron_polar.score import report
+draw = report.training_report
+
+def interrupted(directory):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return draw(directory)
+
+report.training_report = interrupted
+atexit.register(os.kill, os.getpid(), signal.SIGUSR1)
+sys.exit(cli.main(["train", sys.argv[1]]))
+"""
+    paths = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", program, str(tmp_path / "run.yaml")]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "report.html").is_file()
 
 
 def signal_while_building(config) -> tuple[int, str]:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chat_server
 import pytest
 from conftest import write_trajectories
 
@@ -201,6 +202,23 @@ def test_an_array_is_checked_before_it_is_submitted(launch, tokenizer_path, tmp_
     assert "partition cpu: --parsable --array=0-1 slurm/preprocess.sh" in done.stderr
     assert "submitted: 2 parts as job 7, and job 7, which joins them" in done.stdout
     assert not (tmp_path / "out").exists()
+
+
+def test_a_job_of_the_array_samples_from_servers(launch, tmp_path, monkeypatch):
+    """With the cores of its job, that only embedded policies need."""
+    srun = tmp_path / "bin" / "srun"
+    srun.write_text('#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"\n')
+    srun.chmod(0o755)
+    job = {"SLURMD_NODENAME": "node1", "SLURM_CPUS_PER_TASK": "16", "POLAR_PARTS": "2"}
+    with chat_server.running("a", "b") as server:
+        entries = [f"- {{name: {m}, endpoint: '{server.url}', model: {m}, api: completions}}\n" for m in "ab"]
+        (tmp_path / "pool.yaml").write_text("policies:\n" + "".join(entries))
+        words = [f"--pool={tmp_path}/pool.yaml", f"--output={tmp_path}/out", "--num-prompts=6", "--prompts-per-shard=3"]
+        for part in ({"SLURM_ARRAY_TASK_ID": "0"}, {"SLURM_ARRAY_TASK_ID": "1"}, {}):
+            done = launch(*words, script="sample.sh", **job, **part)
+            assert done.returncode == 0, done.stderr
+        assert set(server.counts()["answered"].values()) == {1} and server.counts()["seen"] == 18
+    assert (tmp_path / "out" / "manifest.json").is_file()
 
 
 def test_a_job_script_that_is_run_in_a_shell_says_what_to_do_with_it(launch):

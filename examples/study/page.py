@@ -190,10 +190,11 @@ def _scaling(figures: dict) -> Iterator[str]:
     found, paper, bare = figures["scaling"], figures["scaling"]["paper"], figures["scaling"]["without_embedding"]
     low, high = found["ci95"]
     yield "![loss over parameters](study/scaling.svg)"
-    yield _paragraph(f"""L(N) = {found["coefficient"]:.3f} N^{-found["exponent"]:+.4f}: exponent {found["exponent"]:.4f}
+    yield _paragraph(f"""L(N) = a N^-α with a = {found["coefficient"]:.3f} and the exponent α = {found["exponent"]:.4f}
         (95 % {low:.4f} to {high:.4f}, Student's t over the means of the sizes, whose seeds share a base model), R²
-        {found["r2"]:.3f}, {found["num_runs"]} runs of {len(found["sizes"])} sizes. The paper's: {paper["coefficient"]}
-        N^-{paper["exponent"]}, R² {paper["r2"]}, five sizes of 50M to 1B.""")
+        {found["r2"]:.3f}, {found["num_runs"]} runs of {len(found["sizes"])} sizes. The loss falls with size where α is
+        positive. The paper's: a = {paper["coefficient"]}, α = {paper["exponent"]}, R² {paper["r2"]}, five sizes of 50M
+        to 1B.""")
     yield _paragraph(f"""{found["convention"]}. Without the embedding the exponent is {bare["exponent"]:.4f}
         ({bare["ci95"][0]:.4f} to {bare["ci95"][1]:.4f}), R² {bare["r2"]:.3f}. L is the loss on new prompts of seen
         policies; one that knows nothing has 0.693.
@@ -244,7 +245,9 @@ def _zero_shot(figures: dict) -> Iterator[str]:
         rows.append([name, interval(found), each, *learnt_nothing, f"{found['num_prompts']:,}"])
     head = ("set", "accuracy", "each seed", "more words shared", "the longer one", "prompts")
     yield _table(head, rows, numbers=(3, 4, 5))
-    yield f"Answers are cut to {figures['settings']['max_response_length']} tokens, as in pre-training."
+    tokens = figures["settings"]["max_response_length"]
+    yield _paragraph(f"""Answers are cut to {tokens} tokens, as in pre-training. Every problem of GSM8K counts once
+        here; above, folds count as often as seeds hold them out, so what needs no training differs a little.""")
 
 
 def _failures(figures: dict) -> Iterator[str]:
@@ -256,8 +259,9 @@ def _failures(figures: dict) -> Iterator[str]:
 def _repeat(figures: dict) -> Iterator[str]:
     digest = hashlib.sha256("".join(f"{k} {v}\n" for k, v in figures["data"].items()).encode()).hexdigest()
     yield "## Again"
+    runs = f" RUNS={len(figures['rft']['runs'])}" if figures["rft"] else ""
     told = (
-        "make study-rft                  # first: the part on reinforcement fine-tuning, an hour or two",
+        f"make study-rft{runs:17} # first: the part on reinforcement fine-tuning, an hour or two",
         "make study DATA=folder          # hours",
         "make study SIZE=smoke           # minutes, on text of its own",
     )

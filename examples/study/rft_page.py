@@ -129,6 +129,9 @@ def _accuracies(found: dict) -> Iterator[str]:
         shares = [_shown(row["greedy"]), _each(row["greedy"]), _shown(row["sampled"]), _shown(row["sampled_work"])]
         lines.append(f"| {words} | {' | '.join(shares)} | {row['sampled_characters']['mean']:.0f} |")
     yield "\n".join(lines)
+    yield _paragraph("""A habit that is not the right one gives some problems the right result: `no_carry` where nothing
+        is carried, `digits_swapped` where both digits are the same. Right
+        steps: both steps of an answer are right, whatever it concludes. Characters: an answer's, on average.""")
     lines = ["| difference, run by run | greedy | sampled |", "|---|---|---|"]
     for name, row in found["differences"].items():
         one, other = name.split(" - ")

@@ -18,10 +18,14 @@ def shortcomings(figures: dict) -> Iterator[str]:
         if not found:
             continue
         if found["ci95"][0] <= 0.5:
-            yield f"Zero-shot on {name} the pre-trained model is not clearly above chance: {interval(found)}."
+            yield f"Zero-shot on {name} the pre-trained model is {_at_chance(found)}: {interval(found)}."
         if found["mean"] < found["word_overlap"]:
             shared = f"counting shared words has {found['word_overlap']:.3f}"
             yield f"Zero-shot on {name} {shared}, the pre-trained model {interval(found)}."
+
+
+def _at_chance(found: dict) -> str:
+    return "clearly below chance" if found["ci95"][1] < 0.5 else "not clearly above chance"
 
 
 def _pretraining(figures: dict) -> Iterator[str]:
@@ -45,7 +49,7 @@ def _pretraining(figures: dict) -> Iterator[str]:
             yield f"Set `{name}`: the pre-trained main size {verdict} counting shared words ({both})."
     for name in ("seen", "unseen", "real"):
         if main[name]["ci95"][0] <= 0.5:
-            yield f"Set `{name}`: the pre-trained main size is not clearly above chance ({interval(main[name])})."
+            yield f"Set `{name}`: the pre-trained main size is {_at_chance(main[name])} ({interval(main[name])})."
     found = [settings[key] for key in figures["pretraining"]["tables"]["candidates"]]
     first, last = (found[0], found[-1]) if found else (None, None)
     if first is not last and last["seen"]["ci95"][0] <= first["seen"]["ci95"][1]:

@@ -36,7 +36,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, for_training
     except UserError:
         raise
     except FileNotFoundError:
-        raise UserError(f"{path}: no such configuration file") from None
+        raise UserError(f"{path}: no such configuration file; paths count from where you are ({Path.cwd()})") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read as a configuration ({error.strerror or error})") from None
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
@@ -87,7 +87,7 @@ def _plain(value: Any) -> Any:
 def _build(cls: type, mapping: Any, *, key: str, source: str):
     where = key or "the top level"
     if not isinstance(mapping, Mapping):
-        raise UserError(f"{source}: {where} must be a mapping, not {mapping!r}")
+        raise UserError(f"{source}: {where} must be a mapping, such as {_example_of(cls)}, not {mapping!r}")
     hints = typing.get_type_hints(cls)
     prefix = f"{key}." if key else ""
     for name in mapping:
@@ -105,6 +105,10 @@ def _build(cls: type, mapping: Any, *, key: str, source: str):
     return cls(**values)
 
 
+def _example_of(cls: type) -> str:
+    return f"{{{dataclasses.fields(cls)[0].name}: ...}}"
+
+
 def _convert(hint: Any, value: Any, *, key: str, source: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -115,7 +119,7 @@ def _convert(hint: Any, value: Any, *, key: str, source: str) -> Any:
         return _build(hint, value, key=key, source=source)
     if origin is tuple:
         if not isinstance(value, list):
-            raise UserError(f"{source}: {key}={value!r} must be a list")
+            raise UserError(f"{source}: {key}={value!r} must be a list, such as [{_example_of(arguments[0])}]")
         return tuple(_convert(arguments[0], item, key=f"{key}[{i}]", source=source) for i, item in enumerate(value))
     if origin is Literal:
         if isinstance(value, bool) and value not in arguments:

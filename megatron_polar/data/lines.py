@@ -75,7 +75,10 @@ def list_inputs(paths: Sequence[Path]) -> list[Path]:
         elif not path.exists():
             raise UserError(f"{path}: no such file or directory; check the path")
         elif not path.name.endswith(INPUT_SUFFIXES):
-            raise UserError(f"{path}: not a JSONL file by its name; rename it to {' or '.join(INPUT_SUFFIXES)}")
+            raise UserError(
+                f"{path}: not a JSONL file by its name; give one that ends in {' or '.join(INPUT_SUFFIXES)}, with one "
+                "JSON object a line"
+            )
         else:
             files.append(path)
     if not files:

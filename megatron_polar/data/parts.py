@@ -3,12 +3,14 @@
 import fcntl
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_polar.errors import UserError
+
+_LOCK_FILE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC  # NFS gives exclusive locks to writers only
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,29 @@ def locked(path: Path, *, part: Part | None, output: Path, verb: str) -> Iterato
 
     The lock goes with the process, however it ends. A link in the place of the file is not followed.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC  # NFS gives exclusive locks to writers only
-    with os.fdopen(os.open(path, flags, 0o644), "rb") as lock:
+    with os.fdopen(os.open(path, _LOCK_FILE, 0o644), "rb") as lock:
         if not _try_lock(lock.fileno(), fcntl.LOCK_SH if part else fcntl.LOCK_EX, path=path):
             if part is None and _try_lock(lock.fileno(), fcntl.LOCK_SH, path=path):
                 raise UserError(f"{output}: parts of {verb} are at work here; run this again when they have ended")
             raise UserError(f"{output}: another {verb} writes here; wait for it or choose another output")
+        yield
+
+
+@contextmanager
+def held_alone(path: Path, numbers: Iterable[int], *, taken: str) -> Iterator[None]:
+    """Have numbered pieces of work alone, each a byte of the lock file `path`; UserError(taken) where another has one.
+
+    For work that must not be done twice, whoever is given the same part, or parts of another number. These locks are
+    the process's, and go when it closes the file: nothing else of it may open that.
+    """
+    with os.fdopen(os.open(path, _LOCK_FILE, 0o644), "rb+") as lock:
+        for number in numbers:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+            except (BlockingIOError, PermissionError):  # POSIX allows either
+                raise UserError(taken) from None
+            except OSError as error:
+                raise _no_locks(path, error) from error
         yield
 
 
@@ -62,8 +81,10 @@ def _try_lock(handle: int, kind: int, *, path: Path) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(
-            f"{path}: cannot be locked ({reason}); mount the file system with flock (Lustre: -o flock)"
-        ) from error
+        raise _no_locks(path, error) from error
     return True
+
+
+def _no_locks(path: Path, error: OSError) -> UserError:
+    reason = error.strerror or error
+    return UserError(f"{path}: cannot be locked ({reason}); mount the file system with flock (Lustre: -o flock)")

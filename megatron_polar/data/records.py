@@ -127,20 +127,24 @@ def _load_object(line: bytes | str) -> dict:
     try:
         value = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        if isinstance(line, bytes):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as bad:
-                place = f"byte {bad.start}: 0x{line[bad.start]:02x}"
-                raise _Reason(f"not UTF-8 ({place}); convert the file to UTF-8") from None
-        raise _Reason(f"malformed JSON ({_one_line(error)}); write one JSON object per line") from None
+        raise _Reason(describe_bad_json(line, error)) from None
     if not isinstance(value, dict):
-        raise _Reason(f"a JSON {_json_type(value)}, not an object; expected {_FORMS}")
+        raise _Reason(f"a JSON {json_type(value)}, not an object; expected {_FORMS}")
     text = line if isinstance(line, str) else line.decode("utf-8")
     if text.count("[") + text.count("{") > MAX_DEPTH:
         _check_depth(value, levels=MAX_DEPTH)
     _ALL_KEYS.decode(text)
     return value
+
+
+def describe_bad_json(line: bytes | str, error: Exception) -> str:
+    """Why a line is no JSON, and the remedy."""
+    try:
+        if isinstance(line, bytes):
+            line.decode("utf-8")
+    except UnicodeDecodeError as bad:
+        return f"not UTF-8 (byte {bad.start}: 0x{line[bad.start]:02x}); convert the file to UTF-8"
+    return f"malformed JSON ({_one_line(error)}); write one JSON object per line"
 
 
 def _check_depth(value: Any, *, levels: int) -> None:
@@ -251,7 +255,7 @@ def _refuse_nul(text: str, *, key: str) -> None:
 
 
 def _describe(value: Any) -> str:
-    return f"a JSON {_json_type(value)} {_quoted(value)}"
+    return "a JSON null" if value is None else f"a JSON {json_type(value)} {_quoted(value)}"
 
 
 def _quoted(value: Any) -> str:
@@ -262,7 +266,8 @@ def _keys(value: dict) -> str:
     return f"[{printable(', '.join(map(repr, sorted(value))), limit=120)}]"
 
 
-def _json_type(value: Any) -> str:
+def json_type(value: Any) -> str:
+    """JSON's name of a decoded value's type."""
     names = {dict: "object", list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
     return names.get(type(value), "null")
 

@@ -344,7 +344,7 @@ def _control_id(codec: _SentencePiece | _HuggingFace, token: str, *, role: str) 
     if id is None:
         raise UserError(
             f"{codec.path}: has no {role} token {token!r}; add it to the tokenizer, or give the name of an unused "
-            f"special token that it has as {role}_token"
+            f"special token that it has by --{role}-token"
         )
     return id
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import orjson
 
+from megatron_polar.data.parts import held_alone
 from megatron_polar.errors import UserError
 from megatron_polar.log import info, warn
 from megatron_polar.manifest import write_durably
@@ -94,13 +95,19 @@ def collect(pool: Pool, settings: DrawSettings, shards: Sequence[Shard], *, suff
     """Make those of a call's shards that are not there: send each request that no journal has, then assemble the files.
 
     `suffix`: of files while they are written. Raises UserError for a source that cannot be asked, after the others have
-    been; what is finished is kept in any case.
+    been; what is finished is kept in any case. UserError, too, where another call asks for one of these shards.
     """
-    work = shards[0].path.parent / WORK
+    output = shards[0].path.parent
+    work = output / WORK
     if work.is_symlink():
         raise UserError(f"{work}: a link; delete it, or choose another output directory")
     work.mkdir(exist_ok=True)
-    asyncio.run(_Collector(pool, settings, work=work, suffix=suffix, asking=asking).run(shards))
+    taken = (
+        f"{output}: another sample asks for shards of this part (the same --part, or one of another number of parts); "
+        "wait for it, so that no request is sent twice"
+    )
+    with held_alone(work / "asked.lock", (shard.index for shard in shards), taken=taken):
+        asyncio.run(_Collector(pool, settings, work=work, suffix=suffix, asking=asking).run(shards))
 
 
 def read_served(output: Path) -> dict[str, dict]:

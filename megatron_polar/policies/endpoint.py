@@ -32,7 +32,9 @@ _ENDING_STATUSES = {
 _MAX_PAUSE_SECONDS = 30.0
 _LONGEST_PAUSE_SECONDS = 900.0  # that a server may ask for
 _CONNECT_SECONDS, _LOOK_SECONDS, _LOOKS = 10.0, 10.0, 3
-_MOST_THROTTLED = 100  # answers 429 to one request in a row
+_MOST_THROTTLED, _MOST_THROTTLED_SECONDS = 100, 3600.0
+"""A request is given up after so many answers 429 in a row and so long: a quota of a minute or of many asks is waited
+out, one of a day is not."""
 
 
 class _Passing(Exception):
@@ -177,7 +179,9 @@ class Endpoint:
                     self._wakes = max(self._wakes, time.monotonic() + min(pause, _LONGEST_PAUSE_SECONDS))
                 elif attempts <= spec.retries:
                     await asyncio.sleep(self._backoff(spec, attempts))
-                if attempts > spec.retries or throttled > _MOST_THROTTLED:
+                seconds = time.monotonic() - failing_since
+                is_locked_out = throttled > _MOST_THROTTLED and seconds > _MOST_THROTTLED_SECONDS
+                if attempts > spec.retries or is_locked_out:
                     await self._blame(failure, failing_since=failing_since, retries=spec.retries)
                     raise NoAnswer(str(failure), attempts=attempts + throttled)
         finally:

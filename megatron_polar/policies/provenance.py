@@ -1,15 +1,14 @@
 """What a finished output says of the models that it comes from: settings, counts, what was left out, who is alike."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
-from pathlib import Path
 
 import megatron_polar
 from megatron_polar.errors import UserError
 from megatron_polar.log import info, warn
-from megatron_polar.manifest import HashedFile
 from megatron_polar.policies.collect import Shard, read_served, read_summary
 from megatron_polar.policies.pool import Pool
 
@@ -76,11 +75,13 @@ def say_collected(collected: dict) -> None:
         warn(f"and {len(suspects) - _MOST_WARNINGS} more pairs (`alike` in manifest.json)")
 
 
-def write_quarantine(output: Path, shards: Sequence[Shard], *, suffix: str) -> dict:
-    """Join the quarantines of all shards; returns size and SHA-256."""
-    temporary = output / (QUARANTINE + suffix)
-    with HashedFile(temporary) as file:
-        for shard in shards:
-            file.write(shard.quarantine.read_bytes())
-    temporary.replace(output / QUARANTINE)
-    return {"file": QUARANTINE, "bytes": file.size, "sha256": file.sha256}
+def describe_quarantine(content: bytes) -> dict:
+    """Name, size and SHA-256 of the quarantines of all shards in one file."""
+    return {"file": QUARANTINE, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def facts(manifest: dict) -> list:
+    """What a manifest says of an output's files and answers, without when and by whom."""
+    collected = manifest.get("collected", {})
+    counts = [policy["counts"] for policy in collected.get("policies", ())]
+    return [manifest["shards"], manifest.get("quarantine"), counts, collected.get("cleaning")]

@@ -22,7 +22,13 @@ from megatron_polar.policies.backends import EmbeddedPolicy, EmbeddedSpec
 from megatron_polar.policies.collect import WORK, Asking, Shard, collect, read_summary
 from megatron_polar.policies.pool import Pool, load_pool
 from megatron_polar.policies.prompts import Prompt, Wanted, find_prompts
-from megatron_polar.policies.provenance import describe_collected, say_collected, write_quarantine
+from megatron_polar.policies.provenance import (
+    QUARANTINE,
+    describe_collected,
+    describe_quarantine,
+    facts,
+    say_collected,
+)
 from megatron_polar.policies.schedule import SCHEDULES, DrawSettings, scheduled
 
 FORMAT_VERSION = 1
@@ -89,7 +95,7 @@ def sample_pool(
         policies_per_prompt = min(_POLICIES_PER_PROMPT, len(pool.specs))
     settings = DrawSettings(seed, trajectories_per_policy, policies_per_prompt, prompts_per_shard, wrapper, schedule)
     _check_counts(pool, settings, num_prompts=num_prompts, prompt_split=prompt_split, workers=workers)
-    _check_sources(pool, settings, workers=workers)
+    _check_chats(pool, settings)
     wanted = Wanted(prompts, documents, num_prompts, prompt_split, tokenizer, max_prefix_tokens)
     found = find_prompts(wanted, pool, seed=seed)
     if check:
@@ -104,36 +110,47 @@ def sample_pool(
     with _opened(output, described, part=part):
         has_manifest = (output / "manifest.json").exists()
         pending = [shard for shard in shards if not _is_finished(shard, pool, asking)]
-        if has_manifest and not pending:
-            info(f"sample: {output} is complete and was made with these settings; nothing to do")
         if pool.is_embedded:
             _write_shards(pool, settings, pending, workers=workers, total=sum(len(shard.prompts) for shard in pending))
         elif pending:
             collect(pool, settings, shards, suffix=_unique_suffix(), asking=asking)
         entries = [_describe_shard(shard.path) for shard in shards]
         totals = {name: sum(entry[name] for entry in entries) for name in ("prompts", "trajectories", "words")}
-        if part is None and (pool.is_embedded or pending or not has_manifest):
-            manifest = {**described, **totals, "shards": entries}
-            if not pool.is_embedded:
-                manifest |= _describe_collected(pool, shards, output=output)
-            _write_atomically(output / "manifest.json", _encode_json(manifest))
-    reused, is_complete = len(shards) - len(pending), part is None or has_manifest
-    return SampleReport(output, *totals.values(), num_shards=len(shards), num_reused=reused, is_complete=is_complete)
+        manifest = {**described, **totals, "shards": entries}
+        is_old = has_manifest if part else not _write_manifest(manifest, pool, shards, output=output)
+        if is_old and not pending:
+            info(f"sample: {output} is complete and was made with these settings; nothing to do")
+    is_complete = part is None or (has_manifest and not pending)
+    return SampleReport(output, *totals.values(), len(shards), len(shards) - len(pending), is_complete)
 
 
-def _describe_collected(pool: Pool, shards: Sequence[Shard], *, output: Path) -> dict:
-    collected = describe_collected(pool, shards)
-    say_collected(collected)
-    return {"collected": collected, "quarantine": write_quarantine(output, shards, suffix=_unique_suffix())}
+def _write_manifest(manifest: dict, pool: Pool, shards: Sequence[Shard], *, output: Path) -> bool:
+    """Write manifest.json and the quarantine that it counts; returns False where they are there, of these shards.
+
+    They may be of older ones: of before parts that asked again what had failed, or of before a call that was killed.
+    """
+    path, quarantine = output / "manifest.json", b""
+    if not pool.is_embedded:
+        quarantine = b"".join(shard.quarantine.read_bytes() for shard in shards)
+        manifest |= {"collected": describe_collected(pool, shards), "quarantine": describe_quarantine(quarantine)}
+    if _facts_of(path) == facts(manifest):
+        return False
+    if not pool.is_embedded:
+        say_collected(manifest["collected"])
+        _write_atomically(output / QUARANTINE, quarantine)
+    _write_atomically(path, _encode_json(manifest))
+    return True
 
 
-def _check_sources(pool: Pool, settings: DrawSettings, *, workers: int) -> None:
-    """What does not go together with policies that are not embedded."""
-    if not pool.is_embedded and workers != 1:
-        raise UserError(
-            f"workers={workers} is for embedded policies, and {pool.path} has others; leave it out, and set "
-            "max_concurrency in the pool"
-        )
+def _facts_of(path: Path) -> list | None:
+    try:
+        return facts(orjson.loads(path.read_bytes()))
+    except (FileNotFoundError, orjson.JSONDecodeError, AttributeError, KeyError, TypeError):
+        return None  # not there, or of no use
+
+
+def _check_chats(pool: Pool, settings: DrawSettings) -> None:
+    """The answers of a chat continue no text."""
     chatting = [spec.name for spec in pool.specs if getattr(spec, "api", None) == "chat"]
     if chatting and settings.wrapper == "pretrain":
         raise UserError(

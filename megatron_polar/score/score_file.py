@@ -9,13 +9,15 @@ import orjson
 
 from megatron_polar import log
 from megatron_polar.data.lines import list_inputs, read_jsonl
+from megatron_polar.data.records import describe_bad_json, json_type
 from megatron_polar.data.references import BadReferences, mean_over_references, read_references
 from megatron_polar.data.template import WRAPPERS, prompt_text
-from megatron_polar.errors import UserError
+from megatron_polar.errors import UserError, printable
 from megatron_polar.manifest import HashedFile
 from megatron_polar.score.requests import Scorer, ScoreRequest, check_finite, for_references, outputs_cut
 
 _LINES_AT_ONCE = 256
+_SHOWN = 80  # characters of a value in a message
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,9 @@ def _parse(raw: bytes, *, where: str, default_wrapper: str) -> _Line:
         value = orjson.loads(raw)
         orjson.dumps(value)  # what is nested too deeply can be read, and not be written again
     except (orjson.JSONDecodeError, TypeError) as error:
-        raise UserError(f"{where}: not valid JSON ({error}); every line must be one JSON object") from None
+        raise UserError(f"{where}: {describe_bad_json(raw, error)}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{where}: {value!r} is not a JSON object with prompt, reference and output")
+        raise UserError(f"{where}: a JSON {json_type(value)}, not an object with prompt, reference and output")
     is_single = "outputs" not in value
     given = "references" if "references" in value else "reference"
     for key in ("prompt", given, "output" if is_single else "outputs"):
@@ -116,7 +118,7 @@ def _parse(raw: bytes, *, where: str, default_wrapper: str) -> _Line:
             )
     outputs = [value["output"]] if is_single else value["outputs"]
     if not isinstance(outputs, list) or not outputs:
-        raise UserError(f"{where}: outputs={outputs!r} must be a non-empty list")
+        raise UserError(f"{where}: outputs={_shown(outputs)} must be a non-empty list")
     prompt = _text(value["prompt"], key="prompt", where=where)
     try:
         references = read_references(value, read_text=lambda item, key: _text(item, key=key, where=where))
@@ -127,13 +129,17 @@ def _parse(raw: bytes, *, where: str, default_wrapper: str) -> _Line:
     ]
     wrapper = value.get("wrapper", default_wrapper)
     if wrapper not in WRAPPERS:
-        raise UserError(f"{where}: wrapper={wrapper!r} must be {' or '.join(WRAPPERS)}")
+        raise UserError(f"{where}: wrapper={_shown(wrapper)} must be {' or '.join(WRAPPERS)}")
     requests = for_references(prompt, references.texts, texts, wrapper=wrapper)
     return _Line(where, value, requests, is_single, references.duplicates)
+
+
+def _shown(value: object) -> str:
+    return printable(repr(value), limit=_SHOWN)
 
 
 def _text(value: object, *, key: str, where: str) -> str:
     try:
         return prompt_text(value)
     except TypeError as error:
-        raise UserError(f"{where}: {key}={value!r}: {error}") from None
+        raise UserError(f"{where}: {key}={_shown(value)}: {error}") from None

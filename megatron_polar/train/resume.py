@@ -25,6 +25,9 @@ from megatron_polar.train.watchdog import Watchdog
 
 T = TypeVar("T")
 
+_MAKE_COMPARISONS = ("candidates_per_comparison", "max_sequence_length", "contrast", "curriculum")
+"""What decides, besides the datasets and the seed, which comparisons there are and in which order."""
+
 
 @dataclass(frozen=True)
 class Start:
@@ -156,6 +159,15 @@ def _check_same_tokenizer(checkpoint: Path, *, run: Run) -> None:
             )
 
 
+def _on_other_data(checkpoint: Path, *, run: Run) -> str:
+    """Which setting makes other comparisons of the data; where none does, the datasets are others."""
+    saved, now = load_saved_config(checkpoint / "config.yaml"), run.config
+    pairs = {"run.seed": (saved.run.seed, now.run.seed)}
+    pairs |= {f"data.{name}": (getattr(saved.data, name), getattr(now.data, name)) for name in _MAKE_COMPARISONS}
+    changed = [f"{key}={before}, and this run has {after}" for key, (before, after) in pairs.items() if before != after]
+    return f"with {'; with '.join(changed)}" if changed else "on other data: the datasets of data.train have changed"
+
+
 def check_same_run(checkpoint: Path, *, run: Run) -> None:
     """Raise UserError where a step of this run is not the same step of the run that wrote the checkpoint."""
     _check_same_function(checkpoint, run=run, what=str(checkpoint))
@@ -163,11 +175,7 @@ def check_same_run(checkpoint: Path, *, run: Run) -> None:
     consumed = state.step * run.config.train.global_batch_size
     remedy = f"use {checkpoint}/config.yaml with run.directory={run.directory}, or start a new run with train.init_from"
     if state.data_fingerprint != run.data.train.fingerprint:
-        raise UserError(
-            f"{checkpoint}: was trained on other data, or with another seed, K, data.max_sequence_length, "
-            f"data.contrast or data.curriculum (data fingerprint {state.data_fingerprint[:12]}, now "
-            f"{run.data.train.fingerprint[:12]}); {remedy}"
-        )
+        raise UserError(f"{checkpoint}: was trained {_on_other_data(checkpoint, run=run)}; {remedy}")
     if state.precision != run.config.train.precision:
         raise UserError(
             f"{checkpoint}: was trained with train.precision={state.precision}, now {run.config.train.precision}: the "

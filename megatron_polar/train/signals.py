@@ -16,6 +16,16 @@ from megatron_polar.parallel.readback import read_back
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
+def outlive_late_signals() -> None:
+    """From here to the end of the process the signals change nothing, but for what `StopSignals` makes of them.
+
+    For programs that draw a report when the last step is saved: a signal then must not make a failure of a run that is
+    done. To be called just before `train`.
+    """
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class StopSignals:
     """Takes note of the signals while it is entered; before and after, they do what they did.
 
