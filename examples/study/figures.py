@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -343,6 +344,6 @@ def commands(study: Study) -> dict[str, str]:
             continue
         shown = job.shown
         for path, variable in places:
-            shown = shown.replace(path, variable)
+            shown = re.sub(rf"(?<![^\s=]){re.escape(path)}(?![^\s/])", lambda _, v=variable: v, shown)
         found[name] = shown
     return found
