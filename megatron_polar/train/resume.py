@@ -165,7 +165,9 @@ def _on_other_data(checkpoint: Path, *, run: Run) -> str:
     pairs = {"run.seed": (saved.run.seed, now.run.seed)}
     pairs |= {f"data.{name}": (getattr(saved.data, name), getattr(now.data, name)) for name in _MAKE_COMPARISONS}
     changed = [f"{key}={before}, and this run has {after}" for key, (before, after) in pairs.items() if before != after]
-    return f"with {'; with '.join(changed)}" if changed else "on other data: the datasets of data.train have changed"
+    if not changed:
+        return "on other data: the datasets of data.train or their weights have changed"
+    return f"with {'; with '.join(changed)}"
 
 
 def check_same_run(checkpoint: Path, *, run: Run) -> None:
