@@ -286,9 +286,10 @@ def test_a_run_goes_on_in_another_layout_with_the_same_draws(alone, tmp_path):
 def test_resuming_with_another_curriculum_is_refused(alone, tmp_path):
     run = killed_after(alone[0], tmp_path / "run", step=6)
     for changes in ({"data__contrast": "uniform"}, {"data__curriculum": CurriculumSection(interval=3)}):
+        (name,) = changes
         message = training_refusal(config_of(run, **changes))
         assert str(checkpoint_of(run, 6)) in message
-        assert "data.contrast or data.curriculum" in message
+        assert f"was trained with {name.replace('__', '.')}=" in message
 
 
 def without_pairs(checkpoint: Path) -> None:
