@@ -141,10 +141,10 @@ def test_rows_of_metrics_beyond_the_resumed_step_are_cut(finished, tmp_path):
     ("changes", "parts"),
     [
         ({"train__global_batch_size": 16}, ("train.global_batch_size=8, now 16", "32 comparisons consumed, now 64")),
-        ({"run__seed": 8}, ("with run.seed=7, and this run has 8",)),
+        ({"run__seed": 8}, ("was trained on other comparisons: run.seed 7 before and 8 now;",)),
         (
             {"data__candidates_per_comparison": 3, "data__max_sequence_length": 99},
-            ("=2, and this run has 3; with data.max_sequence_length=", "this run has 99", "train.init_from"),
+            ("_comparison 2 before and 3 now, data.max_sequence_length ", " before and 99 now;", "train.init_from"),
         ),
     ],
     ids=["batch_size", "seed", "candidates"],

@@ -521,9 +521,10 @@ def test_embedded_policies_of_a_mixed_pool_answer_too(server, tmp_path):
     assert shards(tmp_path / "out") == shards(tmp_path / "again")
 
 
-def test_workers_change_nothing_where_servers_are_asked(server, straight, tmp_path):
+def test_workers_change_nothing_where_servers_are_asked(server, straight, tmp_path, capsys):
     """slurm/sample.sh gives a job's cores, whatever the pool."""
     draw(write_pool(tmp_path, server), tmp_path / "out", workers=2)
+    assert "workers=2: only embedded policies need them" in capsys.readouterr().err
     assert shards(tmp_path / "out") == shards(straight)
 
 

@@ -289,7 +289,7 @@ def test_resuming_with_another_curriculum_is_refused(alone, tmp_path):
         (name,) = changes
         message = training_refusal(config_of(run, **changes))
         assert str(checkpoint_of(run, 6)) in message
-        assert f"was trained with {name.replace('__', '.')}=" in message
+        assert f"was trained on other comparisons: {name.replace('__', '.')} " in message
 
 
 def without_pairs(checkpoint: Path) -> None:

@@ -204,7 +204,7 @@ def test_an_array_is_checked_before_it_is_submitted(launch, tokenizer_path, tmp_
     assert not (tmp_path / "out").exists()
 
 
-def test_a_job_of_the_array_samples_from_servers(launch, tmp_path, monkeypatch):
+def test_a_job_of_the_array_samples_from_servers(launch, tmp_path):
     """With the cores of its job, that only embedded policies need."""
     srun = tmp_path / "bin" / "srun"
     srun.write_text('#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"\n')

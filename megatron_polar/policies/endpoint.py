@@ -175,7 +175,8 @@ class Endpoint:
                     failure: _Passing = error
                 if isinstance(failure, _Throttled):
                     attempts, throttled = attempts - 1, throttled + 1
-                    pause = self._backoff(spec, throttled) if failure.pause is None else failure.pause
+                    ours = self._backoff(spec, throttled)
+                    pause = ours if failure.pause is None else max(failure.pause, spec.backoff_seconds)
                     self._wakes = max(self._wakes, time.monotonic() + min(pause, _LONGEST_PAUSE_SECONDS))
                 elif attempts <= spec.retries:
                     await asyncio.sleep(self._backoff(spec, attempts))

@@ -101,6 +101,10 @@ def sample_pool(
     if check:
         info(f"{output}: the arguments are right; {len(found)} prompts")
         return None
+    if workers > 1 and not pool.is_embedded:
+        info(
+            f"workers={workers}: only embedded policies need them; others are asked as max_concurrency in the pool says"
+        )
     described = _describe_settings(pool, settings, found)
     shards = [
         Shard(index, output / f"trajectories-{index:05d}.jsonl", tuple(found[start : start + prompts_per_shard]), start)
@@ -117,8 +121,8 @@ def sample_pool(
         entries = [_describe_shard(shard.path) for shard in shards]
         totals = {name: sum(entry[name] for entry in entries) for name in ("prompts", "trajectories", "words")}
         manifest = {**described, **totals, "shards": entries}
-        is_old = has_manifest if part else not _write_manifest(manifest, pool, shards, output=output)
-        if is_old and not pending:
+        is_new = part is None and _write_manifest(manifest, pool, shards, output=output)
+        if has_manifest and not (pending or is_new):
             info(f"sample: {output} is complete and was made with these settings; nothing to do")
     is_complete = part is None or (has_manifest and not pending)
     return SampleReport(output, *totals.values(), len(shards), len(shards) - len(pending), is_complete)

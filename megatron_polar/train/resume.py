@@ -25,7 +25,12 @@ from megatron_polar.train.watchdog import Watchdog
 
 T = TypeVar("T")
 
-_MAKE_COMPARISONS = ("candidates_per_comparison", "max_sequence_length", "contrast", "curriculum")
+_MAKE_COMPARISONS = (
+    "run.seed ",
+    "data.candidates_per_comparison ",
+    "data.max_sequence_length ",
+    "data.contrast ",
+)
 """What decides, besides the datasets and the seed, which comparisons there are and in which order."""
 
 
@@ -86,10 +91,10 @@ def start_or_resume(run: Run, *, watchdog: Watchdog) -> Start:
 def changed_settings(saved: RunConfig, now: RunConfig) -> list[str]:
     """What decides how a run trains and differs, a phrase for each; ranks, files and reports are left out."""
     found = []
-    for section in ("model", "data", "train", "optimizer"):
+    for section in ("run", "model", "data", "train", "optimizer"):
         before, after = (dataclasses.asdict(getattr(config, section)) for config in (saved, now))
         for key, value in after.items():
-            if before[key] != value and key not in ("train", "validation", "init_from"):
+            if before[key] != value and key not in ("directory", "device", "train", "validation", "init_from"):
                 found.append(f"{section}.{key} {before[key]} before and {value} now")
     return found
 
@@ -162,12 +167,13 @@ def _check_same_tokenizer(checkpoint: Path, *, run: Run) -> None:
 def _on_other_data(checkpoint: Path, *, run: Run) -> str:
     """Which setting makes other comparisons of the data; where none does, the datasets are others."""
     saved, now = load_saved_config(checkpoint / "config.yaml"), run.config
-    pairs = {"run.seed": (saved.run.seed, now.run.seed)}
-    pairs |= {f"data.{name}": (getattr(saved.data, name), getattr(now.data, name)) for name in _MAKE_COMPARISONS}
-    changed = [f"{key}={before}, and this run has {after}" for key, (before, after) in pairs.items() if before != after]
+    deciding = _MAKE_COMPARISONS
+    if "by_difficulty" in (saved.data.contrast, now.data.contrast):
+        deciding = (*deciding, "data.curriculum ")
+    changed = [told for told in changed_settings(saved, now) if told.startswith(deciding)]
     if not changed:
         return "on other data: the datasets of data.train or their weights have changed"
-    return f"with {'; with '.join(changed)}"
+    return f"on other comparisons: {', '.join(changed)}"
 
 
 def check_same_run(checkpoint: Path, *, run: Run) -> None:
