@@ -182,7 +182,7 @@ def test_a_server_that_wants_to_be_left_alone_for_too_long_is_an_error_at_once(c
         begun = time.monotonic()
         assert "HTTP 429" in refused(client, ITEMS[:1]).reason
         assert "left alone" in refused(client, ITEMS[:1]).reason
-        assert time.monotonic() - begun < 2.0
+        assert time.monotonic() - begun < 30  # not the hour, nor the minute
         assert len(server.requests) == 1
 
 

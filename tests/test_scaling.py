@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -618,18 +617,15 @@ def test_options_out_of_range_are_refused(option, capsys):
     assert "must be" in capsys.readouterr().err
 
 
-def test_the_plan_takes_no_torch_and_starts_at_once(trajectory_corpus, tmp_path):
+def test_the_plan_takes_no_torch(trajectory_corpus, tmp_path):
     (tmp_path / "run.yaml").write_text(dump_config(tiny_config(trajectory_corpus, tmp_path / "run")))
     program = (
         "import sys\nfrom megatron_polar.cli import main\n"
         f"status = main(['plan', {str(tmp_path / 'run.yaml')!r}])\n"
         "print([name for name in ('torch', 'megatron', 'transformers') if name in sys.modules], status)"
     )
-    start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "[] 0"
-    # Under a second on a free core; ten here, since tests share theirs.
-    assert time.monotonic() - start < 10
 
 
 def test_the_output_in_the_documentation_is_todays(capsys):

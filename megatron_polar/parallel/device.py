@@ -18,7 +18,7 @@ from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, Distribut
 from megatron.core.tensor_parallel import random as mcore_random
 from torch.overrides import TorchFunctionMode
 
-from megatron_polar import log
+from megatron_polar import log, mkl
 from megatron_polar.errors import UserError
 
 _CPU = torch.device("cpu")
@@ -68,8 +68,8 @@ class Device:
 
 
 def make_deterministic(device: Device) -> None:
-    """Ask torch, cuBLAS and Transformer Engine for kernels that repeat bit for bit (the CPU's always do); call before
-    any of them has run."""
+    """Ask torch, cuBLAS and Transformer Engine for kernels that repeat bit for bit (the CPU's always do, see mkl.py);
+    call before any of them has run."""
     if device.kind == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
@@ -104,6 +104,7 @@ def select_device(kind: Literal["auto", "cuda", "cpu"], *, local_rank: int) -> D
         )
     if kind == "auto" and os.path.exists("/dev/nvidia0") and torch.version.cuda is None and local_rank == 0:
         log.warn(f"torch {torch.__version__} knows no GPU, and this machine has some: running on the CPU")
+    mkl.find_kernels()
     substitute_cuda()
     return Device("cpu", _CPU, "gloo", "cpu")
 

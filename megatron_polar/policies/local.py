@@ -84,6 +84,9 @@ class TransformersSource:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        from megatron_polar.mkl import find_kernels
+
+        find_kernels()
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(spec.path, local_files_only=True)
             self._model = AutoModelForCausalLM.from_pretrained(
