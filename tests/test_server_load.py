@@ -1,5 +1,6 @@
 """A busy, failing or ending server: limits hold, a request is harmed by no other, and what was accepted is answered."""
 
+import itertools
 import math
 import os
 import signal
@@ -128,6 +129,22 @@ def test_nan_is_422_and_a_failure_500_with_an_id_and_hurt_no_other_request(check
         assert error_of(client.get("/ready"), 503)["type"] == "failing"
         assert client.post("/v1/score", json={"items": [ITEM]}).status_code == 200
         assert client.get("/ready").status_code == 200
+
+
+def count_instead_of_scoring() -> None:
+    """Every sequence gets another reward, as rounding may have it on some processors."""
+    numbers = itertools.count()
+    Scorer.score_tokens = lambda self, comparisons: [[float(next(numbers)) for _ in c.candidates] for c in comparisons]
+
+
+def test_outputs_of_the_same_tokens_get_the_same_reward(checkpoint, tmp_path):
+    with serving(checkpoint, directory=tmp_path, prepare=count_instead_of_scoring) as server, server.client() as client:
+        items = [ITEM | {"outputs": ["ba", "", "ba", ""]}, ITEM, ITEM]
+        rewards = asked(client, "/v1/score", {"items": items})["rewards"]
+        assert rewards == [[0.0, 1.0, 0.0, 1.0], [4.0, 5.0, 6.0], [4.0, 5.0, 6.0]]
+        inputs = [[1, 9, 4, 9, 5], [1, 9, 4, 8, 5], [1, 9, 4, 9, 5]]
+        rows = asked(client, "/pooling", {"input": inputs, "use_activation": False})["data"]
+        assert [row["data"][-1][0] for row in rows] == [10.0, 11.0, 10.0]
 
 
 def test_many_clients_at_once_get_their_own_rewards(checkpoint, tmp_path):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch.distributed as dist
 
 from megatron_polar import log
@@ -66,11 +67,13 @@ class TokenizedRequest:
     def in_order(self, rewards: Sequence[Sequence[float]]) -> list[float]:
         """Rewards of the comparisons' candidates as rewards of the outputs. Outputs of the same tokens, of which a cut
         may have left no difference, get the same one: rounding would order them."""
-        first: dict[tuple[int, ...], float] = {}
-        return [
-            first.setdefault(tuple(self.sequence(i)), rewards[number][candidate])
-            for i, (number, candidate) in enumerate(self.places)
-        ]
+        first: dict[bytes, float] = {}
+        found = []
+        for number, candidate in self.places:
+            comparison = self.comparisons[number]
+            sequence = np.concatenate((comparison.prefix, comparison.candidates[candidate])).tobytes()
+            found.append(first.setdefault(sequence, rewards[number][candidate]))
+        return found
 
 
 class HalfMemo:

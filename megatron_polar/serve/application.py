@@ -149,8 +149,7 @@ class Application:
         batcher.check_room(question.asks.num_sequences)  # before the work of tokenising
         loop = asyncio.get_running_loop()
         tokenized = await loop.run_in_executor(self._tokenizing, tokenize, scorer, question.asks)
-        rewards = await batcher.score(tokenized.comparisons)
-        flat = [rewards[comparison][candidate] for comparison, candidate in tokenized.places]
+        flat = tokenized.in_order(await batcher.score(tokenized.comparisons))
         for reward in flat:
             self._metrics.rewards.observe(reward)
         return Scored(flat, list(tokenized.truncated), [tokenized.length(i) for i in range(len(flat))])
