@@ -8,7 +8,6 @@ import random
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from hugging_face_models import make_model
 from tiny_runs import tiny_config
@@ -266,6 +265,6 @@ def _scorer_outcome(scorer, item: RewardItem):
             for side in dataclasses.astuple(item)[:3]
         )
         made = scorer.tokenize(ScoreRequest(prompt, reference, (output,), item.wrapper))
-        return SimpleNamespace(content=np.array(made.sequence(0)), is_truncated=made.truncated[0])
+        return SimpleNamespace(content=made.sequence(0), is_truncated=made.truncated[0])
 
     return _outcome(encode)

@@ -111,7 +111,7 @@ def rewards_here(directory: Path, parallel: dict) -> list[float]:
 def sequences_here(directory: Path) -> list[list[int]]:
     scorer = load_scorer(directory, device_kind="cpu")
     comparisons = [scorer.tokenize(request) for request in REQUESTS]
-    return [c.sequence(i) for c in comparisons for i in range(len(c.places))]
+    return [c.sequence(i).tolist() for c in comparisons for i in range(len(c.places))]
 
 
 @pytest.mark.parametrize("name", REWARD_MODELS)

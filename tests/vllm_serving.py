@@ -67,7 +67,7 @@ def sequences(export: Path, items: list[RewardItem]) -> list[list[int]]:
     found = []
     for item in items:
         request = ScoreRequest(item.prompt, item.reference, (item.output,), item.wrapper or scorer.wrapper)
-        found.append(scorer.tokenize(request).sequence(0))
+        found.append(scorer.tokenize(request).sequence(0).tolist())
     return found
 
 

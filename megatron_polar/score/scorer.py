@@ -52,11 +52,11 @@ class TokenizedRequest:
     places: tuple[tuple[int, int], ...]
     truncated: tuple[bool, ...]
 
-    def sequence(self, index: int) -> list[int]:
-        """All token ids that output `index` is scored with."""
+    def sequence(self, index: int) -> np.ndarray:
+        """All token ids [t] that output `index` is scored with."""
         number, candidate = self.places[index]
         comparison = self.comparisons[number]
-        return [*comparison.prefix.tolist(), *comparison.candidates[candidate].tolist()]
+        return np.concatenate((comparison.prefix, comparison.candidates[candidate]))
 
     def length(self, index: int) -> int:
         """Tokens of output `index`, with its prefix."""
@@ -68,12 +68,10 @@ class TokenizedRequest:
         """Rewards of the comparisons' candidates as rewards of the outputs. Outputs of the same tokens, of which a cut
         may have left no difference, get the same one: rounding would order them."""
         first: dict[bytes, float] = {}
-        found = []
-        for number, candidate in self.places:
-            comparison = self.comparisons[number]
-            sequence = np.concatenate((comparison.prefix, comparison.candidates[candidate])).tobytes()
-            found.append(first.setdefault(sequence, rewards[number][candidate]))
-        return found
+        return [
+            first.setdefault(self.sequence(i).tobytes(), rewards[number][candidate])
+            for i, (number, candidate) in enumerate(self.places)
+        ]
 
 
 class HalfMemo:

@@ -51,7 +51,7 @@ def compare_rewards(
     for request in requests:
         tokenized = scorer.tokenize(request)
         for index, output in enumerate(request.outputs):
-            ids = tokenized.sequence(index)
+            ids = tokenized.sequence(index).tolist()
             sequences.append(ids)
             outputs.append(output)
             if fast and not tokenized.truncated[index] and fast(_text(scorer, request, output)).input_ids != ids:
