@@ -2,6 +2,8 @@
 a launcher can tell apart."""
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 DONE, FAILED, USER_ERROR = 0, 1, 2
 BAD_STEPS = 17
@@ -51,6 +53,17 @@ class RunStopped(UserError):
 
 def _rebuild_run_stopped(message: str, status: int) -> RunStopped:
     return RunStopped(message, status=status)
+
+
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Put the key whose value is looked at before a UserError that is raised meanwhile."""
+    try:
+        yield
+    except RunStopped:
+        raise
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
 
 
 def describe_os_error(error: OSError, *, otherwise: str) -> str:

@@ -25,6 +25,7 @@ from tiny_runs import (
 
 from megatron_polar.config.load import dump_config, load_config
 from megatron_polar.config.schema import ParallelSection
+from megatron_polar.convert.convert import to_hf
 from megatron_polar.data.tokenizer import load_tokenizer
 from megatron_polar.errors import UserError
 from megatron_polar.parallel import topology as ranks
@@ -269,6 +270,15 @@ def test_without_an_intact_checkpoint_the_run_stops_instead_of_starting_over(fin
     assert len(metric_rows(run)) == STEPS  # nothing was thrown away
 
 
+def test_an_export_names_the_checkpoint_that_it_is_of(finished, tmp_path, capfd):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    flip_byte(checkpoint_of(run, 6) / "state.json")
+    to_hf(run, output=tmp_path / "export", layout="internlm2")
+    said = capfd.readouterr().err
+    assert f"{checkpoint_of(run, 6)}: skipped: state.json" in said
+    assert re.search(rf"{tmp_path / 'export'}: \d+ tensors of {checkpoint_of(run, 4)}, ", said)
+
+
 def test_a_path_without_checkpoints_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path}: no checkpoint here"):
         find_checkpoint(tmp_path)
@@ -342,14 +352,14 @@ def test_init_from_a_checkpoint_of_another_shape_is_refused_with_both_shapes(fin
         trajectory_corpus, tmp_path / "next", train__init_from=str(finished), model__ffn_hidden_size=96
     )
     message = training_refusal(config)
-    for part in (str(checkpoint_of(finished, STEPS)), "in the checkpoint", "in this model"):
+    for part in (f"train.init_from: {checkpoint_of(finished, STEPS)}", "in the checkpoint", "in this model"):
         assert part in message
     assert not (tmp_path / "next").exists()
 
 
 def test_init_from_a_place_without_checkpoints_is_refused(trajectory_corpus, tmp_path):
     config = tiny_config(trajectory_corpus, tmp_path / "next", train__init_from=str(tmp_path / "nowhere"))
-    assert f"{tmp_path / 'nowhere'}: no checkpoint here" in training_refusal(config)
+    assert f"train.init_from: {tmp_path / 'nowhere'}: no checkpoint here" in training_refusal(config)
 
 
 def test_the_configured_optimizer_settings_hold_after_a_resume(finished, tmp_path):

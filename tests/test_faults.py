@@ -282,7 +282,8 @@ def test_status_says_how_a_run_ended_whichever_way(tmp_path, trajectory_corpus):
 
 
 def test_a_refused_start_in_a_fresh_directory_leaves_nothing(tmp_path):
-    assert "no such directory" in training_refusal(tiny_config(tmp_path / "nowhere", tmp_path / "run"))
+    message = training_refusal(tiny_config(tmp_path / "nowhere", tmp_path / "run"))
+    assert f"data.train: {tmp_path / 'nowhere'}: no such directory" in message
     assert not (tmp_path / "run").exists()
 
 

@@ -580,6 +580,8 @@ def test_an_unknown_vocabulary_is_no_reason_to_name_a_tokenizer_that_is_not_open
     example = [str(ROOT / "examples/pretrain_7b.yaml"), "--no-paths", "model.preset=tiny"]
     assert main(["plan", *example]) == USER_ERROR
     assert "set it, or leave out --no-paths" in capsys.readouterr().err
+    on_cpus = ["run.device=cpu", "train.precision=fp32", "--gpus-per-node", "2"]
+    assert main(["plan", *example, *on_cpus]) == 0, "memory, which wants the vocabulary, is not planned there"
 
 
 def test_the_search_finds_only_what_train_accepts(capsys):
@@ -590,6 +592,7 @@ def test_the_search_finds_only_what_train_accepts(capsys):
     rows = printed[printed.index("search") :].split("\n\n")[1].splitlines()[1:]
     assert rows
     assert all(80 // 2 // int(row.split()[1]) >= 4 for row in rows)
+    assert ("a pipeline stands where a tenth more" in printed) == any(int(row.split()[1]) > 1 for row in rows)
 
 
 def test_the_search_overlaps_nothing_where_the_reduction_is_canonical(capsys):

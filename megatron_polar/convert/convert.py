@@ -222,7 +222,8 @@ def to_hf(
     size = sum(shard.size for shard in shards)
     count = sum(len(shard.names) for shard in shards)
     log.info(
-        f"{output}: {count} tensors, {size / 2**30:.2f} GiB in {len(shards)} files, {settings['architectures'][0]}"
+        f"{output}: {count} tensors of {directory}, {size / 2**30:.2f} GiB in {len(shards)} files, "
+        f"{settings['architectures'][0]}"
     )
     return output
 

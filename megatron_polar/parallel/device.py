@@ -1,8 +1,7 @@
 """Where tensors live and how ranks talk: cuda/nccl or cpu/gloo, in one object.
 
-The only file that branches on the device, and the only one that touches megatron-core's hard-coded "cuda": on a machine
-without a GPU `substitute_cuda` makes megatron-core 0.16.1 run on the CPU unchanged. What is substituted, and why each
-piece is needed, stands beside it.
+The only file that touches megatron-core's hard-coded "cuda": on a machine without a GPU `substitute_cuda` makes
+megatron-core 0.16.1 run on the CPU unchanged. What is substituted, and why each piece is needed, stands beside it.
 """
 
 import contextlib

@@ -163,7 +163,7 @@ def _embedding_rows(config: RunConfig, *, paths: Paths | None, problems: list[st
     vocab_size = paths.vocab_size if paths else None
     wanted = model.vocab_size or vocab_size or _ASSUMED_VOCABULARY.get(model.preset or "")
     if wanted is None:
-        if not problems:  # a missing dataset, which would tell it, is named already
+        if not problems and config.run.device != "cpu":  # a missing dataset, which would tell it, is named already
             problems.append(
                 "model.vocab_size is not set, and no tokenizer could be read to tell it, so memory is unknown; set it, "
                 + ("or data.tokenizer" if paths else "or leave out --no-paths")

@@ -18,7 +18,7 @@ from megatron_polar.data.loader import row_shape
 from megatron_polar.data.pair_counts import PAIRS
 from megatron_polar.data.steps import RowShape
 from megatron_polar.data.tokenizer import load_tokenizer
-from megatron_polar.errors import UserError
+from megatron_polar.errors import UserError, naming
 from megatron_polar.model.build import BuiltModel, build_model
 from megatron_polar.parallel import topology as ranks
 from megatron_polar.parallel.device import Device, make_deterministic, select_device
@@ -190,15 +190,18 @@ def open_data(config: RunConfig, *, topology: Topology) -> Data:
     """Open the datasets, check that they were made with one tokenizer, and derive the shape of rows."""
     section = config.data
     curriculum = section.curriculum if section.contrast == "by_difficulty" else None
-    train_data = _comparisons(section, section.train, seed=config.run.seed, curriculum=curriculum)
+    with naming("data.train"):
+        train_data = _comparisons(section, section.train, seed=config.run.seed, curriculum=curriculum)
     if curriculum is not None and not any(c.manifest["counts"]["trajectory_groups"] for c in train_data.corpora):
         raise UserError(
             f"data.contrast=by_difficulty chooses between policies, and {section.train[0].path} holds none, only "
             f"preferences; set it to uniform"
         )
-    validation = _comparisons(section, section.validation, seed=config.run.seed + 1) if section.validation else None
+    with naming("data.validation"):
+        validation = _comparisons(section, section.validation, seed=config.run.seed + 1) if section.validation else None
     tokenizer_directory = Path(section.train[0].path) / "tokenizer"
-    tokenizer = load_tokenizer(section.tokenizer or tokenizer_directory)
+    with naming("data.tokenizer" if section.tokenizer else "data.train"):
+        tokenizer = load_tokenizer(section.tokenizer or tokenizer_directory)
     for dataset in [train_data] + ([validation] if validation else []):
         for corpus in dataset.corpora:
             corpus.check_tokenizer(tokenizer)

@@ -14,7 +14,7 @@ from megatron_polar.config.load import load_saved_config
 from megatron_polar.config.presets import architecture_of
 from megatron_polar.config.schema import RunConfig
 from megatron_polar.data.tokenizer import load_tokenizer
-from megatron_polar.errors import CANNOT_SAVE, RunStopped, UserError, describe_os_error
+from megatron_polar.errors import CANNOT_SAVE, RunStopped, UserError, describe_os_error, naming
 from megatron_polar.parallel.topology import Topology
 from megatron_polar.train.build import Run
 from megatron_polar.train.checkpoint import Found, agree_on_checkpoint
@@ -77,11 +77,13 @@ def start_or_resume(run: Run, *, watchdog: Watchdog) -> Start:
         return Start(state.step, checkpoint.name, damaged)
     _refuse_lost_checkpoints(run.directory)
     if config.train.init_from is not None:
-        source = agree_on_checkpoint(config.train.init_from, topology=run.topology, after_each=watchdog.progress)
+        with naming("train.init_from"):
+            source = agree_on_checkpoint(config.train.init_from, topology=run.topology, after_each=watchdog.progress)
         checkpoint = source.path
         _check_same_function(checkpoint, run=run, what=f"train.init_from={checkpoint}")
         _check_same_tokenizer(checkpoint, run=run)
-        load_weights(checkpoint, model=run.model, optimizer=run.optimizer, after_each=watchdog.progress)
+        with naming("train.init_from"):
+            load_weights(checkpoint, model=run.model, optimizer=run.optimizer, after_each=watchdog.progress)
         log.info(f"starting at step 0 from the weights of {checkpoint}")
         return Start(0, f"weights of {checkpoint}", {})
     log.info(f"no checkpoint in {run.directory}: starting at step 0 from random weights")
