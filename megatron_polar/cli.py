@@ -58,6 +58,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rank = "" if log.is_first_rank() else f" [rank {os.environ.get('RANK', '?')}]"
         print(f"error{rank}: {error}", file=sys.stderr, flush=True)
         return USER_ERROR
+    except ModuleNotFoundError as error:
+        if not error.name or "." in error.name or error.name == megatron_polar.__name__:
+            raise  # a fault of ours or of a library, not of the environment
+        print(
+            f"error: {sys.executable} has no module {error.name!r}; use the environment that has it (`source "
+            f".venv/bin/activate`, where make has made one), or install requirements.txt",
+            file=sys.stderr,
+            flush=True,
+        )
+        return USER_ERROR
     except OSError as error:
         if error.errno not in ENVIRONMENT_ERRORS:
             raise
@@ -300,9 +310,11 @@ def _train(options: argparse.Namespace) -> int | None:
     outlive_late_signals()
     train(config)
     if log.is_first_rank():
-        from megatron_polar.score.report import training_report
+        from megatron_polar.score.report import has_report, training_report
 
-        log.info(f"report: {training_report(Path(config.run.directory))}")
+        directory = Path(config.run.directory)
+        if not has_report(directory):  # one of a run that was done stays: it may show evaluations
+            log.info(f"report: {training_report(directory)}")
     return None
 
 

@@ -1,6 +1,7 @@
 """Rewards of checkpoints: the verbs evaluate, score and report. Part of cli.py."""
 
 import argparse
+import os
 from pathlib import Path
 
 from megatron_polar import log
@@ -63,6 +64,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from megatron_polar.score.suites import load_suite, with_wrapper
 
     check_output_directory(options.output)
+    _refuse_foreign_files(options.output)
     counts, has_answers = check_counts(options.references), options.reference_answers is not None
     items = load_suite(
         options.suite,
@@ -94,6 +96,16 @@ def _evaluate(options: argparse.Namespace) -> int:
     return exit_status(summary)
 
 
+def _refuse_foreign_files(output: Path) -> None:
+    """A run, too, has a report.html: only what an evaluation has left is written over."""
+    names = os.listdir(output) if output.is_dir() else []
+    if names and not any(name.startswith("rewards.jsonl") for name in names):
+        raise UserError(
+            f"{output}: is not empty, and no earlier evaluation (there is no rewards.jsonl); choose another --output, "
+            f"such as {output / 'evaluate'}"
+        )
+
+
 def add_score(verbs) -> None:
     verb = verbs.add_parser("score", help="rewards for {prompt, reference, output} lines")
     _add_checkpoint_options(verb)
@@ -114,6 +126,8 @@ def _score(options: argparse.Namespace) -> None:
 
     check_output_file(options.output)
     read_requests(options.input)  # refuse a bad file before the model is loaded
+    if options.output.exists() and options.output.samefile(options.input):
+        raise UserError(f"{options.output}: is --input itself, which stays as it is; give another --output")
     scorer = _load_scorer(options)
     wrapper = scorer.default_wrapper(options.wrapper)
     count = score_file(

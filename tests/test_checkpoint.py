@@ -270,6 +270,14 @@ def test_without_an_intact_checkpoint_the_run_stops_instead_of_starting_over(fin
     assert len(metric_rows(run)) == STEPS  # nothing was thrown away
 
 
+def test_a_finished_run_keeps_the_configuration_that_it_was_trained_with(finished, tmp_path):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    run_training(config_of(run))  # in its new place
+    before = (run / "config.yaml").read_bytes()
+    run_training(config_of(run, optimizer__lr=0.5, logging__interval=3))
+    assert (run / "config.yaml").read_bytes() == before
+
+
 def test_an_export_names_the_checkpoint_that_it_is_of(finished, tmp_path, capfd):
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     flip_byte(checkpoint_of(run, 6) / "state.json")

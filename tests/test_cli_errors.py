@@ -181,6 +181,26 @@ def test_a_report_heading_without_a_directory_is_refused(tmp_path, capsys):
     assert_says(refused_here(capsys, "report", tmp_path, "--evaluation", "accuracy"), "'accuracy'", "HEADING=DIR")
 
 
+def test_an_evaluation_is_not_written_into_a_run(tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "report.html").write_text("of the training")
+    evaluate = ("evaluate", "--checkpoint", run, "--suite", "mmlu", "--data", tmp_path, "--output", run)
+    said = refused_here(capsys, *evaluate)
+    assert_says(said, f"{run}: is not empty, and no earlier evaluation", f"such as {run / 'evaluate'}")
+    (run / "rewards.jsonl").write_text("")
+    assert_says(refused_here(capsys, *evaluate), "mmlu")  # an earlier evaluation gives way
+
+
+def test_scores_are_not_written_over_what_is_scored(tmp_path, capsys):
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text('{"prompt": "p", "reference": "r", "output": "o"}\n')
+    said = refused_here(capsys, "score", "--checkpoint", tmp_path, "--input", lines, "--output", lines)
+    assert_says(said, f"{lines}: is --input itself")
+    said = refused_here(capsys, "score", "--checkpoint", tmp_path, "--input", tmp_path / "line.jsonl", "--output", "o")
+    assert_says(said, f"{tmp_path / 'line.jsonl'}: no such file; check the path")
+
+
 def test_a_suite_of_another_name_is_refused_with_the_known_ones(tmp_path, capsys):
     said = refused_here(
         capsys, "evaluate", "--checkpoint", tmp_path, "--suite", "mmlu", "--data", tmp_path, "--output", tmp_path / "o"
@@ -205,6 +225,17 @@ class Loaded:
             raise KeyboardInterrupt(*self.sentence)
 
         return interrupted
+
+
+def test_another_python_is_told_by_the_module_that_it_lacks(config_file, monkeypatch, capsys):
+    class Lacking(Loaded):
+        def __getattr__(self, name):
+            raise ModuleNotFoundError("No module named 'omegaconf'", name="omegaconf")
+
+    monkeypatch.setitem(sys.modules, "megatron_polar.config.load", Lacking())
+    assert cli.main(["train", str(config_file)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {sys.executable} has no module 'omegaconf'; use the environment that has it")
 
 
 @pytest.mark.parametrize(

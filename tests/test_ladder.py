@@ -12,7 +12,7 @@ import numpy as np
 import orjson
 import pytest
 from ranks import run_ranks
-from tiny_runs import change, run_training, tiny_config
+from tiny_runs import change, run_training, tiny_config, training_refusal
 
 from megatron_polar.cli import main
 from megatron_polar.cli_scaling import parse_sizes
@@ -325,6 +325,15 @@ def test_a_run_that_cannot_be_used_is_named_or_left_out(name, study, tmp_path, c
     assert left_out == str(run) and parts[0] in reason
     assert [one.name for one in gathered.runs] == [path.name for path in runs_of(study)]
     assert f"warning: left out: {run}: " in capsys.readouterr().err
+
+
+def test_a_command_that_was_refused_leaves_a_finished_run_finished(study, tmp_path):
+    run = copied(study, tmp_path)
+    wanted = read_run(run)
+    config = change(load_config(run / "config.yaml"), run__directory=str(run))
+    training_refusal(change(config, data__train=(DatasetSource(str(tmp_path / "nowhere")),)))
+    assert orjson.loads((run / "status.json").read_bytes())["state"] == "refused"
+    assert read_run(run) == wanted
 
 
 def test_runs_from_before_fingerprints_were_written_are_known_by_their_datasets(study, tmp_path):

@@ -100,4 +100,4 @@ def test_ctrl_c_waits_for_the_step_and_says_how_to_go_on(tmp_path):
     said, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert said == "ended\n"
-    assert errors == "interrupted; `make quickstart` goes on from here\n"
+    assert errors == "interrupted; `make quickstart` goes on behind the last finished step or checkpoint\n"

@@ -143,7 +143,7 @@ def test_a_candidate_that_is_a_reference_is_dropped_and_counted():
         ranking = parse({"prompt": "p", **given, "ranked": ["2", "1", "3"]})
         found = drop_duplicates(ranking, source="f", line_number=1)
         assert (found.record.candidates, found.duplicates) == (("2", "3"), 1)
-    with pytest.raises(RecordError, match=r"^f:1: fewer than two candidates are no reference, so there"):
+    with pytest.raises(RecordError, match=r"^f:1: beside the reference's own text fewer than two candidates are left"):
         drop_duplicates(parse(changed(PREFERENCE, chosen=PREFERENCE["reference"])), source="f", line_number=1)
 
 

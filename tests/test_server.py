@@ -383,7 +383,7 @@ def _serve(arguments: list[str], environment: dict[str, str]) -> int:
         (["--max-items", "0"], {}, "--max-items 0 must be 1 or more"),
         (["--request-seconds", "nan"], {}, "--request-seconds nan must be"),
         (["--token-file", "/dev/null"], {}, "/dev/null: not an API key"),
-        (["--token-file", "/nowhere"], {}, "/nowhere: the file with the API key cannot be read (FileNotFoundError)"),
+        (["--token-file", "/nowhere"], {}, "/nowhere: the file with the API key cannot be read (No such file or"),
         (["--host", "0.0.0.0"], {TOKEN_VARIABLE: ""}, f"{TOKEN_VARIABLE} is empty, and the server would be open"),
     ],
 )

@@ -22,6 +22,7 @@ from megatron_polar import faults
 from megatron_polar.config.load import dump_config
 from megatron_polar.config.schema import CurriculumSection
 from megatron_polar.errors import FENCED, STALLED, STOPPED
+from megatron_polar.score.report import has_report
 from megatron_polar.train.checkpoint_files import find_checkpoint
 from megatron_polar.train.lock import TAKE_OVER
 from megatron_polar.train.run import train
@@ -113,6 +114,17 @@ sys.exit(cli.main(["train", sys.argv[1]]))
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_a_report_of_a_run_that_is_done_is_kept_and_one_from_before_the_last_save_is_not(tmp_path):
+    """It may have evaluations in it, which `train` knows nothing of."""
+    saved, report = tmp_path / "checkpoints/step_00000004", tmp_path / "report.html"
+    saved.mkdir(parents=True)
+    assert not has_report(tmp_path)
+    report.touch()
+    assert has_report(tmp_path)
+    os.utime(report, (time.time() - 60,) * 2)
+    assert not has_report(tmp_path)
 
 
 def signal_while_building(config) -> tuple[int, str]:
@@ -216,6 +228,11 @@ def test_ctrl_c_says_what_is_saved_and_leaves_a_status(tmp_path, trajectory_corp
     assert said == "interrupted after step 2; step 2 is saved: start the same command again to go on from there"
     recorded = orjson.loads((tmp_path / "run" / "status.json").read_bytes())
     assert (recorded["state"], recorded["exit_status"], recorded["step"]) == ("interrupted", 130, 2)
+
+
+def test_ctrl_c_before_the_first_save_promises_no_step(tmp_path, trajectory_corpus):
+    (said,) = run_ranks(interrupt, 1, tiny_config(trajectory_corpus, tmp_path / "run", checkpoint__save_interval=6))
+    assert said == "interrupted after step 2; no step is saved yet: start the same command again to start over"
 
 
 def interrupt(config) -> str:

@@ -32,7 +32,7 @@ def main() -> int:
     """Print the first micro-batch of a step, segment by segment."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
     parser.add_argument("--step", type=int, default=0)
     options = parser.parse_args()
     config = load_config(options.config, options.overrides)

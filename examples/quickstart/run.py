@@ -34,7 +34,7 @@ def main() -> int:
     try:
         return run_steps()
     except KeyboardInterrupt:
-        print("interrupted; `make quickstart` goes on from here", file=sys.stderr)
+        print("interrupted; `make quickstart` goes on behind the last finished step or checkpoint", file=sys.stderr)
         return INTERRUPTED
 
 

@@ -131,7 +131,9 @@ def read_jsonl(path: Path | str, *, meter: Meter | None = None) -> Iterator[tupl
 def read_lines(path: Path, *, meter: Meter | None = None) -> Iterator[InputLine]:
     """`read_jsonl` of one file, with the places of lines, and with those that are too long in constant memory."""
     number = offset = 0
-    if path.exists() and not path.is_file():
+    if not path.exists():
+        raise UserError(f"{path}: no such file; check the path")
+    if not path.is_file():
         raise UserError(f"{path}: not a regular file, nor a link to one; write the lines to a file")
     try:
         if path.name.endswith((".gz", ".zst")) and path.stat().st_size == 0:

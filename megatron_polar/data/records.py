@@ -102,7 +102,8 @@ def drop_duplicates(record: TrajectoryGroup | Preference, *, source: str, line_n
             candidates = tuple(text for text in dict.fromkeys(record.candidates) if text not in record.references)
             if len(candidates) < 2:
                 same = len(set(record.candidates)) == 1
-                found = "all candidates have the same text" if same else "fewer than two candidates are no reference"
+                left = "beside the reference's own text fewer than two candidates are left"
+                found = "all candidates have the same text" if same else left
                 raise _Reason(f"{found}, so there is no preference; drop the line")
             dropped = len(record.candidates) - len(candidates)
             record = replace(record, candidates=candidates) if dropped else record

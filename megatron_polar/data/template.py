@@ -95,7 +95,7 @@ def prompt_text(messages_or_str: Any) -> str:
         raise TypeError('give a string or a list of {"role", "content"} messages')
     contents = [message.get("content") if isinstance(message, dict) else None for message in messages_or_str]
     if not all(isinstance(content, str) for content in contents):
-        raise TypeError('every message needs a "content" string')
+        raise TypeError('every message of a list needs a "content" string')
     return "\n".join(contents)
 
 

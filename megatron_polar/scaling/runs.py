@@ -104,9 +104,12 @@ def _read_json(path: Path) -> dict:
 
 
 def _last_step(directory: Path, *, config: RunConfig) -> int:
-    """The step after which the run was done."""
+    """The step after which the run was done. A command that was refused since then has trained nothing."""
     status = _read_json(directory / STATUS)
     state, step = status.get("state"), status.get("step")
+    if state == "refused":
+        before = [event["event"] for event in read_events(directory) if event["event"] != "refused"]
+        state = "done" if before[-1:] == ["done"] else state
     wanted = config.train.num_steps
     if state != "done" or type(step) is not int or (wanted is not None and step != wanted):
         of = f" of {wanted}" if wanted is not None else ""

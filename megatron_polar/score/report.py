@@ -22,6 +22,7 @@ from megatron_polar.score.figures import (
 from megatron_polar.score.page import Section, cards, share, table, write_report
 from megatron_polar.score.pair_matrix import pairs_section
 from megatron_polar.score.reference_page import references_body
+from megatron_polar.train.checkpoint_files import list_steps
 from megatron_polar.train.journal import EVENTS, goodput, read_events, read_rows
 
 _MOST_EVENTS = 200
@@ -256,6 +257,12 @@ def _refusing_odd_files(directory: Path) -> Iterator[None]:
         raise UserError(
             f"{directory}: its summary.json or rewards.jsonl is not what `evaluate` writes ({reason}); evaluate again"
         ) from error
+
+
+def has_report(run_directory: Path) -> bool:
+    """Whether the report of a run was drawn after its last save."""
+    report, steps = run_directory / "report.html", list_steps(run_directory)
+    return report.is_file() and bool(steps) and steps[0].stat().st_mtime <= report.stat().st_mtime
 
 
 def training_report(run_directory: Path, *, evaluations: Mapping[str, Path] | None = None) -> Path:

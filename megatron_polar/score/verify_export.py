@@ -1,6 +1,7 @@
 """Rewards of a checkpoint here and in transformers, of its export or of what it was made from, side by side."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,10 @@ def score_with_transformers(export: Path, sequences: Sequence[Sequence[int]]) ->
     else:
         Model = AutoModelForSequenceClassification
     logging.disable_progress_bar()
-    model = Model.from_pretrained(export, dtype="auto").eval()
+    with warnings.catch_warnings():
+        # Of InternLM2's configuration, which keeps `rope_scaling` for engines with an older transformers.
+        warnings.filterwarnings("ignore", "`rope_scaling` is deprecated", FutureWarning)
+        model = Model.from_pretrained(export, dtype="auto").eval()
     width = max(map(len, sequences))
     if model.config.pad_token_id is None:  # of many language models; any other than the reward token's will do
         model.config.pad_token_id = 1 if sequences[0][-1] == 0 else 0

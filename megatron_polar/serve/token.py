@@ -19,7 +19,8 @@ def read_token(file: Path | str | None, *, variable: str) -> str | None:
         try:
             token, source = Path(file).read_text(encoding="utf-8").strip(), str(file)
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file}: the file with the API key cannot be read ({type(error).__name__})") from None
+            reason = getattr(error, "strerror", None) or "not UTF-8"
+            raise UserError(f"{file}: the file with the API key cannot be read ({reason}); check the path") from None
     elif variable in os.environ:
         token, source = os.environ[variable].strip(), f"the environment variable {variable}"
         if not token:

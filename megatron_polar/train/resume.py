@@ -183,7 +183,10 @@ def check_same_run(checkpoint: Path, *, run: Run) -> None:
     _check_same_function(checkpoint, run=run, what=str(checkpoint))
     state = read_state(checkpoint)
     consumed = state.step * run.config.train.global_batch_size
-    remedy = f"use {checkpoint}/config.yaml with run.directory={run.directory}, or start a new run with train.init_from"
+    remedy = (
+        f"use {checkpoint}/config.yaml with run.directory={run.directory}, or start a new run from its weights: with "
+        f"another run.directory, and train.init_from={run.directory}"
+    )
     if state.data_fingerprint != run.data.train.fingerprint:
         raise UserError(f"{checkpoint}: was trained {_on_other_data(checkpoint, run=run)}; {remedy}")
     if state.precision != run.config.train.precision:

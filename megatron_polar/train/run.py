@@ -107,9 +107,10 @@ def _train(training: Training) -> None:
         training.checkpointer.finish()
         _check_last_save(training)
     except KeyboardInterrupt:
+        saved = f"step {training.saved} is saved" if training.saved else "no step is saved yet"
+        goes_on = "go on from there" if training.saved else "start over"
         raise KeyboardInterrupt(
-            f"interrupted after step {training.done}; step {training.saved} is saved: start the same command again to "
-            f"go on from there"
+            f"interrupted after step {training.done}; {saved}: start the same command again to {goes_on}"
         ) from None
     training.metrics.close()
 
@@ -198,7 +199,7 @@ def _open(run: Run, *, signals: StopSignals, watchdog: Watchdog, journal: Journa
     run.data.verify(run.topology, how=config.data.verify, after_each=watchdog.progress)
     start = start_or_resume(run, watchdog=watchdog)
     run.schedule.step(increment=start.step)
-    on_first_rank(run.topology, partial(_announce, run))
+    on_first_rank(run.topology, partial(_announce, run, is_done=start.step >= run.num_steps))
     for line in describe_run(run, layout=layout_of(run.topology)):
         log.info(line)
     warn_of_no_choice(run)
@@ -247,8 +248,13 @@ def _open(run: Run, *, signals: StopSignals, watchdog: Watchdog, journal: Journa
     return training
 
 
-def _announce(run: Run) -> None:
-    """Write the resolved configuration, the file that rebuilds the run, and what it runs on. First rank only."""
+def _announce(run: Run, *, is_done: bool) -> None:
+    """Write the resolved configuration, the file that rebuilds the run, and what it runs on. First rank only.
+
+    A run that is done keeps those that it was trained with.
+    """
+    if is_done and (run.directory / "config.yaml").exists():
+        return
     run.directory.mkdir(parents=True, exist_ok=True)
     write_durably(run.directory / "config.yaml", dump_config(run.config).encode())
     environment = orjson.dumps(run.environment | layout_of(run.topology), option=orjson.OPT_INDENT_2)
