@@ -21,6 +21,7 @@ from megatron_polar.errors import (
     USER_ERROR,
     RunStopped,
     UserError,
+    describe_missing_package,
     describe_os_error,
 )
 from megatron_polar.outputs import check_output_directory, check_output_file
@@ -55,18 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(stop, file=sys.stderr, flush=True)
         return stop.status
     except UserError as error:
-        rank = "" if log.is_first_rank() else f" [rank {os.environ.get('RANK', '?')}]"
-        print(f"error{rank}: {error}", file=sys.stderr, flush=True)
+        print(f"error{_rank()}: {error}", file=sys.stderr, flush=True)
         return USER_ERROR
     except ModuleNotFoundError as error:
-        if not error.name or "." in error.name or error.name == megatron_polar.__name__:
-            raise  # a fault of ours or of a library, not of the environment
-        print(
-            f"error: {sys.executable} has no module {error.name!r}; use the environment that has it (`source "
-            f".venv/bin/activate`, where make has made one), or install requirements.txt",
-            file=sys.stderr,
-            flush=True,
-        )
+        problem = describe_missing_package(error)
+        if problem is None:
+            raise
+        print(f"error{_rank()}: {problem}", file=sys.stderr, flush=True)
         return USER_ERROR
     except OSError as error:
         if error.errno not in ENVIRONMENT_ERRORS:
@@ -78,6 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             goes_on = ": nothing is lost, the same command goes on from here" if options.verb in _GO_ON else ""
             print(str(interrupt) or f"interrupted{goes_on}", file=sys.stderr, flush=True)
         return INTERRUPTED
+
+
+def _rank() -> str:
+    """Which rank speaks, unless it is the first."""
+    return "" if log.is_first_rank() else f" [rank {os.environ.get('RANK', '?')}]"
 
 
 def _hint_at_overrides(words: Sequence[str]) -> str:

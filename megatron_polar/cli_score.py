@@ -122,12 +122,16 @@ def add_score(verbs) -> None:
 
 
 def _score(options: argparse.Namespace) -> None:
+    from megatron_polar.data.lines import list_inputs
     from megatron_polar.score.score_file import read_requests, score_file
 
     check_output_file(options.output)
     read_requests(options.input)  # refuse a bad file before the model is loaded
-    if options.output.exists() and options.output.samefile(options.input):
-        raise UserError(f"{options.output}: is --input itself, which stays as it is; give another --output")
+    inputs = list_inputs([options.input]) if options.input.is_dir() else [options.input]
+    if options.output.exists() and any(map(options.output.samefile, inputs)):
+        raise UserError(
+            f"{options.output}: is one of the files to score, which stay as they are; give another --output"
+        )
     scorer = _load_scorer(options)
     wrapper = scorer.default_wrapper(options.wrapper)
     count = score_file(

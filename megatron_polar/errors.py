@@ -2,6 +2,7 @@
 a launcher can tell apart."""
 
 import errno
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -64,6 +65,17 @@ def naming(key: str) -> Iterator[None]:
         raise
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
+
+
+def describe_missing_package(error: ModuleNotFoundError) -> str | None:
+    """In one line that this Python has no such package, with the remedy; None where it is a module of one that it has:
+    a fault of ours, or of that package."""
+    if not error.name or error.name.split(".")[0] != error.name or error.name == __package__:
+        return None
+    return (
+        f"{sys.executable} has no module {error.name!r}; use the environment that has it (`source .venv/bin/activate`, "
+        f"where make has made one), or install it: requirements.txt lists what is needed"
+    )
 
 
 def describe_os_error(error: OSError, *, otherwise: str) -> str:

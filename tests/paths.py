@@ -196,6 +196,16 @@ def _planted(name: str, kind: str) -> Callable[[Path], None]:
     return plant
 
 
+def _beside_an_evaluation(plant: Callable[[Path], None]) -> Callable[[Path], None]:
+    """Where `evaluate` would otherwise refuse the directory before it writes."""
+
+    def both(place: Path) -> None:
+        (place / "rewards.jsonl").touch()
+        plant(place)
+
+    return both
+
+
 def _writing() -> list[PathAttack]:
     attacks = []
     for door, names in WRITTEN.items():
@@ -204,9 +214,10 @@ def _writing() -> list[PathAttack]:
             for kind in ("link", "link to nothing", "hard link", "pipe"):
                 if kind == "hard link" and name in _DIRECTORIES:
                     continue
-                attacks.append(
-                    PathAttack(f"{door}: {name} is a {kind}", copied, door, _planted(name, kind), goes_on=True)
-                )
+                plant = _planted(name, kind)
+                if door == "evaluate into it" and name != "rewards.jsonl":
+                    plant = _beside_an_evaluation(plant)
+                attacks.append(PathAttack(f"{door}: {name} is a {kind}", copied, door, plant, goes_on=True))
     for name in (".saving-step_00000002-x", ".removed-step_00000001-x", "step_00000009", "damaged-step_00000001-x"):
 
         def plant(place: Path, name: str = name) -> None:

@@ -196,7 +196,9 @@ def test_scores_are_not_written_over_what_is_scored(tmp_path, capsys):
     lines = tmp_path / "lines.jsonl"
     lines.write_text('{"prompt": "p", "reference": "r", "output": "o"}\n')
     said = refused_here(capsys, "score", "--checkpoint", tmp_path, "--input", lines, "--output", lines)
-    assert_says(said, f"{lines}: is --input itself")
+    assert_says(said, f"{lines}: is one of the files to score")
+    said = refused_here(capsys, "score", "--checkpoint", tmp_path, "--input", tmp_path, "--output", lines)
+    assert_says(said, f"{lines}: is one of the files to score")
     said = refused_here(capsys, "score", "--checkpoint", tmp_path, "--input", tmp_path / "line.jsonl", "--output", "o")
     assert_says(said, f"{tmp_path / 'line.jsonl'}: no such file; check the path")
 

@@ -135,7 +135,7 @@ def test_a_path_that_was_mistaken_for_a_dataset_is_told_what_it_is(sentence_corp
     shutil.copytree(sentence_corpus, parent / "train")
     said = {
         tmp_path / "nowhere": "no such directory; check the path, or make it with megatron-polar preprocess",
-        file: "not a directory; check the path, or make it with megatron-polar preprocess",
+        file: "not a directory; check the path",
         run: "a run directory of `train`, no dataset; give a directory that `preprocess` has written",
         parent: f"no dataset itself, but holds some; give {parent / 'train'}",
         empty: "no dataset (manifest.json is missing); give a directory that `preprocess` has written",

@@ -22,12 +22,13 @@ from tiny_runs import (
 )
 
 from megatron_polar import faults
+from megatron_polar.config.load import load_config
 from megatron_polar.config.schema import DatasetSource, FaultsSection
 from megatron_polar.errors import BAD_STEPS, REPLICAS_DIFFER, UserError
 from megatron_polar.manifest import encode_manifest, file_entry
 from megatron_polar.train.checkpoint_files import find_checkpoint, list_steps
 from megatron_polar.train.guard import GOOD, NOT_FINITE, SPIKE, StepGuard, Verdict
-from megatron_polar.train.journal import goodput_table, read_events
+from megatron_polar.train.journal import done_step, goodput_table, read_events
 from megatron_polar.train.replay import replay_step
 
 # --- fault points ----------------------------------------------------------------------------------------------------
@@ -279,6 +280,24 @@ def test_status_says_how_a_run_ended_whichever_way(tmp_path, trajectory_corpus):
     assert faults_training.run_job(more, fault="data:2=eio") == [1]
     assert status_of(run) == ("failed", 2, STEPS + 2)
     assert events_of(run)[-3:] == ["refused", "start", "failed"]
+
+
+def test_a_run_that_is_extended_is_done_again_and_one_whose_extension_failed_is_what_it_was(
+    tmp_path, trajectory_corpus
+):
+    run = tmp_path / "run"
+    config = tiny_config(trajectory_corpus, run)
+    run_ranks(train_with, 1, config, "")
+    more = change(config, train__num_steps=STEPS + 2)
+    assert faults_training.run_job(more, fault="data:1=eio") == [1]  # before a step of it was saved
+    assert load_config(run / "config.yaml").train.num_steps == STEPS + 2
+    assert done_step(read_events(run)) is None
+    run_ranks(train_with, 1, config, "")
+    assert load_config(run / "config.yaml").train.num_steps == STEPS
+    assert done_step(read_events(run)) == STEPS
+    run_ranks(train_with, 1, more, "")
+    assert done_step(read_events(run)) == STEPS + 2
+    assert events_of(run).count("done") == 3
 
 
 def test_a_refused_start_in_a_fresh_directory_leaves_nothing(tmp_path):

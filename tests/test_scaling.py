@@ -580,8 +580,11 @@ def test_an_unknown_vocabulary_is_no_reason_to_name_a_tokenizer_that_is_not_open
     example = [str(ROOT / "examples/pretrain_7b.yaml"), "--no-paths", "model.preset=tiny"]
     assert main(["plan", *example]) == USER_ERROR
     assert "set it, or leave out --no-paths" in capsys.readouterr().err
-    on_cpus = ["run.device=cpu", "train.precision=fp32", "--gpus-per-node", "2"]
+    on_cpus = ["run.device=cpu", "train.precision=fp32", "--gpus-per-node", "4"]
     assert main(["plan", *example, *on_cpus]) == 0, "memory, which wants the vocabulary, is not planned there"
+    assert "x DP 2" in capsys.readouterr().out
+    assert main(["plan", *example, *on_cpus, "train.global_batch_size=1"]) == USER_ERROR
+    assert "less than one comparison for each of 2 data-parallel ranks" in capsys.readouterr().err
 
 
 def test_the_search_finds_only_what_train_accepts(capsys):

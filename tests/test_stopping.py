@@ -232,7 +232,7 @@ def test_ctrl_c_says_what_is_saved_and_leaves_a_status(tmp_path, trajectory_corp
 
 def test_ctrl_c_before_the_first_save_promises_no_step(tmp_path, trajectory_corpus):
     (said,) = run_ranks(interrupt, 1, tiny_config(trajectory_corpus, tmp_path / "run", checkpoint__save_interval=6))
-    assert said == "interrupted after step 2; no step is saved yet: start the same command again to start over"
+    assert said == "interrupted after step 2; no step is saved: start the same command again to start over"
 
 
 def interrupt(config) -> str:

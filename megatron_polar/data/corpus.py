@@ -69,8 +69,9 @@ def _check_place(path: Path) -> None:
     if path.is_file() and path.name.endswith(INPUT_SUFFIXES):
         raise UserError(f"{path}: {_RAW_TEXT}")
     if not path.is_dir():
-        problem = "not a directory" if path.exists() else "no such directory"
-        raise UserError(f"{path}: {problem}; check the path, or make it with megatron-polar preprocess")
+        if path.exists():
+            raise UserError(f"{path}: not a directory; check the path")
+        raise UserError(f"{path}: no such directory; check the path, or make it with megatron-polar preprocess")
     if any(os.path.lexists(path / name) for name in (MANIFEST, TOKENS, INDEX, WORK)):
         return  # a dataset, or what is left of one
     inside = sorted(str(entry.parent) for entry in path.glob(f"*/{TOKENS}"))

@@ -9,7 +9,7 @@ from megatron_polar.config.schema import RunConfig
 from megatron_polar.config.validate import validate
 from megatron_polar.errors import UserError
 from megatron_polar.scaling.hardware import GPUS, Gpu
-from megatron_polar.scaling.memory import MemoryEstimate, estimate_memory, layout_of, usable_bytes
+from megatron_polar.scaling.memory import Layout, MemoryEstimate, estimate_memory, layout_of, usable_bytes
 from megatron_polar.scaling.paths import Paths, look_at_paths
 from megatron_polar.scaling.step_time import Lengths, StepTime, Work, estimate_step_time, mean_work
 
@@ -55,8 +55,10 @@ class Plan:
     paths: Paths | None
     """None where no file was to be opened."""
     embedding_rows: int | None
+    layout: Layout | None
+    """None where the world size does not fit the parallel sizes."""
     memory: MemoryEstimate | None
-    """None where the world size does not fit the parallel sizes, or the vocabulary is unknown."""
+    """None where there is no layout, or the vocabulary is unknown."""
     lengths: Lengths
     """As given, else of the data, else assumed."""
     are_lengths_assumed: bool
@@ -80,7 +82,7 @@ class Plan:
 
     @property
     def time(self) -> StepTime | None:
-        """Of a step of this layout; None where there is no layout."""
+        """Of a step of this layout; None where its memory is not known."""
         if self.memory is None:
             return None
         return estimate_step_time(
@@ -121,21 +123,21 @@ def make_plan(config: RunConfig, *, cluster: Cluster, with_paths: bool = True, l
     paths = look_at_paths(config) if with_paths else None
     problems = list(paths.problems) if paths else []
     rows = _embedding_rows(config, paths=paths, problems=problems)
-    memory = None
+    layout = memory = None
     try:
-        layout_of(config.parallel, world_size=cluster.num_gpus)
+        layout = layout_of(config.parallel, world_size=cluster.num_gpus)
         if rows is not None:
             memory = _estimate(config, cluster=cluster, rows=rows, paths=paths)
     except UserError as error:
         problems.append(str(error))
-    if memory is not None:
-        _check_batch(config, memory=memory, problems=problems)
-        if config.run.device != "cpu" and not memory.fits(cluster.gpu_bytes):
-            problems.append(_too_large(config, memory=memory, cluster=cluster, rows=rows, paths=paths))
+    if layout is not None:
+        _check_batch(config, ranks=layout.dp, problems=problems)
+    if memory is not None and config.run.device != "cpu" and not memory.fits(cluster.gpu_bytes):
+        problems.append(_too_large(config, memory=memory, cluster=cluster, rows=rows, paths=paths))
     if lengths is not None:
         _check_lengths(config, lengths=lengths, problems=problems)
     known = lengths or _lengths_of(paths)
-    plan = Plan(config, cluster, paths, rows, memory, known or Lengths(), known is None, tuple(problems))
+    plan = Plan(config, cluster, paths, rows, layout, memory, known or Lengths(), known is None, tuple(problems))
     return dataclasses.replace(plan, problems=(*problems, *_too_few_comparisons(plan)))
 
 
@@ -183,10 +185,10 @@ def _embedding_rows(config: RunConfig, *, paths: Paths | None, problems: list[st
     return rows
 
 
-def _check_batch(config: RunConfig, *, memory: MemoryEstimate, problems: list[str]) -> None:
+def _check_batch(config: RunConfig, *, ranks: int, problems: list[str]) -> None:
     """Any batch trains, since comparisons are dealt to ranks as they fit (data/balancing.py); fewer than ranks leave
     some with nothing but padding."""
-    batch, ranks = config.train.global_batch_size, memory.layout.dp
+    batch = config.train.global_batch_size
     if batch < ranks:
         problems.append(
             f"train.global_batch_size={batch} is less than one comparison for each of {ranks} data-parallel ranks, so "

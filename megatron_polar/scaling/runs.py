@@ -25,7 +25,7 @@ from megatron_polar.data.storage import fingerprint_of, read_dataset_manifest
 from megatron_polar.errors import UserError
 from megatron_polar.manifest import Damaged
 from megatron_polar.scaling.items import Items, read_items
-from megatron_polar.train.journal import STATUS, read_events, read_rows
+from megatron_polar.train.journal import STATUS, done_step, read_events, read_rows
 
 TAIL = 0.05
 """Share of the steps, at their end, whose evaluations are averaged: the weights hardly move there any more."""
@@ -104,12 +104,12 @@ def _read_json(path: Path) -> dict:
 
 
 def _last_step(directory: Path, *, config: RunConfig) -> int:
-    """The step after which the run was done. A command that was refused since then has trained nothing."""
+    """The step after which the run was done."""
     status = _read_json(directory / STATUS)
     state, step = status.get("state"), status.get("step")
-    if state == "refused":
-        before = [event["event"] for event in read_events(directory) if event["event"] != "refused"]
-        state = "done" if before[-1:] == ["done"] else state
+    if state in ("refused", "interrupted", "failed"):  # maybe a later command, that ended before it trained anything
+        done_at = done_step(read_events(directory))
+        state, step = ("done", done_at) if done_at is not None else (state, step)
     wanted = config.train.num_steps
     if state != "done" or type(step) is not int or (wanted is not None and step != wanted):
         of = f" of {wanted}" if wanted is not None else ""

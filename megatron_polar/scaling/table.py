@@ -32,7 +32,7 @@ def _row(name: str, text: str) -> str:
 
 
 def _model_lines(plan: Plan) -> list[str]:
-    config, parallel, memory, rows = plan.config, plan.config.parallel, plan.memory, plan.embedding_rows
+    config, parallel, layout, rows = plan.config, plan.config.parallel, plan.layout, plan.embedding_rows
     lines = []
     if rows is not None:
         whole = short(architecture_of(config.model).num_parameters(rows))
@@ -43,14 +43,14 @@ def _model_lines(plan: Plan) -> list[str]:
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     vpp, batch = parallel.virtual_pipeline_model_parallel_size, config.train.global_batch_size
     sizes = f"TP {tp}{' with SP' if parallel.sequence_parallel else ''} x PP {pp}{f' in {vpp} chunks' if vpp else ''}"
-    sizes += f" x CP {parallel.context_parallel_size}{f' x DP {memory.layout.dp}' if memory else ''}"
+    sizes += f" x CP {parallel.context_parallel_size}{f' x DP {layout.dp}' if layout else ''}"
     lines.append(_row("layout", f"{plan.place}: {sizes}"))
     if not plan.is_on_cpu and plan.cluster.gpus_per_node % tp:
         lines.append(
             _row("", "note: tensor-parallel groups reach over nodes: slow; take a TP that divides a node's GPUs")
         )
-    if memory is not None:
-        each = batch / memory.layout.dp
+    if layout is not None:
+        each = batch / layout.dp
         lines.append(_row("batch", f"{batch} comparisons a step, {each:.1f} a data-parallel rank"))
         if pp > 1 and each < 4 * pp:
             lines.append(_row("", "note: less than 4 comparisons a rank and stage, so the pipeline will often wait"))

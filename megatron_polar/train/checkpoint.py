@@ -323,4 +323,4 @@ def agree_on_checkpoint(
             damaged[candidate] = problem
         if topology.rank == 0:
             log.warn(f"{candidate}: skipped: {problem}")
-    raise none_verifies(path, len(found[0]))
+    raise none_verifies(path, len(found[0]), to_resume=not required)

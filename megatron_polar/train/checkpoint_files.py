@@ -261,17 +261,15 @@ def candidates(path: str | Path) -> list[Path]:
     raise UserError(f"{path}: no checkpoint here; give a run directory or one of its checkpoints/step_... directories")
 
 
-def none_verifies(path: str | Path, count: int) -> UserError:
+def none_verifies(path: str | Path, count: int, *, to_resume: bool = False) -> UserError:
     """The error of a run directory whose checkpoints are all unusable: a run never starts over silently."""
     path = Path(path)
     if _number(path) is not None:
         older = [p for p in list_steps(path.parent.parent) if _number(p) != _number(path)]
         remedy = f"give {path.parent.parent} to take the newest that is intact" if older else "restore it"
         return UserError(f"{path}: is not complete and intact; {remedy}")
-    return UserError(
-        f"{path}: none of its {count} checkpoints is complete and intact; restore one, or choose another run.directory "
-        f"to start again"
-    )
+    otherwise = "choose another run.directory to start again" if to_resume else "give another run"
+    return UserError(f"{path}: none of its {count} checkpoints is complete and intact; restore one, or {otherwise}")
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -13,6 +13,7 @@ from megatron_polar.errors import (
     USER_ERROR,
     RunStopped,
     UserError,
+    describe_missing_package,
 )
 from megatron_polar.parallel.topology import Topology
 from megatron_polar.train.journal import Journal
@@ -45,6 +46,7 @@ def written_down(lock: RunLock, *, topology: Topology, watchdog: Watchdog) -> It
         raise stop from None
     except BaseException as error:
         known = isinstance(error, OSError) and error.errno in ENVIRONMENT_ERRORS
+        known = known or (isinstance(error, ModuleNotFoundError) and describe_missing_package(error) is not None)
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
         journal.end("failed", exit_status=USER_ERROR if known else FAILED, reason=reason)
         raise

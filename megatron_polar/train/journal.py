@@ -73,10 +73,12 @@ class Journal:
         self.restarts, self.first_start = len(starts), min(starts, default=time.time())
         self.step = last_step(directory)
         """Finished steps, as far as this process knows."""
-        self._is_done = bool(events) and events[-1]["event"] == "done"
+        self.done_at = done_step(events)
 
     def write(self, event: str, **fields) -> None:
         """Append one event with the time in seconds since 1970."""
+        if event == "start":
+            self.done_at = None
         if self._writes and self._may_write():
             self._file.append({"time": time.time(), "event": event, **fields})
 
@@ -87,7 +89,7 @@ class Journal:
     def end(self, state: str, *, exit_status: int, reason: str = "") -> None:
         """Write down how this process ends, unless it ends before the run has begun, or finds it done as it was."""
         if (self.directory / STATUS).exists() or (self.directory / EVENTS).exists():
-            if not (state == "done" and self._is_done):
+            if state != "done" or self.done_at is None:
                 self.write(state, step=self.step, **({"reason": reason} if reason else {}))
             self.status(state, exit_status=exit_status, reason=reason)
 
@@ -129,6 +131,12 @@ def read_events(directory: Path) -> list[dict]:
         for row in _rows(directory / EVENTS, needed=("time",))
         if isinstance(row.get("event"), str) and all(_is_number(row[name]) for name in _NUMBERS & row.keys())
     ]
+
+
+def done_step(events: Iterable[dict]) -> int | None:
+    """The last step of a run that is done. None where it is not, or where more steps of it have begun since."""
+    marks = [event for event in events if event["event"] in ("start", "done")]
+    return marks[-1].get("step") if marks and marks[-1]["event"] == "done" else None
 
 
 def bad_steps(events: Iterable[dict]) -> list[dict]:

@@ -1,6 +1,6 @@
 """train(config): build, resume, loop. Reads as the table of contents of a run."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -8,12 +8,12 @@ from pathlib import Path
 import orjson
 
 from megatron_polar import faults, log
-from megatron_polar.config.load import dump_config
+from megatron_polar.config.load import dump_config, load_saved_config
 from megatron_polar.config.schema import RunConfig
 from megatron_polar.data.loader import load_steps
 from megatron_polar.data.pair_counts import PAIRS
 from megatron_polar.data.steps import Step, StepDataset
-from megatron_polar.errors import CANNOT_SAVE, STOPPED, RunStopped
+from megatron_polar.errors import CANNOT_SAVE, STOPPED, RunStopped, UserError
 from megatron_polar.manifest import write_durably
 from megatron_polar.parallel.topology import Topology
 from megatron_polar.train.build import Run, build_run, describe_run, join_ranks, warn_of_no_choice
@@ -107,12 +107,15 @@ def _train(training: Training) -> None:
         training.checkpointer.finish()
         _check_last_save(training)
     except KeyboardInterrupt:
-        saved = f"step {training.saved} is saved" if training.saved else "no step is saved yet"
-        goes_on = "go on from there" if training.saved else "start over"
-        raise KeyboardInterrupt(
-            f"interrupted after step {training.done}; {saved}: start the same command again to {goes_on}"
-        ) from None
+        raise KeyboardInterrupt(f"interrupted after step {training.done}; {_what_is_saved(training)}") from None
     training.metrics.close()
+
+
+def _what_is_saved(training: Training) -> str:
+    """And what the same command does next."""
+    if not training.saved:
+        return "no step is saved: start the same command again to start over"
+    return f"step {training.saved} is saved: start the same command again to go on from there"
 
 
 def _check_last_save(training: Training) -> None:
@@ -199,7 +202,8 @@ def _open(run: Run, *, signals: StopSignals, watchdog: Watchdog, journal: Journa
     run.data.verify(run.topology, how=config.data.verify, after_each=watchdog.progress)
     start = start_or_resume(run, watchdog=watchdog)
     run.schedule.step(increment=start.step)
-    on_first_rank(run.topology, partial(_announce, run, is_done=start.step >= run.num_steps))
+    is_done = journal.done_at is not None and start.step >= run.num_steps
+    on_first_rank(run.topology, partial(_announce, run, is_done=is_done))
     for line in describe_run(run, layout=layout_of(run.topology)):
         log.info(line)
     warn_of_no_choice(run)
@@ -251,10 +255,11 @@ def _open(run: Run, *, signals: StopSignals, watchdog: Watchdog, journal: Journa
 def _announce(run: Run, *, is_done: bool) -> None:
     """Write the resolved configuration, the file that rebuilds the run, and what it runs on. First rank only.
 
-    A run that is done keeps those that it was trained with.
+    A run that is done keeps those that it was trained with, unless it was moved.
     """
-    if is_done and (run.directory / "config.yaml").exists():
-        return
+    with suppress(UserError, FileNotFoundError):
+        if is_done and load_saved_config(run.directory / "config.yaml").run.directory == run.config.run.directory:
+            return
     run.directory.mkdir(parents=True, exist_ok=True)
     write_durably(run.directory / "config.yaml", dump_config(run.config).encode())
     environment = orjson.dumps(run.environment | layout_of(run.topology), option=orjson.OPT_INDENT_2)
@@ -372,10 +377,8 @@ def _stop_if_asked(training: Training) -> None:
         if training.saved != training.done:
             _save(training, blocking=True)  # once more: storage may have failed for a moment
     training.metrics.close()
-    kept = f"step {training.saved} is saved" if training.saved else "no step is saved"
     raise RunStopped(
-        f"stopped by {name} after step {training.done} of {training.run.num_steps}; {kept}: start the same command "
-        f"again to go on",
+        f"stopped by {name} after step {training.done} of {training.run.num_steps}; {_what_is_saved(training)}",
         status=STOPPED if training.saved == training.done else CANNOT_SAVE,
     )
 
