@@ -222,7 +222,7 @@ def test_a_hugging_face_model_in_the_place_of_a_checkpoint_is_said_to_be_one(
     model = make_model("llama", tmp_path / "model", tokenizer_path=tokenizer_path)
     said = f"{model}: this is a Hugging Face model; convert it first: megatron-polar convert from-hf --model {model} "
     config = tiny_config(trajectory_corpus, tmp_path / "run", train__init_from=str(model))
-    assert training_refusal(config).startswith(said)
+    assert training_refusal(config).startswith(f"train.init_from: {said}")
     with pytest.raises(UserError) as caught:
         to_hf(model, output=tmp_path / "export", layout="internlm2")
     assert str(caught.value).startswith(said)
