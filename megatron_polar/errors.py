@@ -70,7 +70,7 @@ def naming(key: str) -> Iterator[None]:
 def describe_missing_package(error: ModuleNotFoundError) -> str | None:
     """In one line that this Python has no such package, with the remedy; None where it is a module of one that it has:
     a fault of ours, or of that package."""
-    if not error.name or error.name.split(".")[0] != error.name or error.name == __package__:
+    if not error.name or "." in error.name or error.name == __package__:
         return None
     return (
         f"{sys.executable} has no module {error.name!r}; use the environment that has it (`source .venv/bin/activate`, "

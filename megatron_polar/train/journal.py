@@ -74,6 +74,7 @@ class Journal:
         self.step = last_step(directory)
         """Finished steps, as far as this process knows."""
         self.done_at = done_step(events)
+        """Where the run was done when this process came, until it begins more steps."""
 
     def write(self, event: str, **fields) -> None:
         """Append one event with the time in seconds since 1970."""
