@@ -19,6 +19,7 @@ import rft
 import rft_policies as policies
 import rft_rewards as rewards
 from jobs import end_with_children, refuse_foreign
+from rft_baselines import UNLEARNT, rule_reward, serve_unlearnt
 from rft_page import shortcomings, verdicts, write_section
 from rft_problems import (
     HABITS,
@@ -33,7 +34,6 @@ from rft_problems import (
     right_steps,
     worked_answer,
 )
-from rft_rule import rule_reward, serve_rule
 from rft_sizes import SIZES, draw_parts
 from rft_stages import concurrently, in_fork, run_stage, running
 
@@ -112,7 +112,7 @@ def test_a_policy_has_the_right_habit_and_a_wrong_one_that_is_more_frequent_or_a
     assert set(mixture) - set(pool) and not set(pool) & set(SIZES[size].unseen_habits)
 
 
-# --- the rule as reward ----------------------------------------------------------------------------------------------
+# --- rewards that nobody has learnt ----------------------------------------------------------------------------------
 
 
 def test_the_rule_is_served_as_a_reward_model_is():
@@ -121,8 +121,22 @@ def test_the_rule_is_served_as_a_reward_model_is():
         for output in ("So 38.", "So 39.", "", "So 38, or 3.")
     ]
     items.append(RewardItem("Another?\n", "So 5.", "So 5."))
-    with running("/ready", serve_rule) as address, RewardClient(address, engine="megatron-polar") as client:
+    with running("/ready", serve_unlearnt, "rule") as address, RewardClient(address, engine="megatron-polar") as client:
         assert client.score(items) == [1, 0, 0, 0, 1]
+
+
+def test_shared_words_are_served_as_a_reward_model_is():
+    outputs = ("so 38 it is", "so 38", "39", "")
+    items = [RewardItem("How many?\n", "it is 38", output) for output in outputs]
+    with (
+        running("/ready", serve_unlearnt, "words") as address,
+        RewardClient(address, engine="megatron-polar") as client,
+    ):
+        assert client.score(items) == [3 / 4, 1 / 4, 0, 0]
+
+
+def test_every_reward_but_the_models_is_served_without_learning():
+    assert set(rft.REWARDS) - set(rft.REWARD_MODELS) == set(UNLEARNT)
 
 
 def test_an_answer_and_its_reference_without_numbers_are_no_match():
@@ -423,10 +437,10 @@ def test_what_falls_short_is_said_and_nothing_else():
     shares = {best: [0.8, 0.81, 0.8], "grpo-rule": [0.9, 0.91, 0.9], "sft": [0.6, 0.61, 0.6]}
     good = figures_of(greedy=shares, accuracies=[0.9] * 3, rewards=(0, 1))
     assert list(shortcomings(good)) == []
-    assert [word for _, word, _ in verdicts(good)] == ["yes"] * 5
+    assert [word for _, word, _ in verdicts(good)] == ["yes"] * 6
     bad = figures_of(greedy={best: [0.1, 0.12, 0.1]}, accuracies=[0.6, 0.4, 0.5], rewards=(0.0, 1.0))
     said = " ".join(shortcomings(bad))
-    assert [word for _, word, _ in verdicts(bad)] == ["not clear", *["no, the reverse"] * 4]
+    assert [word for _, word, _ in verdicts(bad)] == ["not clear", *["no, the reverse"] * 5]
     assert "GRPO, reward model pre-trained and fine-tuned is worse than before: -0.294" in said
     assert "SFT on the same prompts and references is not clearly better than before" in said
     assert "does not clearly tell right from wrong: 0.500 (0.252 to 0.748)" in said

@@ -5,8 +5,9 @@
 The task is arithmetic with checkable answers. A policy that can do its sums, and mostly has bad habits, is to be led to
 the right one by GRPO on rewards of `megatron-polar serve`, for three reward models: pre-trained on a pool of policies
 and fine-tuned on labelled answers; fine-tuned on the same labels only; pre-trained only. References are right answers
-to the training problems. The rule itself as reward says what GRPO could reach; SFT on the same prompts and references,
-with as many steps and sequences a step, stands beside them. The rule judges: the last number of an answer to a problem
+to the training problems. The rule itself as reward says what GRPO could reach, counting the words that an answer shares
+with its reference what it reaches without a model; SFT on the same prompts and references, with as many steps and
+sequences a step, stands beside them. The rule judges: the last number of an answer to a problem
 that nobody was trained on.
 
 DIR, by default runs/study/SIZE/rft, gets rft.json, rft.svg and rft.md. The next report of the study that is in
@@ -121,13 +122,13 @@ def run_stages_of(directory: Path, size: Size, seed: int, index: int) -> dict:
         return {f"grpo-{model}": stage(training.improve, model, name=f"grpo-{model}")}
 
     # The rule first: where GRPO gains nothing with a perfect reward, there is no need to wait for the reward models.
-    found = {"warm_up": stage(training.warm_up), **improved(training.RULE), "draw_labels": stage(rewards.draw_labels)}
+    found = {"warm_up": stage(training.warm_up), **improved("rule"), "draw_labels": stage(rewards.draw_labels)}
     found["pretrain"] = stage(rewards.pretrain)
     for start in ("pretrained", "base"):
         found[f"finetune-{start}"] = stage(rewards.finetune, start, name=f"finetune-{start}")
     found["reward_models"] = stage(rewards.evaluate_rewards, list(REWARD_MODELS))
     found["sft"] = stage(training.tune_on_references)
-    for model in REWARD_MODELS:
+    for model in ("words", *REWARD_MODELS):
         found |= improved(model)
     found["judged"] = {policy: stage(training.judge, policy, name=f"judge-{policy}") for policy in POLICIES}
     return found

@@ -11,22 +11,24 @@ REWARD_MODELS = {
     "finetuned-base": "fine-tuned, not pre-trained",
     "pretrained": "pre-trained, not fine-tuned",
 }
-REWARDS = {**REWARD_MODELS, "rule": "the rule itself"}
-"""What GRPO is done with: reward models, and the rule that judges, which no reward model can beat."""
+REWARDS = {**REWARD_MODELS, "words": "words shared with the reference", "rule": "the rule itself"}
+"""What GRPO is done with: reward models, a count that needs none, and the rule that judges, which none can beat."""
 POLICIES = {
     "before": "before",
     **{f"grpo-{model}": f"GRPO, reward model {words}" for model, words in REWARD_MODELS.items()},
+    "grpo-words": "GRPO, words shared with the reference as reward",
     "grpo-rule": "GRPO, the rule itself as reward",
     "sft": "SFT on the same prompts and references",
 }
 KNOWS = 0.95
 """Share of right answers from which on a base model knows its sums, so that habits are what remains to be learnt."""
-BEST, RULE = "grpo-finetuned-pretrained", "grpo-rule"
+BEST, WORDS, RULE = "grpo-finetuned-pretrained", "grpo-words", "grpo-rule"
 CLAIMS = {
     (RULE, "before"): "GRPO works here at all: the rule itself as reward improves the policy",
     (BEST, "before"): "A reward model that is pre-trained and fine-tuned improves it",
     (BEST, "grpo-finetuned-base"): "by more than one that is not pre-trained",
     (BEST, "grpo-pretrained"): "by more than one that is not fine-tuned",
+    (BEST, WORDS): "by more than counting the words shared with the reference",
     (BEST, "sft"): "by more than SFT on the same prompts and references",
 }
 """What one would expect of POLAR: the first of two policies is the better one."""
@@ -34,6 +36,7 @@ DIFFERENCES = (
     *CLAIMS,
     ("grpo-finetuned-base", "before"),
     ("grpo-pretrained", "before"),
+    (WORDS, "before"),
     ("sft", "before"),
     (BEST, RULE),
 )
@@ -71,7 +74,9 @@ def _task(found: dict) -> Iterator[str]:
         answers has {exact["greedy"]:.3f} of {exact["problems"]} held-out problems, greedy. The policy to
         be improved is a fit of it on a mixture of habits, drawn anew for every answer ({told}). TRL's GRPO
         ({grpo["steps"]} steps of {grpo["batch"]} answers, {grpo["generations"]} to a problem, no KL term) is to lead it
-        to the right habit, on rewards of `megatron-polar serve`, or of the rule behind the same address. References are
+        to the right habit, on rewards of `megatron-polar serve`, or on one of two that nobody has learnt, behind the
+        same address: the rule, and the words that an answer shares with its reference, as a share of the words of
+        both. References are
         right answers to {counts["rft"]} problems. SFT takes the same prompts and references, with as many steps and
         sequences a step. A rule judges: the last number of an answer to a problem that nobody was trained on.""")
     yield _paragraph(f"""Reward models have the policy's shape. All begin as one base language model, which read
@@ -141,6 +146,7 @@ def _accuracies(found: dict) -> Iterator[str]:
 
 
 def _reward_models(found: dict) -> Iterator[str]:
+    accuracies = {**found["reward_models"], "words": found["word_overlap"]}
     lines = [
         "| reward | right over wrong answers of the policy | over GRPO | answers' tokens | groups of one reward |",
         "|---|---|---|---|---|",
@@ -150,9 +156,8 @@ def _reward_models(found: dict) -> Iterator[str]:
         reward = f"{row['first_reward']:.2f} → {row['last_reward']:.2f}"
         length = f"{row['first_length']:.1f} → {row['last_length']:.1f}"
         equal = f"{row['first_equal']:.2f} → {row['last_equal']:.2f}"
-        accuracy = _shown(found["reward_models"][model]) if model in REWARD_MODELS else ""
+        accuracy = _shown(accuracies[model]) if model in accuracies else ""
         lines.append(_row((words, accuracy, reward, length, equal)))
-    lines.append(f"| more words shared with the reference | {_shown(found['word_overlap'])} | | | |")
     yield "\n".join(lines)
     pairs = sum(run["draw_labels"]["pairs"] for run in found["runs"])
     yield _paragraph(f"""Accuracy is on {pairs} pairs of a right and a wrong answer, all of the policy before GRPO, to

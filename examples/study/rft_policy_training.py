@@ -1,4 +1,4 @@
-"""What becomes of the policy in the RFT study: warm start, GRPO on a reward model or the rule, SFT, and the judge.
+"""What becomes of the policy in the RFT study: warm start, GRPO on a reward, SFT, and the judge.
 
 Each public function is a stage of one run, as in rft_rewards.py.
 """
@@ -12,9 +12,9 @@ from pathlib import Path
 from statistics import fmean
 
 import rft_policies as policies
+from rft_baselines import UNLEARNT, serve_unlearnt
 from rft_problems import gold_answers, is_right, right_steps
 from rft_rewards import answer_pairs, prompt_of, write_lines
-from rft_rule import serve_rule
 from rft_sizes import Size, draw_parts
 from rft_stages import in_fork, running
 
@@ -23,8 +23,6 @@ from megatron_polar.errors import UserError
 from megatron_polar.serve.reward_function import PREFIX
 
 GRPO_SCRIPT = Path(__file__).resolve().parents[1] / "rl" / "trl" / "train.py"
-RULE = "rule"
-"""Stands for a reward model where the rule that judges is itself the reward."""
 NEAR = 10
 """Steps at either end of a run that its rewards are averaged over."""
 
@@ -56,7 +54,8 @@ def tune_on_references(directory: Path, size: Size, seed: int, run: int) -> dict
 
 
 def improve(directory: Path, size: Size, seed: int, run: int, rewards: str) -> dict:
-    """GRPO with examples/rl/trl/train.py on rewards of `megatron-polar serve`; `rewards`: a reward model, or RULE."""
+    """GRPO with examples/rl/trl/train.py on rewards of `megatron-polar serve`; `rewards`: a reward model, or one of
+    UNLEARNT."""
     pairs = prompts_and_references(size, seed=seed, run=run)
     output = directory / f"grpo-{rewards}"
     shutil.rmtree(output, ignore_errors=True)
@@ -66,7 +65,8 @@ def improve(directory: Path, size: Size, seed: int, run: int, rewards: str) -> d
     arguments += ["--max-steps", size.grpo.steps, "--batch-size", size.grpo.batch]
     arguments += ["--num-generations", size.grpo.generations, "--learning-rate", size.grpo.lr]
     arguments += ["--max-completion-length", size.draw.max_tokens, *(["--cpu"] if size.device == "cpu" else [])]
-    server = (serve_rule,) if rewards == RULE else (_serve_rewards, directory / rewards, size.device)
+    is_learnt = rewards not in UNLEARNT
+    server = (_serve_rewards, directory / rewards, size.device) if is_learnt else (serve_unlearnt, rewards)
     with running("/ready", *server) as address:
         if in_fork(_grpo, address, [str(argument) for argument in arguments]):
             raise UserError("GRPO ended with an error; its message is in the log above")

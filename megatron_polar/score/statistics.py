@@ -132,15 +132,16 @@ def ordered_pairs(items: Sequence[EvaluationItem], rewards: Sequence[Sequence[fl
 
 
 def word_overlap(item: EvaluationItem) -> list[float]:
-    """Rate candidates by the words they share with the reference (Jaccard), the mean over several: what can be had
-    without learning."""
-    references = [set(reference.split()) for reference in item.references]
-    rates = []
-    for candidate in item.candidates:
-        words = set(candidate.split())
-        shares = [len(words & reference) / max(1, len(words | reference)) for reference in references]
-        rates.append(sum(shares) / len(shares))
-    return rates
+    """Rate candidates by the words they share with the reference, the mean over several: what can be had without
+    learning."""
+    shares = [[shared_words(reference, candidate) for reference in item.references] for candidate in item.candidates]
+    return [sum(row) / len(row) for row in shares]
+
+
+def shared_words(reference: str, candidate: str) -> float:
+    """Words that both texts have, as a share of those that either has (Jaccard): 0 to 1."""
+    ours, theirs = set(candidate.split()), set(reference.split())
+    return len(ours & theirs) / max(1, len(ours | theirs))
 
 
 def wilson_interval(accuracy: float, count: float, *, z: float = Z_95) -> tuple[float, float]:
