@@ -67,3 +67,20 @@ def test_a_question_leaves_no_file_open(lock):
         lock.is_ours()
         on_another_rank(lock).is_ours()
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_a_refused_run_leaves_nothing_that_it_has_made(tmp_path):
+    lock = RunLock(tmp_path / "runs" / "deep" / "run")
+    assert lock.take() is None
+    (tmp_path / "runs" / "another").mkdir()  # begun meanwhile
+    lock.release()
+    lock.release()  # nothing more to let go
+    assert os.listdir(tmp_path / "runs") == ["another"]
+
+
+def test_directories_that_were_there_stay(tmp_path):
+    (tmp_path / "runs").mkdir()
+    lock = RunLock(tmp_path / "runs" / "run")
+    assert lock.take() is None
+    lock.release()
+    assert (tmp_path / "runs").is_dir() and not os.listdir(tmp_path / "runs")

@@ -202,6 +202,8 @@ TWO = "embedded: {num_policies: 2}\n"
     ("text", "message"),
     [
         ("embeded: {num_policies: 2}\n", "unknown key `embeded`; did you mean `embedded`"),
+        ("num_policies: 2\n", "unknown key `num_policies`; it belongs below `embedded`"),
+        ("min_words: 2\n", "unknown key `min_words`; it belongs below `sampling` or `prompts`"),
         ("embedded: {num_policy: 2}\n", "embedded: unknown key `num_policy`; did you mean `num_policies`"),
         ("sampling: {temprature: 1}\n" + TWO, "sampling: unknown key `temprature`; use one of"),
         ("embedded: {orders: [1]}\n", "embedded: the key `num_policies` is missing"),

@@ -1,7 +1,7 @@
 """Keys of a pool file: what each may hold, its default, and one clear line for everything else."""
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,21 +76,32 @@ def read_yaml(path: Path) -> Any:
         raise UserError(f"{path}: {reason}; name a readable YAML file of a pool (docs/policies.md)") from None
 
 
-def check_section(given: Any, keys: dict[str, Key], *, where: str) -> dict[str, Any]:
-    """Check one mapping against its keys and fill in the defaults; a default of None marks a key that must be there."""
+def check_section(
+    given: Any, keys: dict[str, Key], *, where: str, below: Mapping[str, Iterable[str]] | None = None
+) -> dict[str, Any]:
+    """Check one mapping against its keys and fill in the defaults; a default of None marks a key that must be there.
+
+    `below`: the keys of sections that it has, to say where a key belongs that was written beside them.
+    """
     if not isinstance(given, dict):
         raise UserError(f"{where}: {shown(given)} is not a section of keys and values; it takes {listed(keys)}")
     for name, value in given.items():
         if name not in keys:
-            near = difflib.get_close_matches(str(name), keys, n=1)
-            remedy = f"did you mean `{near[0]}`?" if near else f"use one of {listed(keys)}"
-            raise UserError(f"{where}: unknown key `{name}`; {remedy}")
+            raise UserError(f"{where}: unknown key `{name}`; {_remedy(name, keys, below=below or {})}")
         if not keys[name].is_allowed(value):
             raise UserError(f"{where}: {name}={shown(value)} is not {keys[name].allowed}; give such a value")
     missing = [name for name, key in keys.items() if key.default is None and name not in given]
     if missing:
         raise UserError(f"{where}: the key `{missing[0]}` is missing; set it to {keys[missing[0]].allowed}")
     return {name: given.get(name, key.default) for name, key in keys.items()}
+
+
+def _remedy(name: Any, keys: dict[str, Key], *, below: Mapping[str, Iterable[str]]) -> str:
+    homes = [section for section, names in below.items() if name in names]
+    if homes:
+        return f"it belongs below {' or '.join(f'`{home}`' for home in homes)}"
+    near = difflib.get_close_matches(str(name), keys, n=1)
+    return f"did you mean `{near[0]}`?" if near else f"use one of {listed(keys)}"
 
 
 def listed(names: Iterable[str]) -> str:

@@ -111,6 +111,12 @@ _GENERATOR_KEYS = {
     "favourite_words": integer(4, 0),
     "favourite_vocabulary": integer(64, 1),
 }
+_SECTIONS = {
+    "sampling": _SAMPLING_KEYS | _MAX_TOKENS,
+    "prompts": _PROMPT_KEYS,
+    "embedded": _GENERATOR_KEYS,
+    "cleaning": _CLEANING_KEYS,
+}
 _POLICY_KEYS = {
     "name": WORD,
     "backend": Key("embedded", "the name of a backend", TEXT.is_allowed),
@@ -127,8 +133,8 @@ def load_pool(path: Path) -> Pool:
     UserError, one line, for a file that cannot be read, an unknown key (with the nearest right one), a value out of
     range, a backend that does not exist, two policies of one name, or fewer than two policies.
     """
-    root = check_section(read_yaml(path), _POOL_KEYS, where=str(path))
-    sampling = check_section(root["sampling"], {**_SAMPLING_KEYS, **_MAX_TOKENS}, where=f"{path}: sampling")
+    root = check_section(read_yaml(path), _POOL_KEYS, where=str(path), below=_SECTIONS)
+    sampling = check_section(root["sampling"], _SECTIONS["sampling"], where=f"{path}: sampling")
     prompts = check_section(root["prompts"], _PROMPT_KEYS, where=f"{path}: prompts")
     cleaning = check_section(root["cleaning"], _CLEANING_KEYS, where=f"{path}: cleaning")
     _check_lengths(sampling, where=f"{path}: sampling")

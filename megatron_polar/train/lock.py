@@ -35,6 +35,7 @@ class RunLock:
     def __init__(self, directory: Path):
         self.directory = directory
         self._handle: int | None = None
+        self._made: list[Path] = []
         self.text = ""
         """What our file says: host, process, job and restart. No other job's file says the same."""
 
@@ -63,6 +64,7 @@ class RunLock:
 
     def take(self) -> str | None:
         """Claim the directory; returns what keeps us out, or None."""
+        self._made = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
         self.directory.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + _SECONDS_FOR_REMAINS
         while True:
@@ -83,12 +85,17 @@ class RunLock:
             time.sleep(0.1)
 
     def release(self) -> None:
-        """Let go. A directory that got nothing but the lock goes again."""
-        if self._handle is not None:
-            if os.listdir(self.directory) == ["lock"] and self.is_ours():  # the run was refused
-                os.unlink(self.directory / "lock")
-                os.rmdir(self.directory)
-            os.close(self._handle)
+        """Let go. A directory that got nothing but the lock goes again, and empty ones above that came with it."""
+        if self._handle is None:
+            return
+        if os.listdir(self.directory) == ["lock"] and self.is_ours():  # the run was refused
+            os.unlink(self.directory / "lock")
+            os.rmdir(self.directory)
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                for path in self._made[1:]:
+                    os.rmdir(path)
+        os.close(self._handle)
+        self._handle = None
 
     def _lock(self, handle: int) -> bool:
         try:
