@@ -1,6 +1,7 @@
 """The study, end to end on generated text, and the parts of it that figures depend on."""
 
 import argparse
+import gzip
 import importlib
 import json
 import math
@@ -122,10 +123,26 @@ def test_folds_hold_out_every_problem_once_and_share_none(finished):
         return {json.loads(line)["prompt"] for line in (folder / f"{name}.jsonl").read_text().splitlines()}
 
     heldout = [problems(f"fold{fold}_heldout") for fold in range(3)]
-    assert sum(map(len, heldout)) == len(set.union(*heldout)) == 18
+    generated = study_module("generated")
+    assert sum(map(len, heldout)) == len(set.union(*heldout)) == generated.NUM_GRADED - generated.NUM_REPEATING
     assert all(not problems(f"fold{fold}_train") & heldout[fold] for fold in range(3))
     blind = [json.loads(line) for line in (folder.parent / "none/fold0_train.jsonl").read_text().splitlines()]
     assert {row["reference"] for row in blind} == {""}
+
+
+def test_every_arm_of_fine_tuning_has_the_same_records_and_none_whose_answer_is_its_reference(finished):
+    """`preprocess` drops those where there are references only, and refuses a file with too many of them."""
+    with gzip.open(finished / "generated/alpaca_eval/preferences_train.jsonl.gz", "rt") as lines:
+        first = json.loads(next(lines))
+        assert first["chosen"] == first["reference"], "there is something to leave out"
+    folder = finished / "inputs/finetune"
+    for path in sorted(folder.glob("*/reference/*.jsonl")):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        assert all(row["reference"] not in (row["chosen"], row["rejected"]) for row in rows)
+        blind = (path.parents[1] / "none" / path.name).read_text().splitlines()
+        assert [json.loads(line) for line in blind] == [row | {"reference": ""} for row in rows]
+    assert len(list((finished / "datasets").glob("*-reference-*/manifest.json"))) == 4
+    assert not list((finished / "datasets").glob("*-reference-*/quarantine.ndjson"))
 
 
 # --- jobs ------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ NUM_PROMPTS = {"train": 16, "eval": 6}
 NUM_PROBLEMS = 40
 NUM_GRADED = 18
 NUM_PREFERENCES = {"train": 24, "eval": 8}
+NUM_REPEATING = 2  # of the graded problems and, further ones, of the preferences: an answer is the reference itself
 THINGS = ["apples", "pears", "stones", "books", "lamps", "boats", "cups", "birds", "ropes", "bells", "chairs", "coins"]
 VERBS = ["collects", "sells", "paints", "counts", "carries", "repairs", "borrows", "washes", "throws", "packs"]
 
@@ -28,12 +29,17 @@ def write_generated(data: Path, *, seed: int = 1) -> None:
             write_json(data / f"alpaca_eval/{part}/results/{model}/model_outputs.json", entries)
     for part, count in NUM_PREFERENCES.items():
         rows = [preference(f"What does one do with {rng.choice(THINGS)} {part} {i}?", rng) for i in range(count)]
+        rows = [{**row, "chosen": row["reference"]} for row in rows[:NUM_REPEATING]] + rows
         path = data / f"alpaca_eval/preferences_{part}.jsonl.gz"
         with gzip.GzipFile(path, "wb", mtime=0) as lines:
             lines.write("".join(json.dumps(row) + "\n" for row in rows).encode())
     problems = [problem(rng, i) for i in range(NUM_PROBLEMS + NUM_GRADED)]
     write_lines(data / "gsm8k/train.jsonl", [{"question": q, "answer": a} for q, a in problems[:NUM_PROBLEMS]])
-    write_lines(data / "gsm8k/example_model_solutions.jsonl", [graded(q, a, rng) for q, a in problems[NUM_PROBLEMS:]])
+    solutions = [graded(q, a, rng) for q, a in problems[NUM_PROBLEMS:]]
+    for row in solutions[:NUM_REPEATING]:
+        opening = "Let us see how many there are of all. " * 20  # no ending reaches back over it
+        row["right"]["solution"] = f"{opening}\n{row['ground_truth']}"
+    write_lines(data / "gsm8k/example_model_solutions.jsonl", solutions)
     write_rmb(data / "rmb/RMB_dataset", rng)
 
 

@@ -60,6 +60,8 @@ def _head(figures: dict) -> Iterator[str]:
         change. Intervals over seeds (Student's t) say what other trainings would.""")
     yield _paragraph("""Knobs were chosen by looking at these held-out sets, at runs of fewer steps with some of the
         same seeds ([log.md](log.md)). No set was kept aside for the end.""")
+    yield _paragraph("""Another processor rounds in another way, and changes a training as another seed would:
+        [log.md](log.md) has the figures of two.""")
     if not figures["complete"]:
         yield "**This is a report on a part of the study**: the rest had not been run when it was written."
 
@@ -211,7 +213,7 @@ def _finetune(figures: dict) -> Iterator[str]:
     yield _paragraph(f"""{settings["finetune_seeds"]} seeds. On GSM8K they hold out the
         {settings["gsm8k_folds"]} folds of the problems in turn, so that all of them are judged by models that did not
         see them;
-        of solutions there are the endings alone, without the calculator's annotations.
+        of solutions there are the endings alone, without the calculator's annotations. No answer is its own reference.
         On AlpacaEval the better answer mostly is the longer one; answers are cut, which hides a part of that.""")
     for task, found in figures["finetune"].items():
         if found is None:

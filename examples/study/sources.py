@@ -258,7 +258,9 @@ def fold_of(question: str, *, num_folds: int) -> int:
 def write_finetuning(data: Path, output: Path, *, size: Size) -> None:
     """Preferences for every fold of GSM8K's graded solutions and for AlpacaEval, with and without references.
 
-    Of solutions there is the ending, as of the trajectories: pairs whose endings are the same are left out.
+    Of solutions there is the ending, as of the trajectories. A record in which two of the three texts are the same is
+    left out: there is no preference, or an answer is the reference itself. `preprocess` would leave it out, too, but
+    only of the arms with references.
     """
     skipped: Counter[str] = Counter()
     solutions = data / "gsm8k" / "example_model_solutions.jsonl"
@@ -266,7 +268,7 @@ def write_finetuning(data: Path, output: Path, *, size: Size) -> None:
         pair | {name: ending(pair[name], max_words=size.gsm8k_answer_words) for name in TEXTS}
         for pair in gsm8k_preferences(solutions, pairs_per_problem=size.gsm8k_pairs, skipped=skipped)
     ]
-    pairs = [pair for pair in pairs if pair["chosen"] != pair["rejected"]]
+    pairs = list(filter(are_distinct, pairs))
     write_both(pairs, output / "finetune" / "gsm8k", "all")
     folds = [fold_of(pair["prompt"], num_folds=size.gsm8k_folds) for pair in pairs]
     for fold in range(size.gsm8k_folds):
@@ -274,8 +276,14 @@ def write_finetuning(data: Path, output: Path, *, size: Size) -> None:
             chosen = [pair for pair, own in zip(pairs, folds, strict=True) if is_wanted(own)]
             write_both(chosen, output / "finetune" / "gsm8k", f"fold{fold}_{name}")
     for part, name in (("train", "train"), ("eval", "heldout")):
-        rows = list(read_preferences(data / "alpaca_eval" / f"preferences_{part}.jsonl.gz"))
+        rows = list(filter(are_distinct, read_preferences(data / "alpaca_eval" / f"preferences_{part}.jsonl.gz")))
         write_both(rows[: size.preference_limit], output / "finetune" / "alpaca_eval", name)
+
+
+def are_distinct(record: dict) -> bool:
+    """Whether reference and answers are three texts."""
+    reference, chosen, rejected = (record[name] for name in TEXTS)
+    return reference != chosen != rejected != reference
 
 
 def read_preferences(path: Path) -> Iterator[dict]:
