@@ -20,6 +20,7 @@ from megatron_polar.policies.answers import Answer, Ask, NoAnswer
 from megatron_polar.policies.remote import HttpSpec, read_key
 from megatron_polar.retry_after import retry_after
 
+_COMPLETIONS, _CHAT = "/v1/completions", "/v1/chat/completions"
 _PASSING_STATUSES = (408, 409, 425, 500, 502, 503, 504)
 _ENDING_STATUSES = {
     401: "check the key and api_key_env",
@@ -66,7 +67,11 @@ class Endpoint:
         if spec.requests_per_minute:
             self._interval = 60.0 / spec.requests_per_minute
         self._key = read_key(spec)
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        headers = {"Content-Type": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        # Parsed once, not for each request: 0.03 ms, and another 0.015 for headers that a client has already.
+        self._pages = {path: httpx.URL(self.name + path) for path in (_COMPLETIONS, _CHAT)}
         # A client for each request that is under way: one for all looks through its connections at every request,
         # which with a hundred of them takes longer than all else.
         limits = httpx.Limits(max_connections=1, max_keepalive_connections=1)
@@ -232,7 +237,7 @@ class Endpoint:
     async def _attempt(self, spec: HttpSpec, path: str, content: bytes, *, attempts: int) -> Answer:
         started, client = time.monotonic(), self._idle.pop()
         try:
-            post = client.post(self.name + path, content=content, headers={"Content-Type": "application/json"})
+            post = client.post(self._pages[path], content=content)
             # httpx's own limits are per read; a reply that trickles in would outlast them.
             response = await asyncio.wait_for(post, spec.timeout_seconds)
         except (asyncio.TimeoutError, httpx.TimeoutException):
@@ -284,9 +289,9 @@ def request_body(spec: HttpSpec, ask: Ask, *, wrapper: str) -> tuple[str, dict[s
         body["top_k"] = spec.top_k
     body |= spec.extra
     if spec.api == "completions":
-        return "/v1/completions", {**body, "prompt": ask.prompt.text + "\n" * (wrapper == "sft")}
+        return _COMPLETIONS, {**body, "prompt": ask.prompt.text + "\n" * (wrapper == "sft")}
     messages: Sequence[tuple[str, str]] = ask.prompt.messages or (("user", ask.prompt.text),)
-    return "/v1/chat/completions", {**body, "messages": [{"role": r, "content": text} for r, text in messages]}
+    return _CHAT, {**body, "messages": [{"role": r, "content": text} for r, text in messages]}
 
 
 def read_reply(reply: Any, *, attempts: int, seconds: float) -> Answer:
