@@ -7,8 +7,8 @@ the right one by GRPO on rewards of `megatron-polar serve`, for three reward mod
 and fine-tuned on labelled answers; fine-tuned on the same labels only; pre-trained only. References are right answers
 to the training problems. The rule itself as reward says what GRPO could reach, counting the words that an answer shares
 with its reference what it reaches without a model; SFT on the same prompts and references, with as many steps and
-sequences a step, stands beside them. The rule judges: the last number of an answer to a problem
-that nobody was trained on.
+sequences a step, stands beside them. The rule judges: the last number of an answer to a problem that nobody was trained
+on.
 
 DIR, by default runs/study/SIZE/rft, gets rft.json, rft.svg and rft.md. The next report of the study that is in
 runs/study/SIZE takes them up as a part of its page. Stages are kept: after an interruption the same command goes on.

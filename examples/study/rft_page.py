@@ -76,9 +76,9 @@ def _task(found: dict) -> Iterator[str]:
         ({grpo["steps"]} steps of {grpo["batch"]} answers, {grpo["generations"]} to a problem, no KL term) is to lead it
         to the right habit, on rewards of `megatron-polar serve`, or on one of two that nobody has learnt, behind the
         same address: the rule, and the words that an answer shares with its reference, as a share of the words of
-        both. References are
-        right answers to {counts["rft"]} problems. SFT takes the same prompts and references, with as many steps and
-        sequences a step. A rule judges: the last number of an answer to a problem that nobody was trained on.""")
+        both. References are right answers to {counts["rft"]} problems. SFT takes the same prompts and
+        references, with as many steps and sequences a step. A rule judges: the last number of an
+        answer to a problem that nobody was trained on.""")
     yield _paragraph(f"""Reward models have the policy's shape. All begin as one base language model, which read
         documents in which an author answers a problem twice in one habit, half of the authors in the right one, the
         others in those of the pool. Pre-training is on
