@@ -21,8 +21,9 @@ INTERRUPTED = 130
 """Ctrl-C, without a checkpoint."""
 STOPPED = 75
 """Asked to stop by a signal, with a checkpoint written: start again to go on."""
-REPLICAS_DIFFER = 76
-"""Weights that must be equal are not, and were not saved: start again, without the machine that is named."""
+MACHINE_DIFFERS = 76
+"""Weights that must be equal are not, and were not saved, or one machine reads other bytes than another: start again,
+without the machine that is named."""
 
 FENCED = 77
 """Another job has taken over the run directory: leave it to that one."""

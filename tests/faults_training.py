@@ -26,7 +26,7 @@ from megatron_polar import faults
 from megatron_polar.config.schema import ParallelSection, RunConfig
 from megatron_polar.data.comparisons import ComparisonDataset
 from megatron_polar.data.corpus import Corpus
-from megatron_polar.errors import REPLICAS_DIFFER, RunStopped, UserError
+from megatron_polar.errors import MACHINE_DIFFERS, RunStopped, UserError
 from megatron_polar.manifest import MANIFEST, file_entry
 from megatron_polar.train import run as run_module
 from megatron_polar.train.build import build_run, join_ranks
@@ -471,7 +471,7 @@ def flipped_bits(corpus: Path, workdir: Path, *, interval: int = 5) -> dict:
         shown = log_of(config).read_text()
         found_at = int(shown.split("weights that must be equal")[0].rsplit("iteration ", 1)[1].split(":")[0])
         figures["flips"] += 1
-        figures["found"] += codes == [REPLICAS_DIFFER] * 4
+        figures["found"] += codes == [MACHINE_DIFFERS] * 4
         figures["named"] += f"of rank {rank};" in shown
         figures["worst_delay_steps"] = max(figures["worst_delay_steps"], found_at - flipped)
     return figures

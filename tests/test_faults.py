@@ -24,7 +24,7 @@ from tiny_runs import (
 from megatron_polar import faults
 from megatron_polar.config.load import load_config
 from megatron_polar.config.schema import DatasetSource, FaultsSection
-from megatron_polar.errors import BAD_STEPS, REPLICAS_DIFFER, UserError
+from megatron_polar.errors import BAD_STEPS, MACHINE_DIFFERS, UserError
 from megatron_polar.manifest import encode_manifest, file_entry
 from megatron_polar.train.checkpoint_files import find_checkpoint, list_steps
 from megatron_polar.train.guard import GOOD, NOT_FINITE, SPIKE, StepGuard, Verdict
@@ -229,7 +229,7 @@ def test_a_flipped_bit_on_one_replica_is_found_within_the_interval_with_its_rank
         checkpoint__save_interval=100,
     )
     for status, message in run_ranks(train_with, 4, config, f"step_end:3@{rank}=flip"):
-        assert status == REPLICAS_DIFFER
+        assert status == MACHINE_DIFFERS
         assert message.startswith("iteration 4: weights that must be equal on all replicas differ:")
         assert f"of rank {rank};" in message
     assert not list_steps(tmp_path / "run")  # spoilt weights are never saved
@@ -243,7 +243,7 @@ def test_no_save_evades_the_comparison_of_replicas(tmp_path, trajectory_corpus):
         checkpoint__save_interval=100,
     )
     outcomes = run_ranks(train_with, 3, config, "step_end:3@1=flip,after_update:3@0=term")
-    assert {status for status, _ in outcomes} == {REPLICAS_DIFFER}
+    assert {status for status, _ in outcomes} == {MACHINE_DIFFERS}
     assert not list_steps(tmp_path / "run")
 
 

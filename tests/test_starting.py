@@ -1,10 +1,16 @@
-"""Where a run may not start from: a model that its weights were not trained as."""
+"""Where a run may not start from: a model that its weights were not trained as, ranks that are not alike."""
 
+import os
 import shutil
+import socket
 
 import pytest
 from ranks import run_ranks
 from tiny_runs import change, metric_rows, run_training, tiny_config, training_refusal
+
+from megatron_polar.errors import UserError
+from megatron_polar.model import build as model_build
+from megatron_polar.train.run import train
 
 
 @pytest.mark.parametrize(
@@ -49,3 +55,23 @@ def test_a_run_whose_checkpoints_have_vanished_does_not_start_over(trajectory_co
     message = training_refusal(change(config, train__num_steps=6))
     assert f"{tmp_path}/run: events.jsonl tells of a checkpoint of step 3, and there is none" in message
     assert [row["iteration"] for row in metric_rows(tmp_path / "run")] == [1, 2, 3]
+
+
+def with_a_rank_that_cannot_build(config, problem):
+    def resolve(requested: str, *, device_kind: str) -> str:
+        if os.environ["RANK"] == "1":
+            raise problem
+        return "local"
+
+    model_build.resolve_transformer_impl = resolve
+    try:
+        train(config)
+    except UserError as error:
+        return str(error)
+
+
+def test_what_one_rank_cannot_build_all_refuse_and_name(trajectory_corpus, tmp_path):
+    problem = UserError("model.transformer_impl=transformer_engine, but Transformer Engine is not usable here")
+    config = tiny_config(trajectory_corpus, tmp_path / "run")
+    said = run_ranks(with_a_rank_that_cannot_build, 2, config, problem)
+    assert said == [f"rank 1 on {socket.gethostname()}: {problem} (1 of 2 ranks find nothing wrong)"] * 2

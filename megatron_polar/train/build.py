@@ -5,9 +5,9 @@ import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 
 import megatron_polar
 from megatron_polar import log
@@ -21,6 +21,7 @@ from megatron_polar.data.tokenizer import load_tokenizer
 from megatron_polar.errors import UserError, naming
 from megatron_polar.model.build import BuiltModel, build_model
 from megatron_polar.parallel import topology as ranks
+from megatron_polar.parallel.agreement import agree_on, check_in_parts, raise_everywhere
 from megatron_polar.parallel.device import Device, make_deterministic, select_device
 from megatron_polar.parallel.topology import Topology
 from megatron_polar.train.gradients import GradientReduction
@@ -33,6 +34,8 @@ from megatron_polar.train.optimizer import (
 )
 from megatron_polar.train.policy_pairs import PolicyPairs
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Data:
@@ -44,24 +47,20 @@ class Data:
     tokenizer_directory: Path
     vocab_size: int
 
-    def verify(self, topology: Topology, *, how: str, after_each: Callable[[], None]) -> None:
+    def verify(self, *, how: str, after_each: Callable[[], None]) -> None:
         """Hash all tokens before the first step, each rank its share (`data.verify: full`). Collective.
 
-        Raises UserError on every rank, naming the damaged file.
+        Raises UserError on every rank, naming the damaged file, or RunStopped, naming a machine that reads wrongly.
         """
         if how != "full":
             return
-        problem = None
-        try:
+
+        def check(part: int, of: int) -> None:
             for dataset in filter(None, (self.train, self.validation)):
                 for corpus in dataset.corpora:
-                    corpus.verify_tokens(topology.rank, topology.world_size, after_each=after_each)
-        except UserError as error:
-            problem = error
-        found: list[UserError | None] = [None] * topology.world_size
-        dist.all_gather_object(found, problem)
-        for problem in filter(None, found):
-            raise problem
+                    corpus.verify_tokens(part, of, after_each=after_each)
+
+        check_in_parts("the datasets", check)
 
 
 @dataclass(frozen=True)
@@ -114,9 +113,10 @@ def join_ranks(config: RunConfig) -> tuple[Device, Topology]:
 
 def build_run(config: RunConfig, device: Device, topology: Topology) -> Run:
     """Open the data, build model, optimizer and schedule. Collective; raises UserError."""
-    data = _open_on_all_ranks(config, topology=topology)
+    data = _on_all_ranks(open_data, config, topology=topology)
     num_steps = count_steps(config, data=data)
-    model = build_model(config, topology=topology, device=device, vocab_size=data.vocab_size)
+    model = _on_all_ranks(build_model, config, topology=topology, device=device, vocab_size=data.vocab_size)
+    agree_on("model.transformer_impl", model.transformer_impl)
     reduction = GradientReduction(model, device=device)
     optimizer = build_optimizer(config.optimizer, model=model, reduction=reduction)
     schedule = build_schedule(config.optimizer, optimizer=optimizer, num_steps=num_steps)
@@ -142,18 +142,15 @@ def refuse_planted_outputs(directory: Path) -> None:
             raise UserError(f"{path}: is {kind}; remove it (run.directory itself may be a link)")
 
 
-def _open_on_all_ranks(config: RunConfig, *, topology: Topology) -> Data:
-    """`open_data`; what one rank cannot open, no rank goes on without."""
-    data = problem = None
+def _on_all_ranks(make: Callable[..., T], *arguments, **keywords) -> T:
+    """What `make` returns, in which ranks wait for none; what one rank cannot make, none goes on without."""
+    made = problem = None
     try:
-        data = open_data(config, topology=topology)
+        made = make(*arguments, **keywords)
     except UserError as error:
         problem = error
-    found: list[UserError | None] = [None] * topology.world_size
-    dist.all_gather_object(found, problem)
-    for problem in filter(None, found):
-        raise problem
-    return data
+    raise_everywhere(problem)
+    return made
 
 
 def describe_run(run: Run, *, layout: dict[str, int]) -> list[str]:

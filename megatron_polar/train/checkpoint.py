@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import orjson
@@ -26,6 +27,7 @@ from megatron_polar.config.schema import CheckpointSection
 from megatron_polar.errors import CANNOT_SAVE, RunStopped, UserError
 from megatron_polar.manifest import HashedFile, file_entry, sync_file
 from megatron_polar.model.build import BuiltModel
+from megatron_polar.parallel.agreement import check_in_parts
 from megatron_polar.parallel.topology import Topology
 from megatron_polar.train.checkpoint_files import (
     UNREADABLE,
@@ -296,7 +298,7 @@ def agree_on_checkpoint(
     `after_each` MiB of it.
 
     Says which it skips and why. Not `required`: None for a directory in which no save was ever finished. Raises
-    UserError when there is none, or none that verifies.
+    UserError when there is none, or none that verifies, and RunStopped when it is one machine that reads it wrongly.
     """
     found: list = [None]
     if topology.rank == 0:
@@ -313,14 +315,11 @@ def agree_on_checkpoint(
         return None
     damaged = {}
     for candidate in found[0]:
-        problems: list[str | None] = [None] * topology.world_size
-        part = {"part": topology.rank, "of": topology.world_size}
-        dist.all_gather_object(problems, verify_checkpoint(candidate, **part, after_each=after_each))
-        problem = next(filter(None, problems), None)
-        if problem is None:
+        problems = check_in_parts(str(candidate), partial(verify_checkpoint, candidate, after_each=after_each))
+        if not problems:
             return Found(candidate, damaged)
-        if not any(text.startswith(UNREADABLE) for text in filter(None, problems)):
-            damaged[candidate] = problem
+        if not any(text.startswith(UNREADABLE) for text in problems):
+            damaged[candidate] = problems[0]
         if topology.rank == 0:
-            log.warn(f"{candidate}: skipped: {problem}")
+            log.warn(f"{candidate}: skipped: {problems[0]}")
     raise none_verifies(path, len(found[0]), to_resume=not required)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_polar import faults
 from megatron_polar.config.schema import FaultsSection
-from megatron_polar.errors import BAD_STEPS, REPLICAS_DIFFER, RunStopped, UserError
+from megatron_polar.errors import BAD_STEPS, MACHINE_DIFFERS, RunStopped, UserError
 from megatron_polar.model.build import BuiltModel
 from megatron_polar.model.fp8_weights import is_fp8_weight, plain
 from megatron_polar.parallel.device import Device
@@ -184,7 +184,7 @@ def check_replicas(model: BuiltModel, *, topology: Topology, step: int) -> None:
         raise RunStopped(
             f"iteration {step}: weights that must be equal on all replicas differ: {shown}; no checkpoint was written "
             f"of them; look at that rank's memory and start again: the run resumes from its last checkpoint",
-            status=REPLICAS_DIFFER,
+            status=MACHINE_DIFFERS,
         )
 
 

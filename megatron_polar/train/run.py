@@ -199,7 +199,7 @@ def _open(run: Run, *, signals: StopSignals, watchdog: Watchdog, journal: Journa
     """Resume or start; open what a run writes."""
     config = run.config
     watchdog.enter("load", 0)
-    run.data.verify(run.topology, how=config.data.verify, after_each=watchdog.progress)
+    run.data.verify(how=config.data.verify, after_each=watchdog.progress)
     start = start_or_resume(run, watchdog=watchdog)
     run.schedule.step(increment=start.step)
     is_done = journal.done_at is not None and start.step >= run.num_steps
