@@ -112,17 +112,19 @@ def config_path(tmp_path, trajectory_corpus) -> Path:
 
 def test_a_node_describes_itself(tmp_path, config_path, trajectory_corpus, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))  # neither nvidia-smi nor git
-    config = load_config(config_path, ["data.tokenizer=/gone", f"data.validation=[{{path: {tmp_path}}}]"])
+    insisting = ["model.transformer_impl=transformer_engine"]
+    config = load_config(config_path, [*insisting, "data.tokenizer=/gone", f"data.validation=[{{path: {tmp_path}}}]"])
     steps = []
     report = describe_node(
         config,
         place=Place("n2", 8, 16, 0, 8),
         output=tmp_path,
         wants_all_reduce=False,
-        environment={"CUDA_VISIBLE_DEVICES": "0,1,2,3"},
+        environment={"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_GPUS_ON_NODE": "4"},
         begin=steps.append,
     )
     assert (report.gpus, report.visible_gpus, report.versions["commit"]) == ((), 4, None)
+    assert (report.num_allocated_gpus, report.needs_transformer_engine) == (4, True)
     assert report.versions["torch"].startswith("2.")
     assert len(report.versions["code"]) == 12
     assert abs(report.clock_offset_seconds) < 1

@@ -127,6 +127,20 @@ def test_what_was_trained_in_fp8_is_scored_in_bf16(trained, records, monkeypatch
     np.testing.assert_array_equal(flat(found), flat(expected))
 
 
+def test_what_was_trained_with_transformer_engine_is_scored_without(trained, records, monkeypatch):
+    """As the YAMLs of examples/ insist on it, and on `run.device: cuda`."""
+
+    def insisting(path):
+        config = load_saved_config(path)
+        model = dataclasses.replace(config.model, transformer_impl="transformer_engine", attention="te")
+        return dataclasses.replace(config, model=model, run=dataclasses.replace(config.run, device="cuda"))
+
+    (expected,) = score(trained, requests_of(records[:3]))
+    monkeypatch.setattr(scorer_module, "load_saved_config", insisting)
+    (found,) = score(trained, requests_of(records[:3]))
+    np.testing.assert_array_equal(flat(found), flat(expected))
+
+
 def test_outputs_scored_together_equal_each_alone_and_order_plays_no_part(trained, records):
     requests = requests_of(records[:12])
     alone = [ScoreRequest(r.prompt, r.reference, (output,), r.wrapper) for r in requests for output in r.outputs]

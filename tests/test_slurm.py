@@ -40,6 +40,7 @@ NANO = [
     "model.num_attention_heads=4",
     "model.num_query_groups=2",
     "model.rotary_base=10000",
+    "model.transformer_impl=auto",
     "data.validation=[]",
     "data.max_sequence_length=512",
     "data.max_tokens_per_micro_batch=512",

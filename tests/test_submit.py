@@ -4,13 +4,16 @@ test_slurm.py."""
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import chat_server
 import pytest
 from conftest import write_trajectories
 
-from megatron_polar.launch.request import minutes_of, parse_request, shape_of
+from megatron_polar.config.load import load_config
+from megatron_polar.launch import submit
+from megatron_polar.launch.request import Shape, minutes_of, parse_request, shape_of
 from megatron_polar.launch.submit import USAGE, main
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -77,6 +80,7 @@ def test_without_a_dry_run_it_submits_as_often_as_a_chain_has_jobs(launch, confi
     ("words", "parts"),
     [
         (["--account", "foo", "CONFIG"], ("foo: no such file", "one word: --account=foo")),
+        (["-A", "foo", "CONFIG"], ("foo: no such file", "one word: -Afoo)")),
         (["missing.yaml"], ("missing.yaml: no such file in", "examples/pretrain_7b.yaml")),
         (["CONFIG", "--nodes=2"], ("--nodes=2 comes after", "go before it")),
         (["CONFIG", "--dry-run"], ("--dry-run comes after",)),
@@ -87,6 +91,7 @@ def test_without_a_dry_run_it_submits_as_often_as_a_chain_has_jobs(launch, confi
         (["slurm/preprocess.sh", "x"], ("slurm/preprocess.sh", "submits its parts itself")),
         (["slurm/train.sh"], ("the YAML: no such file",)),
         (["--gpus-per-node=h100:4", "CONFIG"], ("8 ranks for 4 GPUs", "--ntasks-per-node=4, too")),
+        (["--gpus-per-node=h100", "CONFIG"], ("--gpus-per-node=h100: give a number, too, such as h100:8",)),
         (["--dry-run", "CONFIG", "model.vocab_size=421", "data.tokenizer=none"], ("2 problems", "data.tokenizer")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -135,6 +140,38 @@ def test_an_environment_without_gpus_is_refused_for_a_job_with_some(launch, conf
     said = refusal(launch("--no-paths", config))
     assert "knows no GPU, and the job would train on CPUs; set POLAR_VENV" in said
     assert "run.device=cpu" in said
+
+
+@pytest.mark.parametrize(
+    ("installed", "impl", "runtime", "part"),
+    [
+        ({"torch": "2.13.0"}, "transformer_engine", "venv", "has no transformer-engine, and model.transformer_impl="),
+        ({"torch": "2.13.0"}, "auto", "venv", None),
+        ({"torch": "2.13.0"}, "transformer_engine", "pyxis", None),
+        ({"torch": "2.11.0", "transformer-engine": "2.11.0"}, "transformer_engine", "venv", None),
+        ({"torch": "2.13.0+cpu"}, "transformer_engine", "venv", "torch 2.13.0+cpu of"),
+        ({}, "transformer_engine", "venv", None),
+    ],
+)
+def test_an_environment_must_have_what_the_job_insists_on(installed, impl, runtime, part, config, monkeypatch):
+    def version(distribution: str) -> str:
+        if distribution not in installed:
+            raise metadata.PackageNotFoundError(distribution)
+        return installed[distribution]
+
+    monkeypatch.setattr(submit.metadata, "version", version)
+    site = submit.Site("srun", runtime, ranks_per_node=None, gpu_memory_gb=80.0, cpu_partition="")
+    wanted = load_config(Path(config), [f"model.transformer_impl={impl}"])
+    problems = submit._environment_problems(wanted, Shape(1, num_gpus=8, num_ranks=8), site=site)
+    assert len(problems) == (part is not None)
+    assert (part or "") in "".join(problems)
+
+
+def test_a_signal_of_the_users_own_is_left_alone(launch, config):
+    words = ("--dry-run", "--no-paths", "--time=30", config, "run.device=cpu")
+    assert "--signal=B:USR1@450" in launch(*words).stdout
+    said = launch(*words[:2], "--signal=B:USR1@600", *words[2:]).stdout
+    assert "would submit: sbatch --nodes=1 --signal=B:USR1@600 --time=30 slurm/train.sh" in said
 
 
 def test_a_machine_without_a_slurm_is_told_from_a_refusal(launch, config):

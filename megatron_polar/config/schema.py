@@ -67,7 +67,8 @@ class ModelSection:
     """What the last layer computes behind its keys and values: only the rows that rewards are read from (exact, with 3
     to 4 % fewer FLOPs), or all rows."""
     transformer_impl: Literal["auto", "transformer_engine", "local"] = "auto"
-    """Layer spec; `auto` takes Transformer Engine on CUDA, else Megatron-Core's local layers."""
+    """Layer spec; `auto` takes Transformer Engine on CUDA, else Megatron-Core's local layers (on a GPU with a warning);
+    `transformer_engine` refuses to run without."""
 
 
 @dataclass(frozen=True)

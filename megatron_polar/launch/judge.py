@@ -106,24 +106,8 @@ def _missing_nodes(
 
 
 def _own_problems(report: NodeReport, limits: Limits) -> Iterable[Problem]:
-    node, ranks = report.node, report.num_local_ranks or 1
-    uses_gpus = report.device != "cpu" and report.visible_gpus != 0
-    if report.gpu_error and uses_gpus:
-        remedy = "drain the node and look for Xid messages in dmesg (to run on CPUs: CUDA_VISIBLE_DEVICES='')"
-        yield Problem(node, "GPUs", "nvidia-smi", report.gpu_error, remedy, is_mendable=True)
-    for gpu in report.gpus:
-        if gpu.uncorrected_errors:
-            message = f"GPU {gpu.index} ({gpu.name}) has {gpu.uncorrected_errors} uncorrected ECC errors"
-            yield Problem(node, "ECC", "ECC", message, "drain the node and have the GPU reset or replaced")
-    seen = len(report.gpus) if report.visible_gpus is None else min(len(report.gpus), report.visible_gpus)
-    if report.gpus and uses_gpus and not report.has_own_gpu_only and seen < ranks:
-        message = f"{seen} GPUs for {ranks} ranks"
-        remedy = f"start at most {seen} ranks on it (--ntasks-per-node, --gpus-per-node), or drain the node"
-        yield Problem(node, "GPUs", "ranks without a GPU", message, remedy, is_mendable=True)
-    if report.gpus and uses_gpus and "+cpu" in (report.versions.get("torch") or ""):
-        message = f"{len(report.gpus)} GPUs, and torch {report.versions['torch']}, which knows none"
-        remedy = "use an environment with requirements-gpu.txt, or a container (for a run on CPUs: run.device=cpu)"
-        yield Problem(node, "versions", "torch without GPUs", message, remedy, is_mendable=True)
+    yield from _gpu_problems(report)
+    node = report.node
     for place, free in report.free_gb.items():
         if free < limits.min_free_gb:
             message = f"{free:.1f} GB are free in {place}, fewer than --min-free-gb {limits.min_free_gb:g}"
@@ -139,6 +123,40 @@ def _own_problems(report: NodeReport, limits: Limits) -> Iterable[Problem]:
             yield Problem(node, "data", dataset.path, message, remedy, is_mendable=True)
     for key, path in report.missing_inputs.items():
         yield Problem(node, "data", key, f"{key}={path} is not there", "correct or copy it", is_mendable=True)
+
+
+def _gpu_problems(report: NodeReport) -> Iterable[Problem]:
+    node, ranks = report.node, report.num_local_ranks or 1
+    uses_gpus = report.device != "cpu" and report.visible_gpus != 0
+    if report.gpu_error and uses_gpus:
+        remedy = "drain the node and look for Xid messages in dmesg (to run on CPUs: CUDA_VISIBLE_DEVICES='')"
+        yield Problem(node, "GPUs", "nvidia-smi", report.gpu_error, remedy, is_mendable=True)
+    if uses_gpus and report.num_allocated_gpus and not report.gpus and not report.gpu_error:
+        message = f"no GPU is seen, and Slurm has given the job {report.num_allocated_gpus} here"
+        remedy = "look for the driver, and for the container's GPU hook (for a run on CPUs: run.device=cpu)"
+        yield Problem(node, "GPUs", "no GPU", message, remedy, is_mendable=True)
+    for gpu in report.gpus:
+        if gpu.uncorrected_errors:
+            message = f"GPU {gpu.index} ({gpu.name}) has {gpu.uncorrected_errors} uncorrected ECC errors"
+            yield Problem(node, "ECC", "ECC", message, "drain the node and have the GPU reset or replaced")
+    seen = len(report.gpus) if report.visible_gpus is None else min(len(report.gpus), report.visible_gpus)
+    if report.gpus and uses_gpus and not report.has_own_gpu_only and seen < ranks:
+        message = f"{seen} GPUs for {ranks} ranks"
+        remedy = f"start at most {seen} ranks on it (--ntasks-per-node, --gpus-per-node), or drain the node"
+        yield Problem(node, "GPUs", "ranks without a GPU", message, remedy, is_mendable=True)
+    if report.gpus and uses_gpus and "+cpu" in (report.versions.get("torch") or ""):
+        message = f"{len(report.gpus)} GPUs, and torch {report.versions['torch']}, which knows none"
+        remedy = "use an environment with requirements-gpu.txt, or a container (for a run on CPUs: run.device=cpu)"
+        yield Problem(node, "versions", "torch without GPUs", message, remedy, is_mendable=True)
+    elif report.gpus and uses_gpus and report.needs_transformer_engine and _lacks(report, "transformer-engine"):
+        message = "no transformer-engine, and model.transformer_impl=transformer_engine"
+        remedy = "use an environment with requirements-gpu.txt, or a container (or model.transformer_impl=local)"
+        yield Problem(node, "versions", "transformer-engine", message, remedy, is_mendable=True)
+
+
+def _lacks(report: NodeReport, distribution: str) -> bool:
+    """Whether it was looked for, and not there."""
+    return distribution in report.versions and report.versions[distribution] is None
 
 
 def _notes(report: NodeReport) -> Iterable[str]:

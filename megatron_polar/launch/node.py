@@ -80,6 +80,8 @@ def describe_node(
         gpus=gpus,
         gpu_error=gpu_error,
         visible_gpus=visible,
+        num_allocated_gpus=_num_allocated(environment.get("SLURM_GPUS_ON_NODE")),
+        needs_transformer_engine=config.model.transformer_impl == "transformer_engine",
         has_own_gpu_only=visible == 1 and (place.num_local_ranks or 1) > 1 and "SLURM_LOCALID" in environment,
         free_gb=free,
         versions=versions,
@@ -161,6 +163,10 @@ def _num_visible(devices: str | None) -> int | None:
             break
         count += 1
     return count
+
+
+def _num_allocated(count: str | None) -> int | None:
+    return int(count) if count is not None and count.isdigit() else None
 
 
 # --- Disk, clock, versions -------------------------------------------------------------------------------------------

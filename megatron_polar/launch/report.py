@@ -106,6 +106,10 @@ class NodeReport:
     """Entries of CUDA_VISIBLE_DEVICES; None: not set."""
     has_own_gpu_only: bool = False
     """Slurm shows every task its own GPU, so the first rank cannot see the others'."""
+    num_allocated_gpus: int | None = None
+    """What Slurm has given the job on this node; None: not told."""
+    needs_transformer_engine: bool = False
+    """`model.transformer_impl: transformer_engine`."""
     free_gb: dict[str, float] = field(default_factory=dict)
     """By the name of the place: run.directory, TMPDIR."""
     versions: dict[str, str | None] = field(default_factory=dict)

@@ -137,7 +137,8 @@ def _no_such_file(word: str, options: Sequence[str]) -> str:
     message = f"{word}: no such file in {Path.cwd()}; name a job script, or a configuration such as "
     message += "examples/pretrain_7b.yaml"
     if options and "=" not in options[-1]:
-        message += f" (options of sbatch are written as one word: {options[-1]}={word})"
+        separator = "=" if options[-1].startswith("--") else ""
+        message += f" (options of sbatch are written as one word: {options[-1]}{separator}{word})"
     return message
 
 
@@ -175,7 +176,11 @@ def shape_of(request: Request, *, launcher: str, ranks_per_node: int | None) -> 
     nodes = request.setting("nodes") or "1"
     if not nodes.isdigit() or int(nodes) < 1:
         raise UserError(f"--nodes={nodes}: give one number of nodes; memory and batch are planned for it")
-    gpus = int(re.split("[=:]", request.setting("gpus-per-node") or "0")[-1])  # 8, or h100:8
+    asked = request.setting("gpus-per-node") or "0"
+    number = re.split("[=:]", asked)[-1]  # 8, or h100:8
+    if not number.isdigit():
+        raise UserError(f"--gpus-per-node={asked}: give a number, too, such as {asked}:8")
+    gpus = int(number)
     if launcher == "torchrun":
         ranks, remedy = ranks_per_node or gpus, f"set POLAR_RANKS_PER_NODE={gpus}, too"
     else:

@@ -100,7 +100,8 @@ def _options(request: Request, shape: Shape, *, site: Site, run: Path, chain: st
     if site.launcher == "torchrun" and request.option("ntasks-per-node") is None:
         options.append("--ntasks-per-node=1")
     minutes = minutes_of(request.option("time"))
-    if minutes is not None and minutes < 60:  # the scripts' signal, 15 minutes before the end, would come at once
+    is_short = minutes is not None and minutes < 60  # the scripts' signal, 15 minutes before the end, comes at once
+    if is_short and request.option("signal") is None:
         options.append(f"--signal=B:USR1@{max(minutes * 15, 30)}")
     excluded = [*filter(None, [request.option("exclude")]), *_bad_nodes(run)]
     if excluded:
@@ -131,16 +132,24 @@ def _environment_problems(config: RunConfig, shape: Shape, *, site: Site) -> lis
     if config.run.device == "cpu":
         print("note: run.device=cpu, so the GPUs of the job will be idle")
         return []
+    if site.runtime != "venv":
+        return []
+    remedy = "set POLAR_VENV to an environment with requirements-gpu.txt, or a container"
+    version = _version("torch")
+    if "+cpu" in (version or ""):
+        what = f"torch {version} of {sys.prefix} knows no GPU, and the job would train on CPUs"
+        return [f"environment: {what}; {remedy} (for a run on CPUs: run.device=cpu)"]
+    if version and config.model.transformer_impl == "transformer_engine" and not _version("transformer-engine"):
+        what = f"{sys.prefix} has no transformer-engine, and model.transformer_impl=transformer_engine"
+        return [f"environment: {what}; {remedy} (for megatron-core's own layers: model.transformer_impl=local)"]
+    return []
+
+
+def _version(distribution: str) -> str | None:
     try:
-        version = metadata.version("torch")
+        return metadata.version(distribution)
     except metadata.PackageNotFoundError:
-        return []
-    if site.runtime != "venv" or "+cpu" not in version:
-        return []
-    return [
-        f"environment: torch {version} of {sys.prefix} knows no GPU, and the job would train on CPUs; set POLAR_VENV "
-        f"to an environment with requirements-gpu.txt, or a container (for a run on CPUs: run.device=cpu)"
-    ]
+        return None
 
 
 def _ask_slurm(request: Request, options: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_polar import log
 from megatron_polar.errors import UserError
 from megatron_polar.model.attention import SharedPrefixAttention
 from megatron_polar.model.reward_rows import RewardRowsLayer, RewardRowsSelfAttention
@@ -27,7 +28,13 @@ def transformer_engine_problem() -> str | None:
 
 def resolve_transformer_impl(requested: str, *, device_kind: str) -> str:
     """Resolve `model.transformer_impl` to "transformer_engine" or "local". Raises UserError for one that is missing."""
-    problem = transformer_engine_problem() if requested != "local" and device_kind == "cuda" else "no GPU here"
+    on_gpu = device_kind == "cuda"
+    problem = transformer_engine_problem() if requested != "local" and on_gpu else "no GPU here"
+    if requested == "auto" and on_gpu and problem:
+        log.warn(
+            f"Transformer Engine is not usable here ({problem}): megatron-core's local layers instead, which are "
+            f"slower, take more memory and know no FP8; model.transformer_impl=transformer_engine refuses that"
+        )
     if requested == "transformer_engine" and problem:
         raise UserError(
             f"model.transformer_impl=transformer_engine, but Transformer Engine is not usable here ({problem}); "

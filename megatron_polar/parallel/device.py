@@ -101,8 +101,9 @@ def select_device(kind: Literal["auto", "cuda", "cpu"], *, local_rank: int) -> D
         raise UserError(
             "run.device=cpu on a machine with GPUs: hide them (CUDA_VISIBLE_DEVICES='') or set run.device=auto"
         )
-    if kind == "auto" and os.path.exists("/dev/nvidia0") and torch.version.cuda is None and local_rank == 0:
-        log.warn(f"torch {torch.__version__} knows no GPU, and this machine has some: running on the CPU")
+    are_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if kind == "auto" and os.path.exists("/dev/nvidia0") and not are_hidden and local_rank == 0:
+        log.warn(f"torch {torch.__version__} sees no GPU, and this machine has some: running on the CPU")
     mkl.find_kernels()
     substitute_cuda()
     return Device("cpu", _CPU, "gloo", "cpu")

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_polar import log
 from megatron_polar.config.load import load_saved_config
 from megatron_polar.config.presets import architecture_of
-from megatron_polar.config.schema import ParallelSection, RunConfig
+from megatron_polar.config.schema import ModelSection, ParallelSection, RunConfig
 from megatron_polar.config.validate import check_layout
 from megatron_polar.convert.hugging_face import HuggingFaceModel, config_of, is_hugging_face, open_model
 from megatron_polar.convert.load import load_hugging_face
@@ -215,7 +215,8 @@ def load_scorer(
     """Load a run directory's newest complete checkpoint, one step of it, or a Hugging Face directory; `parallel`
     defaults to one rank a model.
 
-    The tokenizer and the configuration are the checkpoint's own, but for `train.fp8`: scoring is in `train.precision`.
+    The tokenizer and the configuration are the checkpoint's own, but for `train.fp8`: scoring is in `train.precision`;
+    and Transformer Engine, where training insisted on it, is used where it is there.
     Raises UserError when there is none that verifies.
     """
     parallel = parallel or ParallelSection()
@@ -231,7 +232,7 @@ def load_scorer(
     run = dataclasses.replace(config.run, device=device_kind)
     # Checkpoints hold bf16 or fp32, whatever the GEMMs of training were in; and FP8 would tie a reward to its batch.
     train = dataclasses.replace(config.train, fp8="off", fp8_param_gather=False)
-    config = dataclasses.replace(config, parallel=parallel, run=run, train=train)
+    config = dataclasses.replace(config, parallel=parallel, run=run, train=train, model=_layers_of_here(config.model))
     check_layout(parallel, architecture_of(config.model))
     if source is not None:
         source.check_tokenizer(tokenizer, where=checkpoint)
@@ -252,6 +253,12 @@ def load_scorer(
         max_response_length=trained.max_response_length,
         wrapper=trained.wrapper,
     )
+
+
+def _layers_of_here(model: ModelSection) -> ModelSection:
+    impl = "auto" if model.transformer_impl == "transformer_engine" else model.transformer_impl
+    attention = "auto" if model.attention == "te" else model.attention
+    return dataclasses.replace(model, transformer_impl=impl, attention=attention)
 
 
 def _config_of(source: HuggingFaceModel) -> RunConfig:
