@@ -66,7 +66,7 @@ benchmarks: $(VENV)/.ready-dev
 	$(RUN) benchmarks/fp8_twins.py --variants bf16 fp32 --output benchmarks/precision_twins_cpu.md
 
 $(VENV)/.ready: requirements.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("error: Python 3.10 or newer is needed; set PYTHON=...")'
+	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit(f"error: Python 3.11 to 3.13 is needed, this is {sys.version.split()[0]}; make PYTHON=python3.12 ...")'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): some minutes, about 1.5 GB"
 	$(RUN) -m pip install --disable-pip-version-check --quiet --requirement requirements.txt

@@ -41,6 +41,7 @@ def main() -> int:
 def run_steps() -> int:
     """Run one step after the other, and sum up; returns the exit status of the first that fails."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two ranks on two cores
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same figures everywhere, and two ranks where there is one GPU
     start = time.monotonic()
     shutil.rmtree(EXPORT, ignore_errors=True)  # of an earlier run; nothing is ever exported over something else
     for title, *command in steps():

@@ -105,7 +105,7 @@ class Endpoint:
                 await asyncio.sleep(min(pause, _LOOK_SECONDS))
             try:
                 response = await asyncio.wait_for(self._idle[-1].get(url), _LOOK_SECONDS)
-            except (asyncio.TimeoutError, httpx.TimeoutException):
+            except (TimeoutError, httpx.TimeoutException):
                 reason, remedy = f"no reply within {_LOOK_SECONDS:.0f} s", "look at the server's log"
                 continue
             except httpx.HTTPError as error:
@@ -240,7 +240,7 @@ class Endpoint:
             post = client.post(self._pages[path], content=content)
             # httpx's own limits are per read; a reply that trickles in would outlast them.
             response = await asyncio.wait_for(post, spec.timeout_seconds)
-        except (asyncio.TimeoutError, httpx.TimeoutException):
+        except (TimeoutError, httpx.TimeoutException):
             raise _Passing(f"no reply within {spec.timeout_seconds:.3g} s") from None
         except httpx.HTTPError as error:
             raise _NoConnection(f"no connection ({self._shown(str(error) or type(error).__name__)})") from None

@@ -4,7 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 import megatron_polar
 from megatron_polar.errors import UserError
@@ -39,7 +39,7 @@ def describe_collected(pool: Pool, shards: Sequence[Shard]) -> dict:
         described.append({"name": spec.name, "settings": settings, "counts": counts, "served": served})
     return {
         "version": megatron_polar.__version__,
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "policies": described,
         "cleaning": dict(cleaning),
         "alike": [

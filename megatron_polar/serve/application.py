@@ -298,7 +298,7 @@ async def _read_body(request: Request, limits: Limits) -> bytes:
         raise too_large
     try:
         size = await asyncio.wait_for(read(), timeout=limits.body_seconds)
-    except asyncio.TimeoutError:
+    except TimeoutError:
         message = f"the body did not arrive within {limits.body_seconds:g} s"
         raise RequestError(408, "body_timeout", message) from None
     if size > limits.max_body_bytes:

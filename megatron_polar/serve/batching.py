@@ -115,7 +115,7 @@ class Batcher:
                 return
             try:
                 await asyncio.wait_for(self._arrived.wait(), timeout=left)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 return
             self._arrived.clear()
 

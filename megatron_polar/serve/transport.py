@@ -149,7 +149,7 @@ class Transport:
             try:
                 # httpx's own limits are per read; a reply that trickles in would outlast them.
                 response = await asyncio.wait_for(session.http.post(server.url + path, content=body), seconds)
-            except (asyncio.TimeoutError, httpx.TimeoutException):
+            except (TimeoutError, httpx.TimeoutException):
                 raise _Passing(f"no reply within {seconds:.3g} s") from None
             except httpx.HTTPError as error:
                 what = str(error) or type(error).__name__
@@ -172,7 +172,7 @@ class Transport:
             response = await asyncio.wait_for(session.http.get(f"{server.url}/v1/models"), max(0.001, seconds))
         except httpx.HTTPError:
             return
-        except asyncio.TimeoutError:
+        except TimeoutError:
             server.looks += 1
             server.is_known = server.looks >= _MOST_LOOKS
             return
