@@ -159,7 +159,7 @@ def test_an_environment_must_have_what_the_job_insists_on(installed, impl, runti
             raise metadata.PackageNotFoundError(distribution)
         return installed[distribution]
 
-    monkeypatch.setattr(submit.metadata, "version", version)
+    monkeypatch.setattr(metadata, "version", version)
     site = submit.Site("srun", runtime, ranks_per_node=None, gpu_memory_gb=80.0, cpu_partition="")
     wanted = load_config(Path(config), [f"model.transformer_impl={impl}"])
     problems = submit._environment_problems(wanted, Shape(1, num_gpus=8, num_ranks=8), site=site)

@@ -128,6 +128,7 @@ def _own_problems(report: NodeReport, limits: Limits) -> Iterable[Problem]:
 def _gpu_problems(report: NodeReport) -> Iterable[Problem]:
     node, ranks = report.node, report.num_local_ranks or 1
     uses_gpus = report.device != "cpu" and report.visible_gpus != 0
+    needs_engine = report.needs_transformer_engine
     if report.gpu_error and uses_gpus:
         remedy = "drain the node and look for Xid messages in dmesg (to run on CPUs: CUDA_VISIBLE_DEVICES='')"
         yield Problem(node, "GPUs", "nvidia-smi", report.gpu_error, remedy, is_mendable=True)
@@ -148,15 +149,10 @@ def _gpu_problems(report: NodeReport) -> Iterable[Problem]:
         message = f"{len(report.gpus)} GPUs, and torch {report.versions['torch']}, which knows none"
         remedy = "use an environment with requirements-gpu.txt, or a container (for a run on CPUs: run.device=cpu)"
         yield Problem(node, "versions", "torch without GPUs", message, remedy, is_mendable=True)
-    elif report.gpus and uses_gpus and report.needs_transformer_engine and _lacks(report, "transformer-engine"):
+    elif report.gpus and uses_gpus and needs_engine and not report.versions.get("transformer-engine"):
         message = "no transformer-engine, and model.transformer_impl=transformer_engine"
         remedy = "use an environment with requirements-gpu.txt, or a container (or model.transformer_impl=local)"
         yield Problem(node, "versions", "transformer-engine", message, remedy, is_mendable=True)
-
-
-def _lacks(report: NodeReport, distribution: str) -> bool:
-    """Whether it was looked for, and not there."""
-    return distribution in report.versions and report.versions[distribution] is None
 
 
 def _notes(report: NodeReport) -> Iterable[str]:

@@ -188,13 +188,17 @@ def _clock_offset(directory: Path, *, node: str) -> float:
     return stamp - min(max(stamp, before), after)  # a slow file system is not a wrong clock
 
 
+def installed_version(distribution: str) -> str | None:
+    """Of this environment; None where it is not installed."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def _versions() -> dict[str, str | None]:
     versions: dict[str, str | None] = {"Python": platform.python_version()}
-    for name in _DISTRIBUTIONS:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
+    versions |= {name: installed_version(name) for name in _DISTRIBUTIONS}
     return {**versions, "megatron_polar": megatron_polar.__version__, "commit": _commit(), "code": _hash_of_the_code()}
 
 

@@ -15,12 +15,12 @@ import sys
 import time
 import zlib
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 
 from megatron_polar.config.load import load_config
 from megatron_polar.config.schema import RunConfig
 from megatron_polar.errors import DONE, USER_ERROR, UserError
+from megatron_polar.launch.node import installed_version
 from megatron_polar.launch.request import Request, Shape, minutes_of, parse_request, shape_of
 from megatron_polar.scaling.plan import Cluster, make_plan
 from megatron_polar.scaling.table import render_plan
@@ -135,21 +135,15 @@ def _environment_problems(config: RunConfig, shape: Shape, *, site: Site) -> lis
     if site.runtime != "venv":
         return []
     remedy = "set POLAR_VENV to an environment with requirements-gpu.txt, or a container"
-    version = _version("torch")
+    version = installed_version("torch")
     if "+cpu" in (version or ""):
         what = f"torch {version} of {sys.prefix} knows no GPU, and the job would train on CPUs"
         return [f"environment: {what}; {remedy} (for a run on CPUs: run.device=cpu)"]
-    if version and config.model.transformer_impl == "transformer_engine" and not _version("transformer-engine"):
+    insists = config.model.transformer_impl == "transformer_engine"
+    if version and insists and not installed_version("transformer-engine"):
         what = f"{sys.prefix} has no transformer-engine, and model.transformer_impl=transformer_engine"
         return [f"environment: {what}; {remedy} (for megatron-core's own layers: model.transformer_impl=local)"]
     return []
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _ask_slurm(request: Request, options: Sequence[str]) -> list[str]:
