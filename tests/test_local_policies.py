@@ -1,6 +1,8 @@
 """Policies of transformers in this process: tiny random models, drawn from as servers are."""
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -119,3 +121,14 @@ def test_a_directory_that_cannot_be_used_is_named(models, tmp_path, damage, mess
 def test_a_device_that_is_not_there_is_named(models, tmp_path):
     with pytest.raises(UserError, match=r"policy one cannot be loaded .*a device that is there"):
         draw(write_pool(models, "one", "two", device="tpu-9"), tmp_path / "out")
+
+
+def test_two_models_load_in_a_fresh_process(models, tmp_path):
+    """Elsewhere something has imported transformers already; here threads of two models would do so at once."""
+    pool, output = write_pool(models, "one", "two"), tmp_path / "out"
+    command = [sys.executable, "-m", "megatron_polar", "sample", "--pool", str(pool), "--num-prompts", "4"]
+    done = subprocess.run(
+        [*command, "--schedule", "all", "--output", str(output)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(lines_of(output)) == 4

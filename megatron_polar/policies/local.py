@@ -17,8 +17,9 @@ from megatron_polar.policies.remote import TransformersSpec
 
 _LARGEST_CONFIG_BYTES = 64 * 1024 * 1024
 
-_GENERATING = threading.Lock()
-"""transformers draws from torch's one generator, so models take turns."""
+_TURN = threading.Lock()
+"""Models take turns: transformers' modules cannot be imported by two threads at once, it loads under a default dtype of
+the whole process, and it draws from torch's one generator."""
 
 
 class EmbeddedSource:
@@ -61,6 +62,21 @@ def _keys(value: Any) -> set[str]:
     return set(value if isinstance(value, dict) else ()).union(*map(_keys, children))
 
 
+def _load_model(spec: TransformersSpec) -> tuple[Any, Any]:
+    """Tokenizer and model of a directory, on their device."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    from megatron_polar.mkl import find_kernels
+
+    find_kernels()
+    logging.disable_progress_bar()  # of a second's work; it would stand between our own lines
+    tokenizer = AutoTokenizer.from_pretrained(spec.path, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(spec.path, local_files_only=True, use_safetensors=True, dtype="auto")
+    return tokenizer, model.to(torch.device(spec.device)).eval()
+
+
 class TransformersSource:
     """One local model: it has a thread, and one request at a time. Code from its directory is never run."""
 
@@ -81,18 +97,9 @@ class TransformersSource:
         if not (Path(spec.path) / "config.json").is_file():
             raise UserError(f"{spec.path}: no config.json, so policy {spec.name} is no model there; correct `path`")
         _refuse_code(spec)
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        from megatron_polar.mkl import find_kernels
-
-        find_kernels()
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(spec.path, local_files_only=True)
-            self._model = AutoModelForCausalLM.from_pretrained(
-                spec.path, local_files_only=True, use_safetensors=True, dtype="auto"
-            )
-            self._model.to(torch.device(spec.device)).eval()
+            with _TURN:
+                self._tokenizer, self._model = _load_model(spec)
         except Exception as error:  # of many kinds, by what is wrong with the directory
             reason = printable(str(error) or type(error).__name__, limit=200)
             raise UserError(
@@ -112,7 +119,7 @@ class TransformersSource:
         ids = prompt["input_ids"].to(self._model.device)
         if ids.shape[1] == 0:
             raise NoAnswer("a prompt without tokens for this policy")
-        with _GENERATING, torch.inference_mode():
+        with _TURN, torch.inference_mode():
             torch.manual_seed(ask.seed)
             found = self._model.generate(
                 ids,
