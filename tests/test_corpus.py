@@ -113,12 +113,12 @@ def test_a_flipped_bit_of_the_tokens_is_found_by_verify_and_bad_ids_at_reading(c
 
 def test_another_tokenizer_is_refused_with_the_remedy(sentence_corpus, sentence_tokenizer, tmp_path):
     corpus = Corpus(sentence_corpus)
-    corpus.check_tokenizer(load_tokenizer(sentence_tokenizer))
-    corpus.check_tokenizer(load_tokenizer(sentence_corpus / "tokenizer"))
+    corpus.check_tokenizer(load_tokenizer(sentence_tokenizer), origin="here")
+    corpus.check_tokenizer(load_tokenizer(sentence_corpus / "tokenizer"), origin="here")
     assert corpus.control == load_tokenizer(sentence_tokenizer).control
     other = load_tokenizer(train_tokenizer(lines(50, seed=8), vocab_size=390, output=tmp_path / "other.model"))
     with pytest.raises(UserError) as caught:
-        corpus.check_tokenizer(other)
+        corpus.check_tokenizer(other, origin="there")
     for part in (corpus.manifest["tokenizer"]["fingerprint"][:12], other.fingerprint[:12], "run preprocess again"):
         assert part in str(caught.value)
 

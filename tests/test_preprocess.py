@@ -131,7 +131,7 @@ def test_a_hugging_face_tokenizer_works_in_workers_and_travels_with_the_dataset(
         )
     assert hashes(outputs[0]) == hashes(outputs[1])
     corpus, tokenizer = Corpus(outputs[0]), load_tokenizer(outputs[0] / "tokenizer")
-    corpus.check_tokenizer(tokenizer)
+    corpus.check_tokenizer(tokenizer, origin="here")
     source = next(all_records(sentence_files))
     first = corpus.document(0).halves[0]
     between = "\n" if source["wrapper"] == "sft" else ""

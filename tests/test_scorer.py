@@ -339,6 +339,23 @@ class BrokenScorer:
         raise RuntimeError("broken")
 
 
+def test_a_misspelt_key_is_named_once_and_other_keys_are_copied_in_silence(tmp_path, capsys):
+    from megatron_polar.score.score_file import score_file
+
+    line = {"prompt": "p", "reference": "r", "output": "o", "id": 7, "prompt_id": 3}
+    given = [line, line | {"wraper": "pretrain"}, line | {"wraper": "pretrain", "refrences": 1}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(each) + "\n" for each in given))
+    score_file(LengthScorer(), tmp_path / "in.jsonl", output=tmp_path / "out.jsonl", default_wrapper="sft")
+    warned = [
+        said for said in capsys.readouterr().err.splitlines() if "has no effect" in said or "had no effect" in said
+    ]
+    assert len(warned) == 2
+    assert "in.jsonl:2: key 'wraper' was copied" in warned[0] and "'wrapper' is known" in warned[0]
+    assert "in.jsonl:3: key 'refrences'" in warned[1] and "'references' is known" in warned[1]
+    written = [json.loads(each) for each in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [each["id"] for each in written] == [7, 7, 7] and written[1]["wraper"] == "pretrain"
+
+
 def test_a_failed_score_leaves_no_file_behind(tmp_path):
     from megatron_polar.score.score_file import score_file
 

@@ -177,13 +177,14 @@ class Corpus:
             self._dataset = IndexedDataset(str(self.path / "corpus"))
         return self._dataset
 
-    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Raise UserError when the dataset was made with another tokenizer."""
+    def check_tokenizer(self, tokenizer: Tokenizer, *, origin: Path | str) -> None:
+        """Raise UserError when the dataset was made with another tokenizer than this one, which is from `origin`."""
         made_with = self.manifest["tokenizer"]["fingerprint"]
         if made_with != tokenizer.fingerprint:
             raise UserError(
-                f"{self.path}: made with tokenizer {made_with[:12]}, but this one is {tokenizer.fingerprint[:12]}; use "
-                f"{self.path / 'tokenizer'} or run preprocess again with this tokenizer"
+                f"{self.path}: made with tokenizer {made_with[:12]}, but that of this run is "
+                f"{tokenizer.fingerprint[:12]} ({origin}); use {self.path / 'tokenizer'} for all datasets, or "
+                f"run preprocess again with {origin}"
             )
         if self.control != tokenizer.control or self.manifest["tokenizer"]["vocab_size"] != tokenizer.vocab_size:
             raise UserError(f"{self.path}/manifest.json: describes another tokenizer than it names; preprocess again")

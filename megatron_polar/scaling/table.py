@@ -9,6 +9,7 @@ from megatron_polar.scaling.memory import MemoryEstimate, usable_bytes
 from megatron_polar.scaling.plan import GB, Plan, plural
 from megatron_polar.scaling.search import Candidate
 
+_NARROW = 1024  # hidden size below which most kernels are shorter than their launches
 _HOST_BYTES_PER_PARAMETER = 12  # docs/training.md: what every rank gathers to save
 
 
@@ -92,6 +93,10 @@ def _time_lines(plan: Plan) -> list[str]:
         _row("time", f"{time.seconds:.3g} s a step on {plan.cluster.gpu.name}, for {of}; arithmetic, not measured"),
         _row("", f"{comparisons:.3g} comparisons/s, MFU {time.mfu:.0%}; {spent}"),
     ]
+    if architecture_of(plan.config.model).hidden_size < _NARROW:
+        lines.append(
+            _row("", "note: the GPU will wait for launches of so narrow a model's kernels, which is left out here")
+        )
     if plan.are_lengths_assumed:
         lines.append(_row("", "these lengths are assumed; give your own by --prompt-tokens and --answer-tokens"))
     if plan.num_steps:

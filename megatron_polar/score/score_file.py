@@ -1,5 +1,6 @@
 """`score`: a JSONL file of prompts, references and outputs → the same lines with their rewards."""
 
+import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -18,6 +19,8 @@ from megatron_polar.score.requests import Scorer, ScoreRequest, check_finite, fo
 
 _LINES_AT_ONCE = 256
 _SHOWN = 80  # characters of a value in a message
+_KEYS = ("prompt", "reference", "references", "output", "outputs", "wrapper")
+_ALIKE = 0.85  # difflib's ratio from which a key that means nothing is taken for one of these, misspelt
 
 
 @dataclass(frozen=True)
@@ -71,16 +74,29 @@ def _scored_lines(
     scorer: Scorer, path: Path, *, total: int, default_wrapper: str, per_reference: bool, output: Path
 ) -> Iterator[dict]:
     lines = _read_lines(path, default_wrapper=default_wrapper)
-    duplicates = 0
+    duplicates, places = 0, {}
     with log.Progress("scoring", total=total, unit="lines") as bar:
         while chunk := list(islice(lines, _LINES_AT_ONCE)):
             rewards = iter(scorer.score([request for line in chunk for request in line.requests]))
             for line in chunk:
                 yield line.value | _added(line, [next(rewards) for _ in line.requests], per_reference=per_reference)
                 duplicates += line.duplicate_references
+                for key in line.value:
+                    places.setdefault(key, line.where)
             bar.advance(len(chunk))
     if duplicates and log.is_first_rank():
         log.warn(f"{output}: {duplicates} references were there twice in their line; each counts once in the mean")
+    _warn_of_misspelt(places)
+
+
+def _warn_of_misspelt(places: dict[str, str]) -> None:
+    """Say which keys had no effect and probably were meant to have one; `places` are where keys first stand."""
+    for key, where in places.items():
+        near = [] if key in _KEYS else difflib.get_close_matches(key, _KEYS, n=1, cutoff=_ALIKE)
+        if near and log.is_first_rank():
+            log.warn(
+                f"{where}: key {printable(key, limit=_SHOWN)!r} was copied and has no effect; {near[0]!r} is known"
+            )
 
 
 def _added(line: _Line, rows: list[list[float]], *, per_reference: bool) -> dict:

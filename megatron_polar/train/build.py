@@ -198,10 +198,11 @@ def open_data(config: RunConfig, *, topology: Topology) -> Data:
         validation = _comparisons(section, section.validation, seed=config.run.seed + 1) if section.validation else None
     tokenizer_directory = Path(section.train[0].path) / "tokenizer"
     with naming("data.tokenizer" if section.tokenizer else "data.train"):
-        tokenizer = load_tokenizer(section.tokenizer or tokenizer_directory)
+        origin = section.tokenizer or tokenizer_directory
+        tokenizer = load_tokenizer(origin)
     for dataset in [train_data] + ([validation] if validation else []):
         for corpus in dataset.corpora:
-            corpus.check_tokenizer(tokenizer)
+            corpus.check_tokenizer(tokenizer, origin=origin)
     _check_lengths([train_data, *([validation] if validation else [])], section.max_sequence_length)
     shape = row_shape(
         section,
