@@ -119,7 +119,9 @@ def run_directory(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("run")
     write_metrics(directory, metrics_rows(60))
     (directory / "config.yaml").write_text("data:\n  path: <b>&amp\n")
-    (directory / "summary.json").write_text(json.dumps({"heldout_accuracy": 0.9312, "train_seconds": 1234.5}))
+    (directory / "summary.json").write_text(
+        json.dumps({"in_words": "a < b", "heldout_accuracy": 0.9312, "train_seconds": 1234.5})
+    )
     run_evaluation(directory / "heldout", num_categories=3)
     return directory
 
@@ -143,6 +145,7 @@ def test_the_report_has_every_plot_under_its_heading(page):
     plots = ["Accuracy with 95 % intervals", "Rewards", "Reliability of the probabilities", "Accuracy and length"]
     plots += ["Loss", "Accuracy", "Margin", "Gradient norm", "Learning rate", "Throughput", "Tokens per second"]
     assert [heading for heading in page.headings if heading in plots] == plots
+    assert "<p>a &lt; b</p>" in page.text
     assert page.num_plots == len(plots)
 
 

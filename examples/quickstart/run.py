@@ -157,6 +157,17 @@ def largest_difference() -> float:
     return max(abs(line["reward"] - line["transformers_reward"]) for line in lines)
 
 
+def in_words(seen: dict, unseen: dict) -> str:
+    """What the accuracies mean."""
+    return (
+        f"Of two candidates the model finds the one whose policy wrote the reference in {seen['accuracy']:.1%} of "
+        f"{seen['num_pairs']} comparisons on new prompts, and in {unseen['accuracy']:.1%} of {unseen['num_pairs']} of "
+        f"policies that training never saw. Guessing has 50 %; counting words that reference and candidate share has "
+        f"{seen['word_overlap_accuracy']:.1%} and {unseen['word_overlap_accuracy']:.1%}. With labels swapped an "
+        "accuracy must be what is missing to 100 %."
+    )
+
+
 def write_summary() -> dict:
     """Write runs/quickstart/summary.json from what the steps left behind."""
     seen, unseen = (json.loads((directory / "summary.json").read_text()) for directory in EVALUATIONS.values())
@@ -164,6 +175,7 @@ def write_summary() -> dict:
     training = [row for row in rows if "iteration-time" in row]
     intervals = [b["iteration"] - a["iteration"] for a, b in zip([{"iteration": 0}, *training], training, strict=False)]
     summary = {
+        "in_words": in_words(seen, unseen),
         "heldout_accuracy": seen["accuracy"],
         "heldout_comparisons": seen["num_pairs"],
         "heldout_word_overlap_accuracy": seen["word_overlap_accuracy"],

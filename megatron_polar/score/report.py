@@ -218,7 +218,7 @@ def _evaluation_body(summary: dict, rewards: dict[str, list[float]] | None) -> s
         caption = "The further apart, the better; rewards have no absolute zero."
         figures += histogram_figure(rewards, title="Rewards", x_label="reward", caption=caption)
     headers = ("group of pairs", "accuracy", "95 % from", "to", "pairs", "ties")
-    caption = "Accuracy: share of pairs in the right order, a tie counts half."
+    caption = "Accuracy: share of pairs in the right order, a tie counts half; chance has 0.5."
     accuracies = table(headers, rows, caption=caption, write_number=share)
     several = (
         f"<h3>Several references</h3>\n{references_body(summary['references'])}" if "references" in summary else ""
@@ -268,7 +268,8 @@ def has_report(run_directory: Path) -> bool:
 def training_report(run_directory: Path, *, evaluations: Mapping[str, Path] | None = None) -> Path:
     """Write `report.html` into a run directory from its metrics, configuration and `summary.json`, where they are.
 
-    `evaluations` are output directories of `evaluate` by the heading to show. Returns the report's path.
+    Texts in `summary.json` stand above its numbers. `evaluations` are output directories of `evaluate` by the heading
+    to show. Returns the report's path.
     """
     rows = read_metrics(run_directory / "metrics.jsonl")
     sections = []
@@ -277,9 +278,10 @@ def training_report(run_directory: Path, *, evaluations: Mapping[str, Path] | No
         with _refusing_odd_files(run_directory):
             summary = json.loads(summary_path.read_text(encoding="utf-8"))
             figures = {
-                name.replace("_", " "): value for name, value in summary.items() if isinstance(value, int | float | str)
+                name.replace("_", " "): value for name, value in summary.items() if isinstance(value, int | float)
             }
-            sections.append(Section("Result", cards(figures)))
+            told = "".join(f"<p>{html.escape(text)}</p>\n" for text in summary.values() if isinstance(text, str))
+            sections.append(Section("Result", told + cards(figures)))
     for name, directory in (evaluations or {}).items():
         with _refusing_odd_files(directory):
             evaluation = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
