@@ -64,6 +64,10 @@ def test_every_stage_runs_and_the_figures_have_their_shape(finished):
     assert len(figures["scaling"]["sizes"]) == len(figures["scaling"]["losses"]) == 4
     assert math.isfinite(figures["scaling"]["exponent"])
     assert len(figures["scaling"]["ci95"]) == 2
+    (commit,) = figures["commits"]
+    assert figures["commits"][commit] == len(figures["commands"]) - 1 and re.fullmatch(
+        r"[0-9a-f]{12}(-dirty)?|not.*", commit
+    )
     assert figures["zero_shot"]["rmb"]["num_pairs"] == 4
     assert figures["policies"]["seen"] == len(figures["policies"]["seen_models"]) + 23
     assert all(len(digest) == 64 for digest in figures["data"].values())
@@ -80,6 +84,7 @@ def test_the_page_shows_the_figures_and_its_drawings(finished):
     assert f"exponent {figures['scaling']['exponent']:.4f}" in page
     drawings = [line.split("(")[1].rstrip(")") for line in page.splitlines() if line.startswith("![")]
     assert len(drawings) == 4
+    assert "no figure of this page is a result" in " ".join(page.split()) and "public files" not in page
     for drawing in drawings:
         assert (finished / "docs" / drawing).read_text().count("<svg") == 1
     assert str(finished) not in page
@@ -389,6 +394,26 @@ def test_seeds_that_differ_by_more_than_their_interval_are_named():
     assert not any("further apart" in sentence for sentence in shortcomings(figures))
 
 
+def test_seeds_below_a_baseline_that_their_mean_beats_are_named():
+    figures = json.loads((REPOSITORY / "docs/study.json").read_text())
+    figures["finetune"]["gsm8k"]["word_overlap"] = 0.7
+    figures["finetune"]["gsm8k"]["pretrained_reference"] |= {"mean": 0.75, "each_seed": [0.9, 0.65, 0.7]}
+    shortcomings = study_module("shortcomings").shortcomings
+    named = "GSM8K solutions: 2 of 3 seeds do not beat counting shared words (0.650, 0.700; it has 0.700)."
+    assert named in list(shortcomings(figures))
+    figures["finetune"]["gsm8k"]["pretrained_reference"]["each_seed"] = [0.9, 0.75, 0.71]
+    assert not any("seeds do not beat" in sentence for sentence in shortcomings(figures))
+
+
+def test_whether_pre_training_decides_is_said_by_a_correlation():
+    figures = json.loads((REPOSITORY / "docs/study.json").read_text())
+    figures["pretraining"]["settings"][figures["pretraining"]["claims"]["main"]]["seen"]["each_seed"] = [0.6, 0.7, 0.8]
+    after = study_module("page")._after_pretraining
+    (line,) = after(figures, {"pretrained_reference": {"each_seed": [0.7, 0.65, 0.6]}})
+    assert "r = -1.00 over 3 seeds" in " ".join(line.split())
+    assert not list(after(figures, {"pretrained_reference": {"each_seed": [0.7, 0.7, 0.7]}}))
+
+
 # --- a report on a part ----------------------------------------------------------------------------------------------
 
 
@@ -474,8 +499,8 @@ def test_a_claim_holds_only_where_its_interval_says_so():
     words = {
         "Pre-training learns to match unseen policies on new prompts": "yes",
         "A base model is a better start than random weights (seen policies)": "yes",
-        "More comparisons help (seen policies)": "not measured",
-        "More candidates a comparison help (seen policies, 8 against 2)": "yes",
+        "More steps over the same prompts help (seen policies)": "not measured",
+        "More candidates a comparison help (seen policies, 8 against 2 candidates)": "yes",
         "It does so better than counting shared words (seen policies)": "not clear",
         "Held-out loss falls with size": "yes",
         "GSM8K solutions: better than counting shared words": "yes",
@@ -489,7 +514,7 @@ def test_a_claim_holds_only_where_its_interval_says_so():
     vague = claims(found, law=(-0.01, 0.03), gain=(-0.05, -0.01), over_seeds=(-0.09, -0.01))
     assert vague["Pre-training learns to match seen policies on new prompts"] == "not clear"
     assert vague["A base model is a better start than random weights (seen policies)"] == "not clear"
-    assert vague["More candidates a comparison help (seen policies, 8 against 2)"] == "no, the reverse"
+    assert vague["More candidates a comparison help (seen policies, 8 against 2 candidates)"] == "no, the reverse"
     assert vague["Held-out loss falls with size"] == "not clear"
     assert vague["GSM8K solutions: a reference helps"] == "no, the reverse"
     apart = {"base2": (0.60, 0.64), "random2": (0.50, 0.59), "base8": (0.70, 0.75)}
@@ -497,7 +522,7 @@ def test_a_claim_holds_only_where_its_interval_says_so():
     assert some["A base model is a better start than random weights (seen policies)"] == "yes, for these seeds"
     assert some["GSM8K solutions: pre-training helps"] == "yes, for these seeds"
     one = claims(apart, seeds=(0.0,), over_seeds=None)
-    assert one["More candidates a comparison help (seen policies, 8 against 2)"] == "yes, for one seed"
+    assert one["More candidates a comparison help (seen policies, 8 against 2 candidates)"] == "yes, for one seed"
     assert one["Pre-training learns to match seen policies on new prompts"] == "yes, for one seed"
     assert one["GSM8K solutions: pre-training helps"] == "yes, for one seed"
 

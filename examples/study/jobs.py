@@ -58,6 +58,21 @@ class Job:
         )
 
 
+def checked_out() -> str | None:
+    """The commit of this tree, "-dirty" behind it where code differs from it; None where git does not know."""
+
+    def git(*words: str) -> subprocess.CompletedProcess:
+        command = ("git", "-C", str(HERE.parents[1]), *words)
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    try:
+        commit = git("rev-parse", "--short=12", "HEAD").stdout.strip()
+        is_dirty = bool(git("diff", "--quiet", "HEAD", "--", "examples/study", "megatron_polar").returncode)
+    except FileNotFoundError:
+        return None
+    return commit + "-dirty" * is_dirty if commit else None
+
+
 @dataclass
 class Jobs:
     """All jobs of a study below `directory`, and which of them are done."""
@@ -67,6 +82,7 @@ class Jobs:
     parallel: int
     forks: bool
     hashes: dict[str, str] = field(default_factory=dict)
+    commit: str | None = field(default_factory=checked_out)
 
     def __post_init__(self) -> None:
         for name, job in self.jobs.items():  # in an order in which needs come first
@@ -136,6 +152,7 @@ class Jobs:
         done.parent.mkdir(parents=True, exist_ok=True)
         record = {"hash": self.hashes[name], "command": one.job.shown, "seconds": round(seconds, 2)}
         record["cpu_seconds"] = None if one.cpu_seconds() is None else round(one.cpu_seconds(), 2)
+        record["commit"] = self.commit
         temporary = done.with_suffix(".tmp")
         temporary.write_text(json.dumps(record, indent=2) + "\n")
         temporary.replace(done)

@@ -3,6 +3,7 @@
 import hashlib
 import textwrap
 from collections.abc import Iterator, Sequence
+from statistics import correlation
 
 from shortcomings import TASK_TITLES, interval, shortcomings
 from verdicts import verdicts
@@ -50,6 +51,10 @@ def _head(figures: dict) -> Iterator[str]:
         with {machine["threads_a_job"]} thread each. The jobs took {minutes:.0f} minutes, added up{used}; one that was
         interrupted counts from where it went on. Versions:
         {", ".join(f"{name} {version}" for name, version in figures["versions"].items())}.""")
+    if figures["generated"]:
+        yield _paragraph("""**All text here was generated for a trial of the machinery, and models are tiny and hardly
+            trained: no figure of this page is a result**, and what it says of models, problems and public sets is true
+            of the study on public data alone.""")
     yield _paragraph("""POLAR's claims are that a reward model which learns to tell policies apart, from their samples
         alone, knows something of every preference: that it tells policies and prompts apart which it never saw, that
         more of everything helps by a power law, and that fine-tuning with references from there beats fine-tuning from
@@ -214,7 +219,9 @@ def _finetune(figures: dict) -> Iterator[str]:
         {settings["gsm8k_folds"]} folds of the problems in turn, so that all of them are judged by models that did not
         see them;
         of solutions there are the endings alone, without the calculator's annotations. No answer is its own reference.
-        On AlpacaEval the better answer mostly is the longer one; answers are cut, which hides a part of that.""")
+        On AlpacaEval the better answer mostly is the longer one; answers are cut, which hides a part of that.
+        Pre-training reads the training text {settings["num_steps"]} steps longer than the other arms do; no arm spends
+        the same on anything else, so what is due to the method and what to the steps stays open.""")
     for task, found in figures["finetune"].items():
         if found is None:
             yield f"{TASK_TITLES[task]}: {NOT_MEASURED[0].lower()}{NOT_MEASURED[1:]}"
@@ -233,6 +240,16 @@ def _finetune(figures: dict) -> Iterator[str]:
             for name, one in found["differences"].items()
         ]
         yield _paragraph(f"On the same pairs: {'; '.join(told)}.")
+        yield from _after_pretraining(figures, found)
+
+
+def _after_pretraining(figures: dict, found: dict) -> Iterator[str]:
+    """Whether seeds that came further in pre-training do so here."""
+    main = figures["pretraining"]["settings"].get(figures["pretraining"]["claims"]["main"])
+    before, after = (one["each_seed"] if one else [] for one in (main and main["seen"], found["pretrained_reference"]))
+    if len(before) == len(after) > 2 and len(set(before)) > 1 and len(set(after)) > 1:
+        yield _paragraph(f"""How far a seed's pre-training came on new prompts of seen policies and how far it comes
+            here correlate with r = {correlation(before, after):.2f} over {len(after)} seeds.""")
 
 
 def _zero_shot(figures: dict) -> Iterator[str]:
@@ -270,10 +287,13 @@ def _repeat(figures: dict) -> Iterator[str]:
     yield "\n".join(["```", *told, "```"])
     yield _paragraph("""`examples/study/prepare_data.py --help` says how clones of three public repositories become
         that folder. It divides AlpacaEval's prompts anew, so that figures differ from these by that, too. The command
-        goes on where it was stopped; `examples/study/run.py --list` prints what it would run.""")
-    yield _paragraph(f"""{len(figures["data"])} public files of tatsu-lab/alpaca_eval, openai/grade-school-math and
-        Zhou-Zoey/RMB-Reward-Model-Benchmark, each with its SHA-256 in [study.json](study.json). The SHA-256 of that
+        goes on where it was stopped; with `--list` behind `--data folder` or `--size smoke`
+        `examples/study/run.py` prints what it would run.""")
+    public = "tatsu-lab/alpaca_eval, openai/grade-school-math and Zhou-Zoey/RMB-Reward-Model-Benchmark"
+    files = f"{len(figures['data'])} {'generated files' if figures['generated'] else f'public files of {public}'}"
+    yield _paragraph(f"""{files}, each with its SHA-256 in [study.json](study.json). The SHA-256 of that
         list (`name hash` and a newline for each) is `{digest}`.""")
+    yield f"Jobs by commit: {', '.join(f'{commit} ({count})' for commit, count in figures['commits'].items())}."
     spent = ", ".join(f"{stage} {found / 60:.1f}" for stage, found in figures["seconds"].items())
     yield f"Minutes of jobs: {spent}. One command of each kind:"
     shown = [figures["commands"][name] for name in _examples(figures["commands"])]

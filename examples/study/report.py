@@ -10,6 +10,7 @@ import json
 import platform
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         | {"python": platform.python_version()},
         "settings": size.describe(),
         "data": described["files"],
+        "generated": described.get("generated", False),
+        "commits": commits(study),
         "commands": commands(study),
     }
     options.docs.mkdir(parents=True, exist_ok=True)
@@ -86,6 +89,13 @@ def seconds(study: Study, clock: str) -> dict[str, float]:
         if job.stage in found and study.has(name):
             found[job.stage] += json.loads((study.run / "done" / f"{name}.json").read_text())[clock] or 0.0
     return found
+
+
+def commits(study: Study) -> dict[str, int]:
+    """Jobs by the commit that they ran on, which those of before 2026-11-28 have not written down."""
+    done = [name for name, job in study.jobs.items() if job.stage != STAGES[-1] and study.has(name)]
+    records = [json.loads((study.run / "done" / f"{name}.json").read_text()) for name in done]
+    return dict(Counter(record.get("commit") or "not written down" for record in records))
 
 
 def machine(study: Study) -> dict:

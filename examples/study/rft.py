@@ -31,7 +31,7 @@ from statistics import fmean, stdev
 import rft_policy_training as training
 import rft_rewards as rewards
 import torch
-from jobs import end_with_children
+from jobs import checked_out, end_with_children
 from rft_page import DIFFERENCES, POLICIES, REWARD_MODELS, REWARDS, draw_rewards, write_section
 from rft_sizes import SIZES, Size, draw_parts
 from rft_stages import concurrently, run_stage
@@ -79,6 +79,7 @@ def run(directory: Path | str, *, size: str = "cpu", seed: int = 0, jobs: int = 
         "seconds": time.monotonic() - started,
         "resumed": resumed,
         "cpu_seconds": cpu_seconds(directory),
+        "commit": checked_out(),
         "machine": {"processor": processor(), "device": settings.device, "jobs": jobs},
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
         | {"python": platform.python_version()},

@@ -211,7 +211,7 @@ def _origin(found: dict) -> Iterator[str]:
     spent = ", ".join(f"{n} {s / 60:.1f}" for n, s in found["cpu_seconds"].items() if n != "all" and s >= 30)
     yield _paragraph(f"""Ran on {machine["processor"]} ({machine["device"]}), one thread a process:
         {found["cpu_seconds"]["all"] / 60:.0f} minutes of processor time, of these by stage, all runs: {spent or "-"}.
-        Versions: {versions}.""")
+        Versions: {versions}; scripts as of commit {found["commit"] or "unknown"}.""")
 
 
 def draw_rewards(found: dict, path: Path) -> None:

@@ -68,6 +68,7 @@ def run_study(options: argparse.Namespace) -> int:
     docs = options.docs or (Path("docs") if size.name == "cpu" else run / "docs")
     study = Study(size, data, run, docs, digests)
     described = {"size": size.describe(), "data": str(data), "docs": str(docs), "files": dict(digests)}
+    described["generated"] = options.data is None
     (run / "study.json").write_text(json.dumps(described, indent=2) + "\n")
     if options.partial:
         from report import main as report  # matplotlib and scipy, which nothing else here needs
@@ -81,7 +82,10 @@ def run_study(options: argparse.Namespace) -> int:
             seconds = sum(job.seconds for job in chosen if job.stage == stage)
             print(f"# {stage}: {seconds / 60:.0f} minutes of one core, guessed")
         return 0
-    return jobs.run(options.stages)
+    status = jobs.run(options.stages)
+    if status == 0 and STAGES[-1] in options.stages:
+        print(f"page: {docs / 'study.md'}")
+    return status
 
 
 if __name__ == "__main__":

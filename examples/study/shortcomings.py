@@ -80,6 +80,10 @@ def _finetuning(title: str, found: dict) -> Iterator[str]:
             gain = f"{title}: {name.replace('_', ' ')} gains {interval(one, sign=True)}"
             yield f"{gain}, but over seeds {low:+.3f} to {high:+.3f}: another training may not."
     own = found["pretrained_reference"]
+    below = [mean for mean in own["each_seed"] if mean <= found["word_overlap"]]
+    if below and own["mean"] > found["word_overlap"]:
+        which = f"{len(below)} of {len(own['each_seed'])} seeds do not beat counting shared words"
+        yield f"{title}: {which} ({', '.join(f'{mean:.3f}' for mean in below)}; it has {found['word_overlap']:.3f})."
     for baseline, words in (("word_overlap", "counting shared words"), ("longer", "taking the longer answer")):
         if own["mean"] < found[baseline]:
             yield f"{title}: {words} ({found[baseline]:.3f}) beats the pre-trained, fine-tuned model ({interval(own)})."

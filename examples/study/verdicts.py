@@ -29,12 +29,12 @@ def verdicts(figures: dict) -> Iterator[Verdict]:
         claim = f"A base model is a better start than random weights ({name} policies)"
         yield _apart(claim, base and base[name], random and random[name])
     for table, claim, key in (
-        ("data", "More comparisons help", "comparisons"),
+        ("data", "More steps over the same prompts help", "comparisons"),
         ("candidates", "More candidates a comparison help", "candidates"),
     ):
         groups = [settings[setting] for setting in tables[table]]
         few, many = (groups[0], groups[-1]) if len(groups) > 1 else (None, None)
-        told = f", {many[key]:,} against {few[key]:,}" if many else ""
+        told = f", {many[key]:,} against {few[key]:,} {key}" if many else ""
         yield _apart(f"{claim} (seen policies{told})", many and many["seen"], few and few["seen"])
     yield _law(figures["scaling"])
     for task, found in figures["finetune"].items():
