@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from verdicts import HOLDS, REFUTED, UNCLEAR
 
@@ -22,6 +23,8 @@ POLICIES = {
 }
 KNOWS = 0.95
 """Share of right answers from which on a base model knows its sums, so that habits are what remains to be learnt."""
+_AVERAGED = 8
+"""Steps whose rewards are averaged in the drawing: each has other problems."""
 BEST, WORDS, RULE = "grpo-finetuned-pretrained", "grpo-words", "grpo-rule"
 CLAIMS = {
     (RULE, "before"): "GRPO works here at all: the rule itself as reward improves the policy",
@@ -215,21 +218,28 @@ def _origin(found: dict) -> Iterator[str]:
 
 
 def draw_rewards(found: dict, path: Path) -> None:
-    """Rewards over GRPO's steps, less each run's first ones: reward models have no common scale."""
+    """Rewards over GRPO's steps, a panel a reward, since reward models have no common scale: runs, and their mean."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for number, (model, words) in enumerate(REWARDS.items()):
-        for index, one in enumerate(found["runs"]):
-            curve = one[f"grpo-{model}"]
-            rise = [reward - curve["first_reward"] for reward in curve["rewards"]]
-            axes.plot(range(1, len(rise) + 1), rise, color=f"C{number}", alpha=0.7, label=None if index else words)
-    axes.set_xlabel("step of GRPO")
-    axes.set_ylabel("reward, less the mean of the first steps")
-    axes.legend(title="reward")
+    figure, panels = pyplot.subplots(1, len(REWARDS), figsize=(3 * len(REWARDS), 3.2), sharex=True)
+    for axes, (model, words) in zip(panels, REWARDS.items(), strict=True):
+        curves = [_averaged(run[f"grpo-{model}"]["rewards"]) for run in found["runs"]]
+        for index, curve in enumerate(curves):
+            axes.plot(range(1, len(curve) + 1), curve, color="C0", alpha=0.35, label=None if index else "a run")
+        mean = [fmean(steps) for steps in zip(*curves, strict=True)]
+        axes.plot(range(1, len(mean) + 1), mean, color="C0", linewidth=2, label="mean")
+        axes.set_title(textwrap.fill(words, width=24, break_on_hyphens=False), fontsize=10)
+        axes.set_xlabel("step of GRPO")
+    panels[0].set_ylabel(f"reward, mean of {_AVERAGED} steps")
+    panels[0].legend()
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
+
+
+def _averaged(values: Sequence[float]) -> list[float]:
+    """Of each value and those before it, `_AVERAGED` at most."""
+    return [fmean(values[max(0, end - _AVERAGED) : end]) for end in range(1, len(values) + 1)]
