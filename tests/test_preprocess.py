@@ -469,6 +469,16 @@ def test_arguments_without_meaning_are_refused(sentence_files, sentence_tokenize
         )
 
 
+def test_a_misspelt_key_is_named_and_the_line_is_used(sentence_tokenizer, tmp_path, capsys):
+    record = {"prompt": "the cat", "reference": "sat down", "chosen": "sat", "rejected": "ran", "id": 1}
+    texts = [json.dumps(record), json.dumps(record | {"wraper": "pretrain"}), json.dumps(record | {"wraper": 1})]
+    (tmp_path / "in.jsonl").write_text("\n".join(texts))
+    preprocess([tmp_path / "in.jsonl"], output=tmp_path / "out", tokenizer_path=sentence_tokenizer)
+    (warned,) = [said for said in capsys.readouterr().err.splitlines() if "has no effect" in said]
+    assert "in.jsonl:2: key 'wraper' has no effect; 'wrapper' would have one" in warned
+    assert len(Corpus(tmp_path / "out")) == 3
+
+
 # --- what it needs ---------------------------------------------------------------------------------------------------
 
 

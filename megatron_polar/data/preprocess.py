@@ -6,14 +6,15 @@ written below `output/.work` and renamed into its place at the end, the manifest
 
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
+from itertools import islice
 from pathlib import Path
 
 import orjson
 import xxhash
 
 from megatron_polar import faults, log
-from megatron_polar.data.lines import RecordError, list_inputs
+from megatron_polar.data.lines import RecordError, list_inputs, read_jsonl
 from megatron_polar.data.parts import Part
 from megatron_polar.data.preprocess_output import (
     check_output,
@@ -25,7 +26,7 @@ from megatron_polar.data.preprocess_output import (
     short_names,
 )
 from megatron_polar.data.preprocess_report import PartReport, PreprocessReport, say_what_a_part_made, say_what_was_made
-from megatron_polar.data.records import RULES_VERSION
+from megatron_polar.data.records import KEYS, RULES_VERSION, warn_of_misspelt
 from megatron_polar.data.shards import Merger, encode_units, shard_path
 from megatron_polar.data.storage import (
     COUNTS,
@@ -53,6 +54,8 @@ from megatron_polar.manifest import (
     sync_directory,
     sync_file,
 )
+
+_HEADS, _HEAD_LINES = 64, 64  # input files whose first lines are looked at for misspelt keys, and how many lines
 
 
 def preprocess(
@@ -105,10 +108,23 @@ def preprocess(
         context = _unit_context(
             files, tokenizer=tokenizer, tokenizer_path=tokenizer_path, settings=settings, output=output
         )
+        _look_for_misspelt_keys(files)
         source = UnitSource(files, context=context, unit_bytes=unit_bytes, part=part)
         call = {"output": output, "tokenizer": tokenizer, "settings": settings, "num_workers": num_workers}
         with locked_work(context.work, part=part):
             return _make_dataset(source, **call) if part is None else _make_part(source, part=part, **call)
+
+
+def _look_for_misspelt_keys(files: Sequence[Path]) -> None:
+    """Warn of keys at the head of the input whose names nearly are those of ours; what is no line is told later."""
+    places: dict[str, str] = {}
+    for file in files[:_HEADS]:
+        with suppress(UserError, orjson.JSONDecodeError):
+            for number, line in islice(read_jsonl(file), _HEAD_LINES):
+                value = orjson.loads(line)
+                for key in value if isinstance(value, dict) else ():
+                    places.setdefault(key, f"{file}:{number}")
+    warn_of_misspelt(places, known=KEYS)
 
 
 def _unit_context(

@@ -1,14 +1,16 @@
 """One JSONL line -> TrajectoryGroup or Preference, or an error that says file, line, reason and remedy."""
 
+import difflib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from megatron_polar import log
 from megatron_polar.data.lines import RecordError, read_jsonl
 from megatron_polar.data.references import BadReferences, read_references
 from megatron_polar.data.template import WRAPPERS, prompt_text
@@ -19,8 +21,18 @@ MAX_DEPTH = 100
 _SHOWN = 60  # characters of a value in a message
 RULES_VERSION = 2
 """Of what a line becomes (`drop_duplicates`): work that was begun by other rules is begun again."""
+KEYS = ("prompt", "trajectories", "reference", "references", "chosen", "rejected", "ranked", "wrapper")
+_ALIKE = 0.85  # difflib's ratio from which an unknown key is taken for a known one, misspelt
 _FORMS = 'one of {"prompt","trajectories"}, {"prompt","reference","chosen","rejected"}, {"prompt","reference","ranked"}'
 """Several references, `"references": [...]` in the place of `reference`, are in docs/data.md."""
+
+
+def warn_of_misspelt(places: Mapping[str, str], *, known: Sequence[str]) -> None:
+    """Name the keys that have no effect and probably were meant to have one; `places` are where keys first stand."""
+    for key, where in places.items():
+        near = [] if key in known else difflib.get_close_matches(key, known, n=1, cutoff=_ALIKE)
+        if near:
+            log.warn(f"{where}: key {printable(key, limit=_SHOWN)!r} has no effect; {near[0]!r} would have one")
 
 
 class _Reason(Exception):

@@ -1,6 +1,5 @@
 """`score`: a JSONL file of prompts, references and outputs → the same lines with their rewards."""
 
-import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -10,7 +9,7 @@ import orjson
 
 from megatron_polar import log
 from megatron_polar.data.lines import list_inputs, read_jsonl
-from megatron_polar.data.records import describe_bad_json, json_type
+from megatron_polar.data.records import describe_bad_json, json_type, warn_of_misspelt
 from megatron_polar.data.references import BadReferences, mean_over_references, read_references
 from megatron_polar.data.template import WRAPPERS, prompt_text
 from megatron_polar.errors import UserError, printable
@@ -20,7 +19,6 @@ from megatron_polar.score.requests import Scorer, ScoreRequest, check_finite, fo
 _LINES_AT_ONCE = 256
 _SHOWN = 80  # characters of a value in a message
 _KEYS = ("prompt", "reference", "references", "output", "outputs", "wrapper")
-_ALIKE = 0.85  # difflib's ratio from which a key that means nothing is taken for one of these, misspelt
 
 
 @dataclass(frozen=True)
@@ -86,17 +84,8 @@ def _scored_lines(
             bar.advance(len(chunk))
     if duplicates and log.is_first_rank():
         log.warn(f"{output}: {duplicates} references were there twice in their line; each counts once in the mean")
-    _warn_of_misspelt(places)
-
-
-def _warn_of_misspelt(places: dict[str, str]) -> None:
-    """Say which keys had no effect and probably were meant to have one; `places` are where keys first stand."""
-    for key, where in places.items():
-        near = [] if key in _KEYS else difflib.get_close_matches(key, _KEYS, n=1, cutoff=_ALIKE)
-        if near and log.is_first_rank():
-            log.warn(
-                f"{where}: key {printable(key, limit=_SHOWN)!r} was copied and has no effect; {near[0]!r} is known"
-            )
+    if log.is_first_rank():
+        warn_of_misspelt(places, known=_KEYS)
 
 
 def _added(line: _Line, rows: list[list[float]], *, per_reference: bool) -> dict:
