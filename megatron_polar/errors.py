@@ -43,18 +43,19 @@ class UserError(ValueError):
 
 
 class RunStopped(UserError):
-    """A run that ends before its last step, for a reason that is not a mistake in its input; `status` says which."""
+    """A run that ends before its last step, for a reason that is not a mistake in its input; `status` says which.
+    `machine`: the one without which it should be started again."""
 
-    def __init__(self, message: str, *, status: int):
+    def __init__(self, message: str, *, status: int, machine: str | None = None):
         super().__init__(message)
-        self.status = status
+        self.status, self.machine = status, machine
 
     def __reduce__(self):
-        return _rebuild_run_stopped, (str(self), self.status)
+        return _rebuild_run_stopped, (str(self), self.status, self.machine)
 
 
-def _rebuild_run_stopped(message: str, status: int) -> RunStopped:
-    return RunStopped(message, status=status)
+def _rebuild_run_stopped(message: str, status: int, machine: str | None) -> RunStopped:
+    return RunStopped(message, status=status, machine=machine)
 
 
 @contextmanager

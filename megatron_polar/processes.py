@@ -1,10 +1,18 @@
-"""Helper processes (checkpoint writers, loader workers) that neither outlive their rank nor end before it."""
+"""Where a process is, and helper processes (checkpoint writers, loader workers) that neither outlive their rank nor end
+before it."""
 
 import ctypes
 import os
 import signal
+import socket
+from collections.abc import Mapping
 
 _PR_SET_PDEATHSIG = 1
+
+
+def node_name(environment: Mapping[str, str] = os.environ) -> str:
+    """The node's name as Slurm knows it, which is what `sbatch --exclude` takes; else the host's."""
+    return environment.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def serve_rank(parent: int) -> None:

@@ -1,6 +1,7 @@
 """What ranks tell one another: four ranks that believe to be on two machines, `a` and `b`."""
 
 import os
+import socket
 
 import pytest
 from ranks import run_ranks
@@ -15,7 +16,7 @@ HOSTS = ("a", "a", "b", "b")
 
 def meet() -> int:
     rank = int(os.environ["RANK"])
-    agreement.socket.gethostname = lambda: HOSTS[rank]
+    socket.gethostname = lambda: HOSTS[rank]
     topology.initialize(ParallelSection(), device=select_device("cpu", local_rank=0))
     return rank
 
@@ -25,7 +26,7 @@ def outcome(function, *arguments):
     try:
         return function(*arguments)
     except UserError as error:
-        return type(error), getattr(error, "status", None), str(error)
+        return type(error), getattr(error, "status", None), str(error), getattr(error, "machine", None)
 
 
 def raising(ranks):
@@ -42,7 +43,7 @@ def raising(ranks):
     ],
 )
 def test_a_fault_of_some_ranks_is_raised_on_all_and_names_the_machine(ranks, message):
-    assert run_ranks(raising, 4, ranks) == [message and (UserError, None, message)] * 4
+    assert run_ranks(raising, 4, ranks) == [message and (UserError, None, message, None)] * 4
 
 
 def choosing(choices):
@@ -80,8 +81,8 @@ def test_damage_that_two_machines_see_is_damage_and_only_its_part_is_read_again(
 def test_a_machine_that_alone_sees_damage_is_named_and_the_run_ends():
     outcomes = [outcome for outcome, _ in run_ranks(checking, 4, (), (1,))]
     assert outcomes == outcomes[:1] * 4
-    kind, status, message = outcomes[0]
-    assert (kind, status) == (RunStopped, MACHINE_DIFFERS)
+    kind, status, message, machine = outcomes[0]
+    assert (kind, status, machine) == (RunStopped, MACHINE_DIFFERS, "a")
     assert message.startswith("step_4: rank 1 on a has found damage where rank 2 on b reads the same without a fault: ")
     assert "part 1 is damaged; look at the memory and the mounts of a, and start again without it" in message
 
@@ -108,4 +109,4 @@ def refusing():
 
 def test_what_a_check_raises_is_raised_on_all_ranks():
     message = "step_4: format 9 is unknown"
-    assert run_ranks(refusing, 4) == [((UserError, None, message), rank) for rank in range(4)]
+    assert run_ranks(refusing, 4) == [((UserError, None, message, None), rank) for rank in range(4)]

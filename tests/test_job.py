@@ -52,6 +52,26 @@ def test_how_it_ended_decides(state, code, expected, tmp_path):
     assert decide_after(tmp_path).status == expected
 
 
+def write_accusation(run: Path, *, code: int, machine: object) -> None:
+    write_status(run, state="stopped", code=code)
+    status = orjson.loads((run / "status.json").read_bytes())
+    (run / "status.json").write_bytes(orjson.dumps(status | {"machine": machine}))
+
+
+def test_a_machine_that_is_to_blame_is_left_out_of_the_next_try(tmp_path):
+    write_accusation(tmp_path, code=MACHINE_DIFFERS, machine="node7")
+    (tmp_path / "bad_nodes").write_text("node3\n")
+    arguments = ["after", str(tmp_path), "--since", "0", "--logs", str(tmp_path), "--max-restarts", "3"]
+    assert main(arguments) == STOPPED
+    assert (tmp_path / "bad_nodes").read_text() == "node3\nnode7\n"
+
+
+@pytest.mark.parametrize(("code", "machine"), [(STALLED, "node7"), (MACHINE_DIFFERS, None), (MACHINE_DIFFERS, "a b")])
+def test_nothing_else_is_left_out(code, machine, tmp_path):
+    write_accusation(tmp_path, code=code, machine=machine)
+    assert decide_after(tmp_path).bad_node is None
+
+
 def test_a_status_of_an_earlier_job_says_nothing(tmp_path):
     write_status(tmp_path, state="done", code=DONE)
     assert decide_after(tmp_path, since=time.time() + 1) == Decision(

@@ -180,6 +180,26 @@ def test_a_signal_and_a_crashed_node_change_nothing(cluster, trajectory_corpus, 
     assert shards(run) == shards(whole)
 
 
+@pytest.mark.nodes(4)
+def test_a_node_whose_replica_differs_is_left_out_of_the_next_try(cluster, trajectory_corpus, tmp_path):
+    """Three replicas; a bit flips in the second one's memory, and the vote of the other two names its node."""
+    run = tmp_path / "run"
+    overrides = ["train.num_steps=4000", "parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false"]
+    overrides += ["optimizer.use_distributed_optimizer=false", "train.global_batch_size=12"]
+    overrides += ["faults.replica_check_interval=1"]
+    job = submit(
+        cluster, run, nano(trajectory_corpus, run, *overrides), nodes=3, POLAR_FAULT=f"step_end:2@1=flip,{SLOWLY}"
+    )
+    wait_for_log(run, "requeued", seconds=120)
+    assert re.search(r"weights that must be equal on all replicas differ: .* of rank 1; .* on node2,", log_of(run))
+    assert (run / "bad_nodes").read_text() == "node2\n"
+    deadline = time.monotonic() + 30
+    while cluster.job(job).get("ExcNodeList") != "node2":
+        assert time.monotonic() < deadline, cluster.job(job)
+        time.sleep(0.2)
+    cluster.run("scancel", job)
+
+
 def wait_for_log(run: Path, text: str, *, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while text not in log_of(run):

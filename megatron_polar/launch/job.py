@@ -21,13 +21,14 @@ from megatron_polar.errors import (
     FAILED,
     FENCED,
     INTERRUPTED,
+    MACHINE_DIFFERS,
     NO_PROGRESS,
     STOPPED,
     USER_ERROR,
     UserError,
 )
 
-JOBS = "jobs.jsonl"
+JOBS, BAD_NODES = "jobs.jsonl", "bad_nodes"
 _TRIES = 3
 """Starts from the same checkpoint without a newer one after them: a third would be followed by a fourth."""
 _MEND_FIRST = {USER_ERROR, BAD_STEPS, CANNOT_SAVE, INTERRUPTED}
@@ -36,10 +37,12 @@ _MEND_FIRST = {USER_ERROR, BAD_STEPS, CANNOT_SAVE, INTERRUPTED}
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do now, as the job's exit status: DONE, STOPPED (go on: requeue), or the one to end with; and why."""
+    """What to do now, as the job's exit status: DONE, STOPPED (go on: requeue), or the one to end with; why; and the
+    node without which to go on."""
 
     status: int
     reason: str
+    bad_node: str | None = None
 
 
 def begin(run_directory: Path) -> None:
@@ -77,7 +80,7 @@ def decide(run_directory: Path, *, since: float, logs: Path, asked: str, restart
     state, code, reason = status.get("state"), status.get("exit_status"), str(status.get("reason") or "")
     if code is None and state != "done":
         code, reason = _first_exit(logs)
-    step = saved_step(run_directory)
+    step, bad_node = saved_step(run_directory), _bad_node(status)
     if state == "done":
         return Decision(DONE, f"step {status.get('step')}")
     if code == FENCED:
@@ -88,10 +91,16 @@ def decide(run_directory: Path, *, since: float, logs: Path, asked: str, restart
         return Decision(STOPPED, f"ended by SIGTERM (scancel or preemption); step {step} is saved")
     if _has_stood_still(run_directory, step=step):
         tried = f"{_TRIES} starts in a row have not got beyond the checkpoint of step {step}"
-        return Decision(NO_PROGRESS, f"{tried}; the last: {reason}")
+        return Decision(NO_PROGRESS, f"{tried}; the last: {reason}", bad_node)
     if restart >= max_restarts:
-        return Decision(NO_PROGRESS, f"restarted {restart} times, as often as POLAR_MAX_RESTARTS allows")
-    return Decision(STOPPED, f"{reason}; going on from step {step}")
+        return Decision(NO_PROGRESS, f"restarted {restart} times, as often as POLAR_MAX_RESTARTS allows", bad_node)
+    return Decision(STOPPED, f"{reason}; going on from step {step}", bad_node)
+
+
+def _bad_node(status: dict) -> str | None:
+    """The node that the run has found to compute or read otherwise than the others, if it could tell which."""
+    node = status.get("machine") if status.get("exit_status") == MACHINE_DIFFERS else None
+    return node if isinstance(node, str) and node.split() == [node] else None
 
 
 def _read_status(run_directory: Path, *, since: float) -> dict:
@@ -157,6 +166,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USER_ERROR if isinstance(error, UserError) else FAILED
     asked_for = {name: vars(options)[name] for name in ("since", "logs", "asked", "restart", "max_restarts")}
     decision = decide(options.run_directory, **asked_for)
+    if decision.bad_node:
+        with (options.run_directory / BAD_NODES).open("a") as file:
+            file.write(f"{decision.bad_node}\n")
     print(decision.reason)
     return decision.status
 

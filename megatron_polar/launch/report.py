@@ -4,7 +4,6 @@ Ranks and judge meet in a directory only: the network between the nodes is what 
 """
 
 import os
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import orjson
 
 from megatron_polar.errors import UserError
 from megatron_polar.manifest import write_durably
+from megatron_polar.processes import node_name
 
 SUFFIX, FAILURE_SUFFIX, BAD_NODES = ".json", ".failure", "bad_nodes"
 STAGES = ("meeting", "node", "all", "done")
@@ -142,11 +142,6 @@ class Evidence:
 
 
 # --- Who and where ---------------------------------------------------------------------------------------------------
-
-
-def node_name(environment: Mapping[str, str] = os.environ) -> str:
-    """The node's name as Slurm knows it, which is what `sbatch --exclude` takes; else the host's."""
-    return environment.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def job_name(environment: Mapping[str, str] = os.environ) -> str:

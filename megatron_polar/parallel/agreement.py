@@ -1,20 +1,25 @@
 """What ranks tell one another before they go on together: a fault that one of them has found, files that they check in
 parts, a choice that all must have made alike. Collective, over all ranks."""
 
-import socket
 from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
 from megatron_polar.errors import MACHINE_DIFFERS, RunStopped, UserError
+from megatron_polar.processes import node_name
 
 Check = Callable[..., str | None]
 """`check(part=, of=)`: what is wrong with this part of the whole, None where nothing is; may raise UserError, too."""
 
 
+def machines_of_ranks() -> list[str]:
+    """The machine of every rank."""
+    return _gather(node_name())
+
+
 def raise_everywhere(problem: UserError | None) -> None:
     """Raise on every rank what one has found; where others have not, with its rank and machine."""
-    everyone = _gather((socket.gethostname(), problem))
+    everyone = _gather((node_name(), problem))
     found = [(rank, host, problem) for rank, (host, problem) in enumerate(everyone) if problem is not None]
     if not found:
         return
@@ -27,7 +32,7 @@ def raise_everywhere(problem: UserError | None) -> None:
 
 def agree_on(what: str, choice: str) -> None:
     """Raise UserError on every rank, naming two of them, where not all have chosen alike."""
-    everyone = _gather((socket.gethostname(), choice))
+    everyone = _gather((node_name(), choice))
     host, first = everyone[0]
     for rank, (other, different) in enumerate(everyone):
         if different != first:
@@ -45,7 +50,7 @@ def check_in_parts(what: str, check: Check) -> list[str]:
     on every rank.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
-    everyone = _gather((socket.gethostname(), _outcome(check, rank, size)))
+    everyone = _gather((node_name(), _outcome(check, rank, size)))
     hosts = [host for host, _ in everyone]
     problems = {part: problem for part, (_, problem) in enumerate(everyone) if problem is not None}
     readers = {part: reader for part in problems if (reader := _elsewhere(hosts, part)) is not None}
@@ -59,6 +64,7 @@ def check_in_parts(what: str, check: Check) -> list[str]:
                     f"{hosts[readers[part]]} reads the same without a fault: {problems[part]}; look at the memory and "
                     f"the mounts of {hosts[part]}, and start again without it (--exclude={hosts[part]})",
                     status=MACHINE_DIFFERS,
+                    machine=hosts[part],
                 )
     for problem in problems.values():
         if isinstance(problem, UserError):

@@ -29,7 +29,7 @@ def written_down(lock: RunLock, *, topology: Topology, watchdog: Watchdog) -> It
     try:
         yield journal
     except RunStopped as stop:
-        journal.end("stopped", exit_status=stop.status, reason=str(stop))
+        journal.end("stopped", exit_status=stop.status, reason=str(stop), machine=stop.machine)
         raise
     except UserError as error:
         journal.end("refused", exit_status=USER_ERROR, reason=str(error))

@@ -18,6 +18,7 @@ from megatron_polar.config.schema import FaultsSection
 from megatron_polar.errors import BAD_STEPS, MACHINE_DIFFERS, RunStopped, UserError
 from megatron_polar.model.build import BuiltModel
 from megatron_polar.model.fp8_weights import is_fp8_weight, plain
+from megatron_polar.parallel.agreement import machines_of_ranks
 from megatron_polar.parallel.device import Device
 from megatron_polar.parallel.readback import read_back
 from megatron_polar.parallel.topology import Topology
@@ -181,10 +182,15 @@ def check_replicas(model: BuiltModel, *, topology: Topology, step: int) -> None:
     found = compare_replicas(model, topology=topology)
     if found:
         shown = "; ".join(map(str, found[:3])) + ("; ..." if len(found) > 3 else "")
+        machines = machines_of_ranks()
+        accused = {machines[rank] for deviation in found for rank in deviation.ranks}
+        machine = accused.pop() if len(accused) == 1 < len(set(machines)) else None
         raise RunStopped(
             f"iteration {step}: weights that must be equal on all replicas differ: {shown}; no checkpoint was written "
-            f"of them; look at that rank's memory and start again: the run resumes from its last checkpoint",
+            f"of them; look at that rank's memory{f', on {machine},' if machine else ''} and start again: the run "
+            "resumes from its last checkpoint",
             status=MACHINE_DIFFERS,
+            machine=machine,
         )
 
 

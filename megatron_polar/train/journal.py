@@ -87,12 +87,13 @@ class Journal:
         """All events so far."""
         return read_events(self.directory)
 
-    def end(self, state: str, *, exit_status: int, reason: str = "") -> None:
-        """Write down how this process ends, unless it ends before the run has begun, or finds it done as it was."""
+    def end(self, state: str, *, exit_status: int, reason: str = "", machine: str | None = None) -> None:
+        """Write down how this process ends, unless it ends before the run has begun, or finds it done as it was;
+        `machine`: the one that is to blame."""
         if (self.directory / STATUS).exists() or (self.directory / EVENTS).exists():
             if state != "done" or self.done_at is None:
                 self.write(state, step=self.step, **({"reason": reason} if reason else {}))
-            self.status(state, exit_status=exit_status, reason=reason)
+            self.status(state, exit_status=exit_status, reason=reason, machine=machine)
 
     def write_bad_steps(self, *, first: int, replay: str) -> None:
         """Say in `bad_steps.json` which steps from `first` on were skipped, and with which command to look into them.
@@ -107,21 +108,32 @@ class Journal:
         except OSError as error:
             log.warn(f"{path}: cannot be written ({error.strerror or error}); {EVENTS} and the log name the steps")
 
-    def status(self, state: str, *, exit_status: int | None = None, reason: str = "") -> None:
+    def status(
+        self, state: str, *, exit_status: int | None = None, reason: str = "", machine: str | None = None
+    ) -> None:
         """Say in `status.json` where the run stands: a launcher behind torchrun cannot see our exit status."""
         if self._writes and self._may_write():
             try:
-                write_status(self.directory, state=state, step=self.step, exit_status=exit_status, reason=reason)
+                told = {"exit_status": exit_status, "reason": reason, "machine": machine}
+                write_status(self.directory, state=state, step=self.step, **told)
             except OSError as error:
                 log.warn(f"{self.directory / STATUS}: cannot be written now ({error.strerror or error})")
 
 
 def write_status(
-    directory: Path, *, state: str, step: int, exit_status: int | None, reason: str, suffix: str = ".tmp"
+    directory: Path,
+    *,
+    state: str,
+    step: int,
+    exit_status: int | None,
+    reason: str,
+    machine: str | None = None,
+    suffix: str = ".tmp",
 ) -> None:
     """Write `status.json`, at once or not at all. `suffix`: of the temporary name, where several ranks may write."""
     content = {"state": state, "step": step, "exit_status": exit_status, "reason": reason, "time": time.time()}
     content |= {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID", "")}
+    content |= {"machine": machine} if machine else {}
     write_durably(directory / STATUS, orjson.dumps(content, option=orjson.OPT_INDENT_2), suffix=suffix)
 
 
