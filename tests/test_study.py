@@ -65,6 +65,7 @@ def test_every_stage_runs_and_the_figures_have_their_shape(finished):
     assert math.isfinite(figures["scaling"]["exponent"])
     assert len(figures["scaling"]["ci95"]) == 2
     (commit,) = figures["commits"]
+    assert commit == (study_module("jobs").checked_out() or "not written down")
     assert figures["commits"][commit] == len(figures["commands"]) - 1 and re.fullmatch(
         r"[0-9a-f]{12}(-dirty)?|not.*", commit
     )

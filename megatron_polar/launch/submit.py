@@ -20,6 +20,7 @@ from pathlib import Path
 from megatron_polar.config.load import load_config
 from megatron_polar.config.schema import RunConfig
 from megatron_polar.errors import DONE, USER_ERROR, UserError
+from megatron_polar.launch.job import BAD_NODES
 from megatron_polar.launch.node import installed_version
 from megatron_polar.launch.request import Request, Shape, minutes_of, parse_request, shape_of
 from megatron_polar.scaling.plan import Cluster, make_plan
@@ -112,9 +113,9 @@ def _options(request: Request, shape: Shape, *, site: Site, run: Path, chain: st
 
 
 def _bad_nodes(run: Path) -> list[str]:
-    """Nodes that have failed the preflight of this run and that Slurm knows: it refuses names that are gone."""
+    """Nodes that this run has found bad and that Slurm knows: it refuses names that are gone."""
     try:
-        bad = sorted(set((run / "bad_nodes").read_text().split()))
+        bad = sorted(set((run / BAD_NODES).read_text().split()))
         known = subprocess.run(
             ["sinfo", "--noheader", "--Node", "--format=%N"], capture_output=True, text=True, check=False
         )

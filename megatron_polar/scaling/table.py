@@ -9,7 +9,7 @@ from megatron_polar.scaling.memory import MemoryEstimate, usable_bytes
 from megatron_polar.scaling.plan import GB, Plan, plural
 from megatron_polar.scaling.search import Candidate
 
-_NARROW = 1024  # hidden size below which most kernels are shorter than their launches
+_NARROW = 1024  # hidden size below which launches of kernels are spoken of; assumed, not measured
 _HOST_BYTES_PER_PARAMETER = 12  # docs/training.md: what every rank gathers to save
 
 
@@ -94,9 +94,7 @@ def _time_lines(plan: Plan) -> list[str]:
         _row("", f"{comparisons:.3g} comparisons/s, MFU {time.mfu:.0%}; {spent}"),
     ]
     if architecture_of(plan.config.model).hidden_size < _NARROW:
-        lines.append(
-            _row("", "note: the GPU will wait for launches of so narrow a model's kernels, which is left out here")
-        )
+        lines.append(_row("", "note: launches of kernels are left out here; so narrow a model may well wait for them"))
     if plan.are_lengths_assumed:
         lines.append(_row("", "these lengths are assumed; give your own by --prompt-tokens and --answer-tokens"))
     if plan.num_steps:
