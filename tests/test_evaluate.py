@@ -54,7 +54,7 @@ ITEMS = [
 ]
 
 
-def test_summary_and_rewards_say_what_the_scorer_said(tmp_path):
+def test_summary_and_rewards_say_what_the_scorer_said(tmp_path, capfd):
     scorer = WordOverlap()
     summary = evaluate(scorer, ITEMS, output=tmp_path / "new", suite="preferences")
     # f:1 right, f:2 wrong, f:3 three right pairs
@@ -64,6 +64,7 @@ def test_summary_and_rewards_say_what_the_scorer_said(tmp_path):
     assert (summary["swap_check"], exit_status(summary)) == ("passed", 0)
     assert summary["swap_largest_reward_difference"] == 0
     assert summary["items_with_reference_among_candidates"] == 1
+    assert "1 of 3 items have their reference among the candidates" in capfd.readouterr().err
     assert {name: entry["num_pairs"] for name, entry in summary["categories"].items()} == {"food": 4, "earth": 1}
     assert json.loads((tmp_path / "new" / "summary.json").read_text()) == summary
     lines = [json.loads(line) for line in (tmp_path / "new" / "rewards.jsonl").read_text().splitlines()]

@@ -58,9 +58,10 @@ def test_every_stage_runs_and_the_figures_have_their_shape(finished):
     figures = json.loads((finished / "docs/study.json").read_text())
     assert set(figures["finetune"]) == {"gsm8k", "alpaca_eval"}
     for task in figures["finetune"].values():
-        for arm in ("pretrained_reference", "reference_only", "neither"):
+        for arm in ("pretrained_reference", "reference_longer_base", "reference_only", "neither"):
             low, high = task[arm]["ci95"]
             assert 0 <= low <= task[arm]["mean"] <= high <= 1
+    assert figures["base_models"]["longer"]["tokens"] > 2 * figures["base_models"]["a"]["tokens"]
     assert len(figures["scaling"]["sizes"]) == len(figures["scaling"]["losses"]) == 4
     assert math.isfinite(figures["scaling"]["exponent"])
     assert len(figures["scaling"]["ci95"]) == 2
@@ -480,7 +481,8 @@ def test_a_claim_holds_only_where_its_interval_says_so():
             f"m/{start}/{k}/1.0": {"seen": spans[f"{start}{k}"], "unseen": spans[f"{start}{k}"], "candidates": k}
             for start, k in (("base", 2), ("random", 2), ("base", 8))
         }
-        differences = ("pretrained_reference - reference_only", "reference_only - neither")
+        pairs = (("pretrained_reference", "reference_only"), ("pretrained_reference", "reference_longer_base"))
+        differences = tuple(map(" - ".join, (*pairs, ("reference_only", "neither"))))
         gained = {"mean": 0.03, "ci95": list(gain), "ci95_seeds": over_seeds and list(over_seeds)}
         arms = {"differences": dict.fromkeys(differences, gained), "word_overlap": 0.6}
         arms["pretrained_reference"] = spans["base8"]
@@ -510,7 +512,7 @@ def test_a_claim_holds_only_where_its_interval_says_so():
         "Zero-shot on rmb, better than chance": "no, the reverse",
     }
     assert words.items() <= clear.items()
-    assert len(clear) == 16
+    assert len(clear) == 18
     found = {"base2": (0.48, 0.64), "random2": (0.50, 0.70), "base8": (0.30, 0.45)}
     vague = claims(found, law=(-0.01, 0.03), gain=(-0.05, -0.01), over_seeds=(-0.09, -0.01))
     assert vague["Pre-training learns to match seen policies on new prompts"] == "not clear"

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 BASE_COLOUR, RANDOM_COLOUR, GREY = "#1f5fa8", "#c2571a", "#777777"
-ARM_COLOURS = ("#1f5fa8", "#6aa1d8", "#b9b9b9")
+ARM_COLOURS = ("#1f5fa8", "#4f9d8f", "#6aa1d8", "#b9b9b9")
 
 
 def draw(figures: dict, directory: Path) -> list[str]:
@@ -35,7 +35,7 @@ def _start(figures: dict, plt):
     pretrained = figures["pretraining"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 2.8))
     titles = {"all": "from the base model", "base": "the same, fewer steps", "random": "from random weights"}
-    for name, colour in (("all", BASE_COLOUR), ("base", ARM_COLOURS[1]), ("random", RANDOM_COLOUR)):
+    for name, colour in (("all", BASE_COLOUR), ("base", ARM_COLOURS[2]), ("random", RANDOM_COLOUR)):
         if name == "base" and pretrained["claims"]["base"] == pretrained["claims"]["main"]:
             continue
         for seed, curve in enumerate(pretrained["curves"][name]):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from scipy import stats
-from stages import ARMS, BASE, RANDOM, TASKS, FineTuningRun, PretrainRun, Study
+from stages import ARMS, BASE, LONGER, RANDOM, TASKS, FineTuningRun, PretrainRun, Study
 
 from megatron_polar.config.presets import Architecture
 from megatron_polar.data.lines import read_jsonl
@@ -304,7 +304,7 @@ def collect(study: Study) -> dict:
         "policies": policies(study),
         "base_models": {
             s: json.loads((study.run / "base" / s / "training.json").read_text())
-            for s in study.size.shapes
+            for s in (*study.size.shapes, LONGER)
             if study.has(f"base-{s}")
         },
     }

@@ -16,6 +16,7 @@ SETS = {
 NOT_MEASURED = "Not measured in this run."
 ARM_TITLES = {
     "pretrained_reference": "pre-trained + reference (POLAR)",
+    "reference_longer_base": "reference only (from the base model that read longer)",
     "reference_only": "reference only (from the base model)",
     "neither": "neither (from the base model, empty reference)",
 }
@@ -119,7 +120,8 @@ def _base(figures: dict) -> Iterator[str]:
     yield "## Base models"
     yield _paragraph("""Llama's shape, trained with transformers on the same text (a prompt and both trajectories of one
         policy; a prompt and one real answer, said twice), a document a row, and brought in with `convert from-hf
-        --head init`. Matrices of the layers are trained with Muon, all else with AdamW.""")
+        --head init`. Matrices of the layers are trained with Muon, all else with AdamW. `longer` is the main size, with
+        about as many tokens more as pre-training reads.""")
     counted = ("parameters", "non_embedding_parameters", "tokens")
     rows = [
         [name, *(f"{one[key]:,}" for key in counted), f"{one['held_out_loss']:.3f}", f"{one['seconds']:.0f}"]
@@ -220,8 +222,8 @@ def _finetune(figures: dict) -> Iterator[str]:
         see them;
         of solutions there are the endings alone, without the calculator's annotations. No answer is its own reference.
         On AlpacaEval the better answer mostly is the longer one; answers are cut, which hides a part of that.
-        Pre-training reads the training text {settings["num_steps"]} steps longer than the other arms do; no arm spends
-        the same on anything else, so what is due to the method and what to the steps stays open.""")
+        One arm gives the base model about as many tokens more as pre-training reads, in the way of a language model,
+        so that what is due to the method can be told from what is due to longer training on the same text.""")
     for task, found in figures["finetune"].items():
         if found is None:
             yield f"{TASK_TITLES[task]}: {NOT_MEASURED[0].lower()}{NOT_MEASURED[1:]}"

@@ -21,11 +21,14 @@ CONFIG = "train.yaml"
 MAX_BAD_FRACTION = "0.1"  # groups whose policies all said the same
 ARMS = {
     "pretrained_reference": ("pretrained", "reference"),
+    "reference_longer_base": ("longer", "reference"),
     "reference_only": ("base", "reference"),
     "neither": ("base", "none"),
 }
-"""Where fine-tuning starts, and whether reference texts are given."""
+"""Where fine-tuning starts, and whether reference texts are given; what should be better comes first."""
 BASE, RANDOM = "base", "random"
+LONGER = "longer"
+"""A base model of the main shape that has read as many tokens more as pre-training does."""
 _START_SECONDS = 4.0  # of a command that needs torch
 
 
@@ -185,15 +188,17 @@ class Study:
         )
         words += ("--answers", str(run / "inputs/answers"), "--max-words", str(size.gsm8k_answer_words))
         yield Job("base", "base-text", (*words, "--output", str(text)), text, sampled, seconds=20)
-        for name, shape in size.shapes.items():
+        longer = size.base_tokens + round(self._pretraining_tokens(size.main_candidates, size.num_steps))
+        models = {name: (shape, size.base_tokens) for name, shape in size.shapes.items()}
+        for name, (shape, tokens) in (models | {LONGER: (size.shapes[size.main_shape], longer)}).items():
             output = run / "base" / name
             words = ("base_model.py", str(text), "--tokenizer", str(run / "tokenizer.model"), "--output", str(output))
             words += ("--hidden-size", str(shape.hidden_size), "--num-layers", str(shape.num_layers))
             words += ("--ffn-hidden-size", str(shape.ffn_hidden_size), "--num-heads", str(shape.num_heads))
-            words += ("--num-query-groups", str(shape.num_query_groups), "--num-tokens", str(size.base_tokens))
+            words += ("--num-query-groups", str(shape.num_query_groups), "--num-tokens", str(tokens))
             words += ("--context", str(size.base_context), "--batch-tokens", str(size.base_batch_tokens))
             words += ("--lr", f"{size.base_lr:.2e}", "--device", size.device)
-            seconds = self._seconds(shape, size.base_tokens, head=True)
+            seconds = self._seconds(shape, tokens, head=True)
             needs = ("base-text", "tokenizer")
             yield Job("base", f"base-{name}", words, output, needs, seconds=seconds, reads=_hashes("muon.py"))
             words = (PROGRAM, "convert", "from-hf", "--model", str(output), "--output", str(run / "start" / name))
@@ -245,7 +250,7 @@ class Study:
         needs = ("datasets-alpaca", "datasets-gsm8k", "datasets-seen")
         if one.start == BASE:
             words, needs = (*words, f"train.init_from={run}/start/{one.shape}"), (*needs, f"start-{one.shape}")
-        seconds = self._seconds(shape, steps * size.global_batch_size * self._comparison_tokens(one.candidates))
+        seconds = self._seconds(shape, self._pretraining_tokens(one.candidates, steps))
         output, name = run / "pretrain" / one.name, f"pretrain/{one.name}"
         return Job("pretrain", name, words, output, needs, seconds=1.2 * seconds, reads=_hashes(CONFIG))
 
@@ -253,10 +258,10 @@ class Study:
         size = self.size
         return f"data.max_tokens_per_micro_batch={size.max_tokens_per_micro_batch}", f"train.precision={size.precision}"
 
-    def _comparison_tokens(self, candidates: int) -> float:
-        """A guess of the tokens of a comparison with a shared prefix."""
+    def _pretraining_tokens(self, candidates: int, steps: int) -> float:
+        """A guess of the tokens of so many steps, prefixes shared: within a tenth of what they have at CPU size."""
         answer = 0.6 * (self.size.alpaca_max_words + self.size.gsm8k_answer_words)
-        return 100 + (1 + candidates) * answer
+        return steps * self.size.global_batch_size * (100 + (1 + candidates) * answer)
 
     def _evaluate(self, stage: str, run_name: str, what: str, *, suite: str, data: Path, needs: tuple[str, ...] = (),
                   limit: int | None = None, seconds: float = 20.0) -> Job:  # fmt: skip
@@ -304,9 +309,10 @@ class Study:
     def _finetune_job(self, one: FineTuningRun, *, dataset: str) -> Job:
         size, run, settings = self.size, self.run, self.tasks[one.task]
         shape = size.shapes[size.main_shape]
-        start, needs = f"{run}/start/{size.main_shape}", f"start-{size.main_shape}"
-        if ARMS[one.arm][0] == "pretrained":
-            start, needs = f"{run}/pretrain/{self.pretrained(one.seed)}", f"pretrain/{self.pretrained(one.seed)}"
+        where = {BASE: f"start/{size.main_shape}", LONGER: f"start/{LONGER}"}
+        where |= {"pretrained": f"pretrain/{self.pretrained(one.seed)}"}
+        start = where[ARMS[one.arm][0]]
+        needs = start.replace("start/", "start-")
         words = (
             PROGRAM,
             "train",
@@ -318,7 +324,7 @@ class Study:
         words += (f"data.max_sequence_length={settings.max_sequence_length}", *self._row_words())
         words += ("train.num_steps=null", f"train.num_epochs={settings.num_epochs}")
         words += (f"train.global_batch_size={size.finetune_batch_size}", f"optimizer.lr={settings.lr:.2e}")
-        words += ("optimizer.weight_decay=0.1", f"train.init_from={start}")
+        words += ("optimizer.weight_decay=0.1", f"train.init_from={run}/{start}")
         needs = (needs, dataset.replace("/", "-"))
         tokens = settings.num_epochs * (1200 * 700 if one.task == "gsm8k" else 8000 * 500)
         return Job(

@@ -12,6 +12,12 @@ from shortcomings import TASK_TITLES, interval
 Verdict = tuple[str, str, str]
 """A claim, one of the four words below, perhaps with one of the two restrictions, and the figures."""
 HOLDS, UNCLEAR, REFUTED, NOT_MEASURED = "yes", "not clear", "no, the reverse", "not measured"
+FINE_TUNING = {
+    "pretrained_reference - reference_only": "pre-training helps",
+    "pretrained_reference - reference_longer_base": "pre-training helps more than language modelling for as long",
+    "reference_only - neither": "a reference helps",
+}
+"""Differences of arms, and what they bear out."""
 THESE_SEEDS, ONE_SEED = ", for these seeds", ", for one seed"
 
 
@@ -38,10 +44,7 @@ def verdicts(figures: dict) -> Iterator[Verdict]:
         yield _apart(f"{claim} (seen policies{told})", many and many["seen"], few and few["seen"])
     yield _law(figures["scaling"])
     for task, found in figures["finetune"].items():
-        for pair, words in (
-            ("pretrained_reference - reference_only", "pre-training helps"),
-            ("reference_only - neither", "a reference helps"),
-        ):
+        for pair, words in FINE_TUNING.items():
             yield _difference(f"{TASK_TITLES[task]}: {words}", found and found["differences"][pair])
         best = found and found["pretrained_reference"]
         claim = f"{TASK_TITLES[task]}: better than counting shared words"

@@ -120,6 +120,11 @@ def _warn(summary: dict[str, Any]) -> None:
     suite, cut = summary["suite"], summary["outputs_cut"]
     if cut:
         log.warn(f"{suite}: {cut} candidates were cut as in training; those that are the same then count as ties")
+    if same := summary["items_with_reference_among_candidates"]:
+        log.warn(
+            f"{suite}: {same} of {summary['num_items']} items have their reference among the candidates, which takes "
+            f"no judgement to find; leave them out for a fair figure"
+        )
     if exit_status(summary):
         log.warn(f"{suite}: label-swap check {summary['swap_check']}")
 
