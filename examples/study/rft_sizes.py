@@ -107,7 +107,7 @@ SIZES = {
     "cpu": Size(
         largest=99,
         counts=Counts(base=12000, prompts=1800, heldout=200, labels=500, rft=400, test=300),
-        shape=Shape(96, 3, 4),
+        shape=Shape(64, 6, 4),
         base=Fit(steps=1600, batch=32, lr=4e-3, on_prompts=True, muon_lr=2e-2),
         stages={"early": 100},
         habit=Fit(steps=60, batch=32, lr=1e-3),
@@ -117,7 +117,7 @@ SIZES = {
         warm=Fit(steps=100, batch=64, lr=1e-3),
         pool_draw=Draw(max_tokens=28, temperature=0.3),
         draw=Draw(max_tokens=28),
-        pretrain=RewardTraining(steps=1200, batch=32, lr=3e-3),
+        pretrain=RewardTraining(steps=600, batch=32, lr=3e-3),
         finetune=RewardTraining(steps=80, batch=32, lr=1e-3),
         answers_per_label=4,
         grpo=Grpo(steps=60, batch=64, generations=8, lr=2e-4),
