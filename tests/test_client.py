@@ -145,6 +145,19 @@ def test_a_server_that_asks_for_no_pause_is_not_hammered(client_of):
     assert all(pause >= 0.02 * 2**k for k, pause in enumerate(pauses))
 
 
+def test_a_server_that_loads_its_model_is_waited_for_whatever_the_retries(client_of, tokenizer_path):
+    def loading(request):
+        return 503, {"Retry-After": "0.02"}, {"error": {"type": "loading", "message": "still being loaded"}}
+
+    with FlakyServer(failing_first(6, loading)) as server:
+        rewards = client_of(server.url, retries=0).score(ITEMS[:2])
+        assert len(server.requests) == 7
+    assert rewards == [value_of(sequence_of(tokenizer_path, item)) for item in ITEMS[:2]]
+    with FlakyServer(loading) as server:
+        refused(client_of(server.url, retries=0, deadline_seconds=1), ITEMS[:2])
+        assert len(server.requests) > 2
+
+
 def test_a_request_that_takes_too_long_is_asked_again(client_of, tokenizer_path):
     def slow_once(request):
         time.sleep(6 if request.number == 0 else 0.0)

@@ -87,6 +87,7 @@ def test_the_page_shows_the_figures_and_its_drawings(finished):
     drawings = [line.split("(")[1].rstrip(")") for line in page.splitlines() if line.startswith("![")]
     assert len(drawings) == 4
     assert "no figure of this page is a result" in " ".join(page.split()) and "public files" not in page
+    assert "docs/log.md" in page and not [name for name in re.findall(r"\]\((\w+\.md)\)", page)]
     for drawing in drawings:
         assert (finished / "docs" / drawing).read_text().count("<svg") == 1
     assert str(finished) not in page

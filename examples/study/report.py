@@ -8,6 +8,7 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
+import re
 import shutil
 import sys
 from collections import Counter
@@ -55,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (options.run / "report").mkdir(exist_ok=True)
     draw(figures, options.docs / "study")
     (options.docs / "study.json").write_text(json.dumps(rounded(figures), indent=1) + "\n")
-    (options.docs / "study.md").write_text(write_page(figures, rft=rft_page(study)))
+    page = without_dead_links(write_page(figures, rft=rft_page(study)), options.docs)
+    (options.docs / "study.md").write_text(page)
     print(f"{options.docs / 'study.md'}, study.json and study/*.svg are written", file=sys.stderr)
     return 0
 
@@ -77,6 +79,13 @@ def rft_page(study: Study) -> str:
         return ""
     shutil.copyfile(directory / "rft.svg", study.docs / "study" / "rft.svg")
     return f"![reward over the steps](study/rft.svg)\n\n{(directory / 'rft.md').read_text().strip()}"
+
+
+def without_dead_links(page: str, docs: Path) -> str:
+    """Links to other pages of the repository's docs as plain names, where the page is written elsewhere."""
+    return re.sub(
+        r"\[(\w+\.md)\]\(\1\)", lambda link: link[0] if (docs / link[1]).is_file() else f"docs/{link[1]}", page
+    )
 
 
 def seconds(study: Study, clock: str) -> dict[str, float]:

@@ -48,11 +48,14 @@ class Unanswered(Exception):
 
 
 class _Passing(Exception):
-    """A failure that may be gone next time, or on another server; `pause` is what the server asked for, in seconds."""
+    """A failure that may be gone next time, or on another server; `pause` is what the server asked for, in seconds.
+    `is_loading`: the server says that it will answer when its model is loaded."""
 
-    def __init__(self, reason: str, *, pause: float | None = None, position: int | None = None):
+    def __init__(
+        self, reason: str, *, pause: float | None = None, position: int | None = None, is_loading: bool = False
+    ):
         super().__init__(reason)
-        self.pause, self.position = pause, position
+        self.pause, self.position, self.is_loading = pause, position, is_loading
 
 
 @dataclass
@@ -71,8 +74,9 @@ class Transport:
     """Sends bodies to `urls` in turn, at most `max_concurrency` at a time whichever threads they come from.
 
     A failed server rests, twice as long after each failure in a row and as long as its Retry-After says; a server that
-    rests is asked only where all of them do. `token` goes into the Authorization header and nowhere else. `inspect` is
-    given a server's URL and its reply to GET /v1/models before its first request, and may raise UserError.
+    rests is asked only where all of them do. One that loads its model is waited for, whatever the retries. `token` goes
+    into the Authorization header and nowhere else. `inspect` is given a server's URL and its reply to GET /v1/models
+    before its first request, and may raise UserError.
     """
 
     def __init__(
@@ -117,8 +121,8 @@ class Transport:
         `deadline` is in seconds of time.monotonic(). Raises Refused or Unanswered, and what `inspect` raises. To be
         called through `submit`.
         """
-        started, attempts, failure, place = time.monotonic(), 0, None, path
-        while attempts <= self._retries:
+        started, attempts, too_early, failure, place = time.monotonic(), 0, 0, None, path
+        while attempts - too_early <= self._retries:
             server = self._choose()
             pause = max(0.0, server.wakes - time.monotonic()) * self._random.uniform(1.0, 1.25)
             if time.monotonic() + pause >= deadline:
@@ -130,6 +134,7 @@ class Transport:
                 answer = await self._attempt(server, path, body, read=read, deadline=deadline)
             except _Passing as error:
                 failure = error
+                too_early += error.is_loading
                 self._let_rest(server, begun=begun, attempts=attempts, pause=error.pause)
             else:
                 server.strikes = 0
@@ -155,7 +160,8 @@ class Transport:
                 what = str(error) or type(error).__name__
                 raise _Passing(f"no connection ({self._printable(what)})") from None
         if response.status_code in _PASSING_STATUSES:
-            raise _Passing(self._describe(response), pause=retry_after(response.headers))
+            pause = retry_after(response.headers)
+            raise _Passing(self._describe(response), pause=pause, is_loading=_is_loading(response))
         if response.status_code != httpx.codes.OK:
             raise Refused(response.status_code, f"{server.url}{path}: {self._describe(response)}")
         try:
@@ -255,6 +261,14 @@ class _Session:
         await asyncio.gather(*others, return_exceptions=True)
         await self.http.aclose()
         self.loop.stop()
+
+
+def _is_loading(response: httpx.Response) -> bool:
+    """Whether our own server says that its model is still being loaded."""
+    try:
+        return response.json()["error"]["type"] == "loading"
+    except (ValueError, RecursionError, LookupError, TypeError):
+        return False
 
 
 def _checked_url(url: str) -> str:
