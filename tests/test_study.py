@@ -87,7 +87,7 @@ def test_the_page_shows_the_figures_and_its_drawings(finished):
     drawings = [line.split("(")[1].rstrip(")") for line in page.splitlines() if line.startswith("![")]
     assert len(drawings) == 4
     assert "no figure of this page is a result" in " ".join(page.split()) and "public files" not in page
-    assert "docs/log.md" in page and not [name for name in re.findall(r"\]\((\w+\.md)\)", page)]
+    assert "docs/log.md" in page and not re.findall(r"\]\(\w+\.md\)", page)
     for drawing in drawings:
         assert (finished / "docs" / drawing).read_text().count("<svg") == 1
     assert str(finished) not in page
@@ -482,10 +482,8 @@ def test_a_claim_holds_only_where_its_interval_says_so():
             f"m/{start}/{k}/1.0": {"seen": spans[f"{start}{k}"], "unseen": spans[f"{start}{k}"], "candidates": k}
             for start, k in (("base", 2), ("random", 2), ("base", 8))
         }
-        pairs = (("pretrained_reference", "reference_only"), ("pretrained_reference", "reference_longer_base"))
-        differences = tuple(map(" - ".join, (*pairs, ("reference_only", "neither"))))
         gained = {"mean": 0.03, "ci95": list(gain), "ci95_seeds": over_seeds and list(over_seeds)}
-        arms = {"differences": dict.fromkeys(differences, gained), "word_overlap": 0.6}
+        arms = {"differences": dict.fromkeys(study_module("verdicts").FINE_TUNING, gained), "word_overlap": 0.6}
         arms["pretrained_reference"] = spans["base8"]
         figures = {
             "pretraining": {
@@ -509,6 +507,7 @@ def test_a_claim_holds_only_where_its_interval_says_so():
         "Held-out loss falls with size": "yes",
         "GSM8K solutions: better than counting shared words": "yes",
         "GSM8K solutions: pre-training helps": "yes",
+        "GSM8K solutions: pre-training helps more than language modelling for as long": "yes",
         "AlpacaEval preferences: a reference helps": "not measured",
         "Zero-shot on rmb, better than chance": "no, the reverse",
     }

@@ -67,11 +67,12 @@ class RewardClient:
     `tokenizer` is the directory or file that the model was trained with (an export has it); our own server needs none,
     as it encodes texts itself. A server that says that its model has another one is refused before its first request.
     Lengths are in tokens; they are the export's own where its directory is the `tokenizer`, else POLAR's, and must be
-    those of the server's model. `wrapper` is for items that name none (see RewardItem). A request carries
-    `batch_size` items and at most `max_concurrency` requests are under way. One attempt may take `timeout_seconds`,
-    all of a call `deadline_seconds`; a request is repeated up to `retries` times, after a pause that starts at
-    `backoff_seconds` and doubles. A bearer token comes from the file `api_key_file` or, if it is set, from the
-    environment variable `api_key_env`. `compat="official"` sends POLAR's published text (see serve/official.py).
+    those of the server's model. `wrapper` is for items that name none (see RewardItem). A request carries `batch_size`
+    items and at most `max_concurrency` requests are under way. One attempt may take `timeout_seconds`, all of a call
+    `deadline_seconds`; a request is repeated up to `retries` times, after a pause that starts at `backoff_seconds` and
+    doubles; our server is waited for while it loads its model. A bearer token comes from the file `api_key_file` or, if
+    it is set, from the environment variable `api_key_env`. `compat="official"` sends POLAR's published text (see
+    serve/official.py).
     """
 
     def __init__(

@@ -135,7 +135,7 @@ class Transport:
             except _Passing as error:
                 failure = error
                 too_early += error.is_loading
-                self._let_rest(server, begun=begun, attempts=attempts, pause=error.pause)
+                self._let_rest(server, begun=begun, attempts=attempts - too_early, pause=error.pause)
             else:
                 server.strikes = 0
                 return answer
