@@ -145,9 +145,10 @@ def _start(figures: dict) -> Iterator[str]:
         yield NOT_MEASURED
         return
     size = figures["settings"]
-    yield _paragraph(f"""{size["num_steps"]} steps of {size["global_batch_size"]} comparisons with K =
-        {size["main_candidates"]} candidates each: one of the reference's policy, the others of other policies. The main
-        size, from its base model; fine-tuning begins from these runs:""")
+    yield _paragraph(f"""{size["num_steps"]} steps, the first {size["warmup_fraction"]:.0%} of them warm-up, of
+        {size["global_batch_size"]} comparisons with K = {size["main_candidates"]} candidates each: one of the
+        reference's policy, the others of other policies. The main size, from its base model; fine-tuning begins from
+        these runs:""")
     yield _settings_table(pretrained, "main", lambda g: f"{g['shape']}, {g['start']}", "size, start")
     main = pretrained["settings"].get(pretrained["claims"]["main"])
     if main:

@@ -18,9 +18,10 @@ from pathlib import Path
 from charts import draw
 from figures import RFT, collect, commands
 from jobs import Jobs
+from omegaconf import OmegaConf
 from page import write_page
 from sizes import SIZES, Size
-from stages import STAGES, Study
+from stages import CONFIG, STAGES, Study
 
 from megatron_polar.errors import UserError
 
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "machine": machine(study),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
         | {"python": platform.python_version()},
-        "settings": size.describe(),
+        "settings": size.describe() | {"warmup_fraction": warmup_fraction()},
         "data": described["files"],
         "generated": described.get("generated", False),
         "commits": commits(study),
@@ -117,6 +118,11 @@ def machine(study: Study) -> dict:
     )
     device = environment.get("device", study.size.device)
     return {"processor": processor, "device": device, "parallel_jobs": study.size.parallel_jobs, "threads_a_job": 1}
+
+
+def warmup_fraction() -> float:
+    """The share of the steps that train.yaml gives all runs."""
+    return OmegaConf.load(Path(__file__).with_name(CONFIG)).optimizer.warmup_fraction
 
 
 def _lines(path: str) -> list[str]:

@@ -68,7 +68,8 @@ def _each(value: dict) -> str:
 
 def _task(found: dict) -> Iterator[str]:
     settings, sampled = found["settings"], found["shared"]["sample_trajectories"]
-    counts, grpo, labels = settings["counts"], settings["grpo"], found["runs"][0]["draw_labels"]
+    counts, grpo, pretrain = (settings[name] for name in ("counts", "grpo", "pretrain"))
+    labels = found["runs"][0]["draw_labels"]
     exact, habits = found["shared"]["fit_policies"]["exact"], settings["mixture"]
     told = ", ".join(f"`{habit}` {share:.2f}" for habit, share in habits.items())
     yield _paragraph(f"""The task is arithmetic in words: a number of 10 to {settings["largest"]} and two changes of 2
@@ -84,7 +85,8 @@ def _task(found: dict) -> Iterator[str]:
         answer to a problem that nobody was trained on.""")
     yield _paragraph(f"""Reward models have the policy's shape. All begin as one base language model, which read
         documents in which an author answers a problem twice in one habit, half of the authors in the right one, the
-        others in those of the pool. Pre-training is on
+        others in those of the pool. Pre-training is {pretrain["steps"]} steps of {pretrain["batch"]} comparisons, the
+        first {pretrain["warmup_fraction"]:.0%} of them warm-up, on
         {sampled["train"]["trajectories"]:,} trajectories of {len(sampled["policies"])} policies, each with a habit or
         a fit that was not finished; the mixture has habits that are not among theirs ({_names(found)}). Fine-tuning is
         on some {labels["rankings"]}

@@ -25,8 +25,6 @@ WRAPPER = "pretrain"
 """Policies continue "question\\n", so prompts end with the newline and nothing is put between prompt and answer."""
 HOT = 1.5
 """Temperature of the answers that show fine-tuning what a policy comes to when it is pushed too far."""
-WARM_UP = 0.25
-"""Share of the steps: long, as in train.yaml."""
 
 
 def prompt_of(problem: Problem) -> str:
@@ -221,7 +219,7 @@ def _train(
             "precision": "fp32",
             "init_from": str(start),
         },
-        "optimizer": {"lr": how.lr, "warmup_fraction": WARM_UP},
+        "optimizer": {"lr": how.lr, "warmup_fraction": how.warmup_fraction},
         "checkpoint": {"save_interval": how.steps},
         "evaluation": {"interval": max(1, how.steps // 4) if validation else 0, "num_comparisons": 256},
         "logging": {"interval": max(1, how.steps // 20), "tensorboard": False},

@@ -37,6 +37,7 @@ class RewardTraining:
     steps: int
     batch: int
     lr: float
+    warmup_fraction: float = 0.25  # of the steps: long, as in train.yaml
 
 
 @dataclass(frozen=True)
