@@ -15,10 +15,10 @@ import scipy
 from arguments import positive
 
 from megatron_polar import log
-from megatron_polar.scaling.fit import LawMissing, pareto_frontier
 from megatron_polar.scaling.laws import PUBLISHED
 from megatron_polar.scaling.power_law import SMALLEST_HUBER_DELTA, STRAIGHT, Law, joint_law, resample_residuals
 from megatron_polar.scaling.runs import ScalingRun
+from megatron_polar.scaling.selection import LawMissing, pareto_frontier
 
 OF_SIZE, OF_COMPUTE = (
     np.array([np.log(law.coefficient), law.exponent])

@@ -7,10 +7,11 @@ import pytest
 
 from megatron_polar.cli import main
 from megatron_polar.errors import USER_ERROR, UserError
-from megatron_polar.scaling.fit import Settings, fit_runs, pareto_frontier
+from megatron_polar.scaling.fit import Settings, fit_runs
 from megatron_polar.scaling.gather import gather_runs
 from megatron_polar.scaling.laws import PUBLISHED
 from megatron_polar.scaling.runs import ScalingRun
+from megatron_polar.scaling.selection import pareto_frontier
 
 COLUMNS = ("name", "parameters", "loss", "tokens", "flops", "seed", "held_out", "tokenizer")
 
@@ -204,6 +205,44 @@ def test_seeds_of_one_setting_stand_and_fall_together():
     points = [(1.0, 0.6), (2.0, 0.5), (2.01, 0.6), (3.0, 0.49), (3.01, 0.65), (4.0, 0.5)]
     runs = [ScalingRun(str(i), 10, loss, flops=flops) for i, (flops, loss) in enumerate(points)]
     assert [run.name for run in pareto_frontier(runs, count="parameters")] == ["0", "1", "2", "5"]
+
+
+def iso_flop_runs(*, scatter: float, budgets=(1e19, 1e20, 1e21, 1e22), seed: int = 0) -> list[ScalingRun]:
+    """Six sizes a budget on 0.2 + 400 N^-0.34 + 410 D^-0.28, without noise; FLOPs scatter around their budget."""
+    generator, runs = np.random.default_rng(seed), []
+    for budget in budgets:
+        for size in np.sqrt(budget / 120) * np.geomspace(0.2, 5, 6):
+            flops = budget * np.exp(generator.uniform(-scatter, scatter))
+            loss = 0.2 + 400 * size**-0.34 + 410 * (budget / (6 * size)) ** -0.28
+            runs.append(ScalingRun(f"{budget:.0e}-{size:.0f}", int(size), loss, flops=flops))
+    return runs
+
+
+@pytest.mark.parametrize("scatter", (0.0, 1e-6, 0.04))
+def test_of_every_budget_the_best_size_counts_whichever_is_a_hair_cheaper(scatter):
+    """Whole steps never come to a budget exactly."""
+    exact = [run.name for run in pareto_frontier(iso_flop_runs(scatter=0.0), count="parameters")]
+    assert [name.partition("-")[0] for name in exact] == ["1e+19", "1e+20", "1e+21", "1e+22"]
+    for seed in range(10):
+        runs = iso_flop_runs(scatter=scatter, seed=seed)
+        assert [run.name for run in pareto_frontier(runs, count="parameters")] == exact
+        law = fit_runs(runs, Settings(replicates=2)).laws["loss_of_compute"]
+        assert law.prediction.runs == tuple(exact[-1:])
+    assert "20 of 24 runs are left out, as others as cheap are better" in law.remarks[0]
+
+
+def test_sizes_of_one_budget_make_no_law_of_compute():
+    runs = iso_flop_runs(scatter=1e-6, budgets=(1e19,))
+    missing = fit_runs(runs, Settings(replicates=2)).missing["loss_of_compute"]
+    assert "1 amounts of compute at least a tenth apart, and a law needs 3" in missing
+
+
+def test_what_is_predicted_for_compute_has_no_run_of_its_budget_in_the_fit():
+    """Every size has one amount of compute, and two sizes have the largest."""
+    points = [(1, 1e18), (2, 1e19), (3, 1e20), (4, 1e21), (5, 1.00001e21)]
+    runs = [ScalingRun(str(size), size, flops**-0.03, flops=flops) for size, flops in points]
+    prediction = fit_runs(runs, Settings(replicates=2)).laws["loss_of_compute"].prediction
+    assert prediction.runs == ("5",) and abs(prediction.error) < 1e-9
 
 
 def test_of_a_ladder_with_one_budget_a_size_noise_chooses_no_runs():

@@ -5,7 +5,6 @@ docs/scaling.md says what is fitted and how to read it; power_law.py is the arit
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
@@ -24,19 +23,21 @@ from megatron_polar.scaling.power_law import (
     resample_residuals,
 )
 from megatron_polar.scaling.runs import ScalingRun
+from megatron_polar.scaling.selection import (
+    FEWEST_SIZES,
+    SAME_DATA,
+    Count,
+    DataUnit,
+    LawMissing,
+    largest_runs,
+    most_data_of_each_size,
+    pareto_frontier,
+)
 
-FEWEST_SIZES = 3
 FEWEST_WITH_FLOOR = 5
 """Runs: three parameters and two degrees of freedom."""
 FEWEST_JOINT = 7
 """Runs: five parameters and two degrees of freedom."""
-_SAME_DATA = 1.1
-"""D that differ by less than this factor are the same amount of data."""
-_SAME_COMPUTE = 1.02
-"""Seeds of one setting differ a little in C: their comparisons are of other lengths."""
-
-Count = Literal["parameters", "all_parameters"]
-DataUnit = Literal["tokens", "comparisons"]
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,6 @@ class ScalingFit:
     missing: dict[str, str]
 
 
-class LawMissing(Exception):
-    """Why a law cannot be fitted to these runs."""
-
-
 def fit_runs(runs: Sequence[ScalingRun], settings: Settings) -> ScalingFit:
     """Fit what the runs allow. Raises UserError with fewer than three sizes, or where the chosen count is unknown."""
     for run in runs:
@@ -142,7 +139,7 @@ def fit_runs(runs: Sequence[ScalingRun], settings: Settings) -> ScalingFit:
 
 
 def _of_parameters(runs: Sequence[ScalingRun], settings: Settings) -> FittedLaw:
-    chosen, remarks = _most_data_of_each_size(runs, settings)
+    chosen, remarks = most_data_of_each_size(runs, count=settings.count, data_unit=settings.data_unit)
     x = _column(chosen, settings.count)
     return _fit(
         "loss_of_parameters", "L = a N^-alpha", ("N",), chosen, x=x, law=STRAIGHT, settings=settings, remarks=remarks
@@ -150,7 +147,7 @@ def _of_parameters(runs: Sequence[ScalingRun], settings: Settings) -> FittedLaw:
 
 
 def _of_parameters_with_floor(runs: Sequence[ScalingRun], settings: Settings) -> FittedLaw:
-    chosen, remarks = _most_data_of_each_size(runs, settings)
+    chosen, remarks = most_data_of_each_size(runs, count=settings.count, data_unit=settings.data_unit)
     x = _column(chosen, settings.count)
     if len(np.unique(x)) < FEWEST_WITH_FLOOR:
         raise LawMissing(f"{len(np.unique(x))} sizes, and an irreducible term needs {FEWEST_WITH_FLOOR}")
@@ -158,80 +155,16 @@ def _of_parameters_with_floor(runs: Sequence[ScalingRun], settings: Settings) ->
     return _fit(name, formula, ("N",), chosen, x=x, law=FLOOR, settings=settings, remarks=remarks)
 
 
-def _most_data_of_each_size(runs: Sequence[ScalingRun], settings: Settings) -> tuple[list[ScalingRun], list[str]]:
-    """Runs with the most data of their size (several where seeds differ), and a remark where sizes differ in it."""
-    amounts = [getattr(run, settings.data_unit) for run in runs]
-    if None in amounts:
-        which = "some" if any(amount is not None for amount in amounts) else "all"
-        return list(runs), [f"{settings.data_unit} of {which} runs are unknown, so all runs of a size are taken"]
-    most: dict[int, float] = {}
-    for run, amount in zip(runs, amounts, strict=True):
-        size = getattr(run, settings.count)
-        most[size] = max(most.get(size, 0.0), amount)
-    pairs = zip(runs, amounts, strict=True)
-    chosen = [run for run, amount in pairs if amount * _SAME_DATA > most[getattr(run, settings.count)]]
-    spread = max(most.values()) / min(most.values())
-    remarks = []
-    if spread > _SAME_DATA:
-        remarks.append(
-            f"the sizes' data differ by a factor of {spread:.3g}, so the exponent mixes size and data; L(N, D) does not"
-        )
-    return chosen, remarks
-
-
 def _of_compute(runs: Sequence[ScalingRun], settings: Settings) -> FittedLaw:
     frontier = pareto_frontier(runs, count=settings.count)
     remarks = []
     if len(frontier) < len(runs):
         remarks.append(
-            f"{len(runs) - len(frontier)} of {len(runs)} runs are left out, as cheaper ones are better; where losses "
-            "are noisy that choice makes the exponent a little too large, and the interval does not know of it"
+            f"{len(runs) - len(frontier)} of {len(runs)} runs are left out, as others as cheap are better; where "
+            "losses are noisy that choice makes the exponent a little too large, and the interval does not know of it"
         )
     law = "loss_of_compute", "L = a C^-alpha", ("C",)
     return _fit(*law, frontier, x=_column(frontier, "flops"), law=STRAIGHT, settings=settings, remarks=remarks)
-
-
-def pareto_frontier(runs: Sequence[ScalingRun], *, count: Count) -> list[ScalingRun]:
-    """Runs that no cheaper or equally cheap run beats, in order of their FLOPs.
-
-    Seeds of one size and compute stand and fall together, by their mean loss. Where every size has one amount of
-    compute nothing is to be chosen, and a run that a cheaper one beats shows noise: all are taken. Raises LawMissing
-    with fewer than three.
-    """
-    unknown = [run.name for run in runs if run.flops is None]
-    if unknown:
-        raise LawMissing(f"FLOPs of {unknown[0]} are unknown")
-    groups = _same_settings(runs, count=count, amount="flops")
-    if len(groups) == len({getattr(run, count) for run in runs}):
-        return sorted(runs, key=lambda run: run.flops)
-    found: list[list[ScalingRun]] = []
-    for group in sorted(groups, key=lambda group: (group[0].flops, _mean_loss(group))):
-        if not found or _mean_loss(group) < _mean_loss(found[-1]):
-            found.append(group)
-    if len(found) < FEWEST_SIZES:
-        raise LawMissing(f"{len(found)} runs on the frontier of loss and compute, and a law needs {FEWEST_SIZES}")
-    return [run for group in found for run in group]
-
-
-def _same_settings(runs: Sequence[ScalingRun], *, count: Count, amount: str) -> list[list[ScalingRun]]:
-    """Runs of one size and one `amount` ("flops", or of data) stand together: they differ in their seeds."""
-    factor = _SAME_COMPUTE if amount == "flops" else _SAME_DATA
-    groups: list[list[ScalingRun]] = []
-    for run in sorted(runs, key=lambda run: (getattr(run, count), getattr(run, amount))):
-        last = groups[-1][0] if groups else None
-        if (
-            last
-            and getattr(last, count) == getattr(run, count)
-            and getattr(run, amount) < factor * getattr(last, amount)
-        ):
-            groups[-1].append(run)
-        else:
-            groups.append([run])
-    return groups
-
-
-def _mean_loss(runs: Sequence[ScalingRun]) -> float:
-    return sum(run.loss for run in runs) / len(runs)
 
 
 def _of_parameters_and_data(runs: Sequence[ScalingRun], settings: Settings) -> FittedLaw:
@@ -247,7 +180,7 @@ def _of_parameters_and_data(runs: Sequence[ScalingRun], settings: Settings) -> F
 
 def _check_joint(x: np.ndarray) -> None:
     amounts = np.sort(x[:, 1])
-    num_amounts = 1 + int(np.sum(amounts[1:] > _SAME_DATA * amounts[:-1]))
+    num_amounts = 1 + int(np.sum(amounts[1:] > SAME_DATA * amounts[:-1]))
     num_sizes = len(np.unique(x[:, 0]))
     if len(x) < FEWEST_JOINT or num_sizes < FEWEST_SIZES or num_amounts < FEWEST_SIZES:
         raise LawMissing(
@@ -358,12 +291,9 @@ def _exp(interval: Interval) -> Interval:
 def _predict_largest(
     runs: Sequence[ScalingRun], *, variables: tuple[str, ...], x: np.ndarray, law: Law, settings: Settings
 ) -> Prediction | None:
-    """Fit without the largest run (the most N, C or N D; all seeds of it), and predict it; None with too few others."""
+    """Fit without the largest run (selection.py says what goes with it), and predict it; None with too few others."""
     amount = {("N",): settings.count, ("C",): "flops", ("N", "D"): settings.data_unit}[variables]
-    of_one_setting = _same_settings(runs, count=settings.count, amount=amount)
-    most = runs[int(np.argmax(x.prod(axis=1)))]
-    largest = next(group for group in of_one_setting if any(run is most for run in group))
-    is_largest = np.array([any(run is one for one in largest) for run in runs])
+    is_largest = largest_runs(runs, x, count=settings.count, amount=amount)
     rest = ~is_largest
     sizes = {getattr(run, settings.count) for run, is_left in zip(runs, rest, strict=True) if is_left}
     if len(sizes) < FEWEST_SIZES or rest.sum() <= law.num_parameters:
