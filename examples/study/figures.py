@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import combinations
 from pathlib import Path
@@ -15,6 +15,7 @@ from stages import ARMS, BASE, LONGER, RANDOM, TASKS, FineTuningRun, PretrainRun
 
 from megatron_polar.config.presets import Architecture
 from megatron_polar.data.lines import read_jsonl
+from megatron_polar.score.statistics import pair_score, word_overlap
 from megatron_polar.score.suites import load_suite
 
 REPLICATES = 4000
@@ -25,34 +26,55 @@ RFT = "rft"
 """Below the study's directory: what the study of reinforcement fine-tuning (rft.py --output RUN/rft) has written."""
 MIN_SIZES = 3
 PRETRAIN_SETS = ("seen", "unseen", "real")
+BASELINES = ("word_overlap", "longer")
+"""What learns nothing: the one that shares more words with the reference, the longer one."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Margins (reward of the better less that of the worse) [i] of one evaluation; prompts and categories [i]."""
+    """Margins (reward of the better less that of the worse) [i] of one evaluation; prompts and categories [i], and the
+    margins [i] of each baseline."""
 
     margins: np.ndarray
     prompts: tuple[str, ...]
     categories: tuple[str, ...]
+    baselines: dict[str, np.ndarray]
 
     @property
     def scores(self) -> np.ndarray:
         """1 for a right pair, 1/2 for a tie, 0 for a wrong one."""
-        return (self.margins > 0) + 0.5 * (self.margins == 0)
+        return pair_score(self.margins)
+
+    def baseline(self, name: str) -> "Scored":
+        """What a baseline says of the same pairs."""
+        return replace(self, margins=self.baselines[name])
 
 
 def read_scored(directory: Path, *, suite: str, data: Path, limit: int | None = None) -> Scored:
     """The rewards of an evaluation, joined with the prompts of its data (pairs of one prompt are not independent)."""
-    prompt_of = _prompts(suite, data, limit)
+    texts = _texts(suite, data, limit)
     lines = [json.loads(line) for _, line in read_jsonl(directory / "rewards.jsonl")]
-    margins = [line["rewards"][0] - line["rewards"][1] for line in lines]
-    prompts = tuple(prompt_of[line["identifier"]] for line in lines)
-    return Scored(np.array(margins), prompts, tuple(line["category"] for line in lines))
+    margins = np.array([line["rewards"][0] - line["rewards"][1] for line in lines])
+    prompts, *without_learning = zip(*(texts[line["identifier"]] for line in lines), strict=True)
+    baselines = dict(zip(BASELINES, map(np.array, without_learning), strict=True))
+    return Scored(margins, prompts, tuple(line["category"] for line in lines), baselines)
 
 
 @cache
-def _prompts(suite: str, data: Path, limit: int | None) -> dict[str, str]:
-    return {item.identifier: item.prompt for item in load_suite(suite, data, limit=limit)}
+def _texts(suite: str, data: Path, limit: int | None) -> dict[str, tuple[str, float, int]]:
+    """Of every item the prompt, and each baseline's margin of the first candidate over the second."""
+    found = {}
+    for item in load_suite(suite, data, limit=limit):
+        (better, worse), (first, second) = word_overlap(item)[:2], item.candidates[:2]
+        found[item.identifier] = item.prompt, better - worse, len(first) - len(second)
+    return found
+
+
+def beside_baselines(found: Sequence[Scored]) -> dict:
+    """Accuracy of each baseline, one evaluation a seed, and under `over` by how much the model exceeds it."""
+    beside = {name: [one.baseline(name) for one in found] for name in BASELINES}
+    accuracies = {name: float(np.mean(np.concatenate([one.scores for one in ones]))) for name, ones in beside.items()}
+    return accuracies | {"over": {name: difference(found, ones) for name, ones in beside.items()}}
 
 
 def pooled(values: Sequence[np.ndarray], prompts: Sequence[Sequence[str]], *, seed: int = 0) -> dict:
@@ -121,8 +143,7 @@ def pretrain_group(study: Study, runs: Sequence[PretrainRun]) -> dict:
         found[name] = pooled([part.scores for part in parts], [part.prompts for part in parts])
         found[name]["losses"] = [bt_loss(part) for part in parts]
         found[name]["loss"] = float(np.mean(found[name]["losses"]))
-        summary = _summary(study.run / "evaluate/pretrain" / first.name / name)
-        found[name] |= {"word_overlap": summary["word_overlap_accuracy"], "longer": summary["length_only_accuracy"]}
+        found[name] |= beside_baselines(parts)
         found[name]["categories"] = {
             category: float(np.mean(np.concatenate([p.scores[np.array(p.categories) == category] for p in parts])))
             for category in sorted(set(parts[0].categories))
@@ -233,7 +254,6 @@ def finetuning(study: Study, task: str) -> dict | None:
     Of the seeds that all arms are measured with; None where there are none.
     """
     arms: dict[str, list[Scored]] = {}
-    baselines = []
     seeds = [seed for seed in range(1, study.size.finetune_seeds + 1) if _has_arms(study, task, seed)]
     if not seeds:
         return None
@@ -243,14 +263,10 @@ def finetuning(study: Study, task: str) -> dict | None:
             name = f"fold{study.fold(seed)}_heldout" if task == "gsm8k" else "heldout"
             data = study.run / "inputs/finetune" / task / scheme / f"{name}.jsonl"
             arms.setdefault(arm, []).append(read_scored(where, suite="preferences", data=data))
-            if scheme == "reference":
-                baselines.append(_summary(where))
     figures = {arm: pooled([s.scores for s in found], [s.prompts for s in found]) for arm, found in arms.items()}
     pairs = combinations(ARMS, 2)  # in the order of ARMS: what should be better comes first
     figures["differences"] = {f"{a} - {b}": difference(arms[a], arms[b]) for a, b in pairs}
-    figures["word_overlap"] = float(np.mean([found["word_overlap_accuracy"] for found in baselines]))
-    figures["longer"] = float(np.mean([found["length_only_accuracy"] for found in baselines]))
-    return figures
+    return figures | beside_baselines(arms["pretrained_reference"])
 
 
 def _has_arms(study: Study, task: str, seed: int) -> bool:
@@ -283,8 +299,7 @@ def zero_shot(study: Study) -> dict:
         where = [study.run / "evaluate/pretrain" / name / what for name in names]
         parts = [read_scored(directory, suite=suite, data=data, limit=limit) for directory in where]
         figures[what] = pooled([p.scores for p in parts], [p.prompts for p in parts])
-        summary = _summary(where[0])
-        figures[what] |= {"word_overlap": summary["word_overlap_accuracy"], "longer": summary["length_only_accuracy"]}
+        figures[what] |= beside_baselines(parts)
     return figures
 
 
@@ -321,10 +336,6 @@ def policies(study: Study) -> dict:
         }
     training = sum(counts["trajectories"] for name, counts in sampled.items() if name.endswith("-train"))
     return facts["policies"] | {"sampled": sampled, "training_trajectories": training}
-
-
-def _summary(directory: Path) -> dict:
-    return json.loads((directory / "summary.json").read_text())
 
 
 def _seconds(study: Study, job: str) -> float:

@@ -76,8 +76,9 @@ def _verdicts(figures: dict) -> Iterator[str]:
     yield "## In short"
     yield _paragraph("""A claim holds where its interval over prompts lies on the right side altogether, and that over
         seeds does so, too; for two settings, where their intervals over prompts do not overlap and that of the
-        difference over seeds (Welch) lies on the right side. "For these seeds" says that prompts bear it out and seeds
-        do not, "for one seed" that there was one.""")
+        difference over seeds (Welch) lies on the right side. Counting words is compared by the
+        difference on the same pairs. "For these seeds" says that prompts bear it out and seeds do not, "for one seed"
+        that there was one.""")
     yield _table(("claim", "holds here", "figures"), list(verdicts(figures)))
 
 

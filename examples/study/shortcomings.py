@@ -19,9 +19,8 @@ def shortcomings(figures: dict) -> Iterator[str]:
             continue
         if found["ci95"][0] <= 0.5:
             yield f"Zero-shot on {name} the pre-trained model is {_at_chance(found)}: {interval(found)}."
-        if found["mean"] < found["word_overlap"]:
-            shared = f"counting shared words has {found['word_overlap']:.3f}"
-            yield f"Zero-shot on {name} {shared}, the pre-trained model {interval(found)}."
+        for baseline in _better_baselines(found, found):
+            yield f"Zero-shot on {name} the pre-trained model {baseline}."
 
 
 def _at_chance(found: dict) -> str:
@@ -42,11 +41,8 @@ def _pretraining(figures: dict) -> Iterator[str]:
             both = f"{interval(base[name])} against {interval(random[name])}"
             yield f"{name.capitalize()} policies: a base model is no clearly better start than random weights ({both})."
     for name in ("seen", "unseen", "real"):
-        found = main[name]
-        if found["ci95"][0] <= found["word_overlap"]:
-            verdict = "does not clearly beat" if found["ci95"][1] >= found["word_overlap"] else "is clearly worse than"
-            both = f"{interval(found)} against {found['word_overlap']:.3f}"
-            yield f"Set `{name}`: the pre-trained main size {verdict} counting shared words ({both})."
+        for baseline in _better_baselines(main[name], main[name]):
+            yield f"Set `{name}`: the pre-trained main size {baseline}."
     for name in ("seen", "unseen", "real"):
         if main[name]["ci95"][0] <= 0.5:
             yield f"Set `{name}`: the pre-trained main size is {_at_chance(main[name])} ({interval(main[name])})."
@@ -80,13 +76,23 @@ def _finetuning(title: str, found: dict) -> Iterator[str]:
             gain = f"{title}: {name.replace('_', ' ')} gains {interval(one, sign=True)}"
             yield f"{gain}, but over seeds {low:+.3f} to {high:+.3f}: another training may not."
     own = found["pretrained_reference"]
-    below = [mean for mean in own["each_seed"] if mean <= found["word_overlap"]]
-    if below and own["mean"] > found["word_overlap"]:
+    gains = found["over"]["word_overlap"]["each_seed"]
+    below = [mean for mean, gain in zip(own["each_seed"], gains, strict=True) if gain <= 0]
+    if below and found["over"]["word_overlap"]["mean"] > 0:
         which = f"{len(below)} of {len(own['each_seed'])} seeds do not beat counting shared words"
         yield f"{title}: {which} ({', '.join(f'{mean:.3f}' for mean in below)}; it has {found['word_overlap']:.3f})."
-    for baseline, words in (("word_overlap", "counting shared words"), ("longer", "taking the longer answer")):
-        if own["mean"] < found[baseline]:
-            yield f"{title}: {words} ({found[baseline]:.3f}) beats the pre-trained, fine-tuned model ({interval(own)})."
+    for baseline in _better_baselines(own, found):
+        yield f"{title}: the pre-trained, fine-tuned model {baseline}."
+
+
+def _better_baselines(own: dict, beside: dict) -> Iterator[str]:
+    """What a model does not clearly beat, on the same pairs, of what learns nothing."""
+    for name, words in (("word_overlap", "counting shared words"), ("longer", "taking the longer answer")):
+        gain = beside["over"][name]
+        if gain["ci95"][0] <= 0:
+            verdict = "is clearly worse than" if gain["ci95"][1] < 0 else "does not clearly beat"
+            figures = f"{own['mean']:.3f} against {beside[name]:.3f}; difference {interval(gain, sign=True)}"
+            yield f"{verdict} {words} ({figures})"
 
 
 def interval(found: dict, *, sign: bool = False) -> str:

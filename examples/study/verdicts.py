@@ -30,7 +30,7 @@ def verdicts(figures: dict) -> Iterator[Verdict]:
         yield _above_chance(f"Pre-training learns to match {name} policies on new prompts", main and main[name])
     for name in ("seen", "unseen"):
         claim = f"It does so better than counting shared words ({name} policies)"
-        yield _beats_words(claim, main and main[name], main and main[name]["word_overlap"])
+        yield _beats_words(claim, main and main[name], main and main[name])
     for name in ("seen", "unseen"):
         claim = f"A base model is a better start than random weights ({name} policies)"
         yield _apart(claim, base and base[name], random and random[name])
@@ -48,26 +48,23 @@ def verdicts(figures: dict) -> Iterator[Verdict]:
             yield _difference(f"{TASK_TITLES[task]}: {words}", found and found["differences"][pair])
         best = found and found["pretrained_reference"]
         claim = f"{TASK_TITLES[task]}: better than counting shared words"
-        yield _beats_words(claim, best, found and found["word_overlap"])
+        yield _beats_words(claim, best, found)
     for name, found in figures["zero_shot"].items():
         yield _above_chance(f"Zero-shot on {name}, better than chance", found)
 
 
 def _above_chance(claim: str, found: dict | None) -> Verdict:
-    return _above(claim, found, 0.5)
-
-
-def _above(claim: str, found: dict | None, line: float | None) -> Verdict:
-    """An accuracy against a line."""
     if not found:
         return claim, NOT_MEASURED, ""
-    return claim, _restricted(_word(found["ci95"], line), found["ci95_seeds"], line), _told(found)
+    return claim, _restricted(_word(found["ci95"], 0.5), found["ci95_seeds"], 0.5), _told(found)
 
 
-def _beats_words(claim: str, found: dict | None, overlap: float | None) -> Verdict:
-    """An accuracy against that of counting shared words, on the same pairs."""
-    claim, word, told = _above(claim, found, overlap)
-    return claim, word, told and f"{told}; it has {overlap:.3f}"
+def _beats_words(claim: str, found: dict | None, beside: dict | None) -> Verdict:
+    """An accuracy against that of counting shared words, by their difference on the same pairs."""
+    if not found:
+        return claim, NOT_MEASURED, ""
+    claim, word, told = _difference(claim, beside["over"]["word_overlap"])
+    return claim, word, f"{found['mean']:.3f}, it has {beside['word_overlap']:.3f}; difference {told}"
 
 
 def _apart(claim: str, better: dict | None, worse: dict | None) -> Verdict:
