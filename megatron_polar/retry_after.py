@@ -1,8 +1,17 @@
-"""When a server that turned a request away wants to be asked again; for all clients of HTTP servers."""
+"""Whether and when a server that turned a request away is to be asked again; for all clients of HTTP servers."""
 
 import email.utils
 import time
 from collections.abc import Mapping
+
+_PASSING = (408, 425, 429)
+_LASTING = (501, 505)
+"""Of those from 500 on: what is not implemented will not be the next time."""
+
+
+def may_pass(status: int) -> bool:
+    """Whether an HTTP status says that a server, or a proxy before it, cannot answer just now."""
+    return status in _PASSING or (status >= 500 and status not in _LASTING)
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:

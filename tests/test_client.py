@@ -99,6 +99,7 @@ def failing_first(count: int, failure, reply=pooling):
 PASSING = {
     "500": lambda request: (500, {}, {"error": {"message": "boom"}}),
     "502 without a body": lambda request: (502, {}, b""),
+    "524 of a proxy": lambda request: (524, {}, b"a timeout occurred"),
     "429": lambda request: (429, {"Retry-After": "0.05"}, {"error": "queue full"}),
     "503, unreadable Retry-After": lambda request: (503, {"Retry-After": "soon"}, {}),
     "hangs up": lambda request: None,

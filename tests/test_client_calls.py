@@ -43,6 +43,44 @@ def test_a_sick_server_among_healthy_ones_is_left_alone(sick, client_of, tokeniz
         assert len(other.requests) <= 12
 
 
+async def _many_calls(client, count: int) -> list:
+    """As a trainer's reward function does it: all at once, a call an answer."""
+    calls = (client.score_async([ITEMS[place % len(ITEMS)]]) for place in range(count))
+    return await asyncio.gather(*calls, return_exceptions=True)
+
+
+def test_calls_that_wait_for_their_turn_hear_that_a_server_hangs(client_of):
+    """Which server to ask is chosen when the turn comes, not before."""
+    with (
+        FlakyServer(lambda request: time.sleep(4)) as hung,
+        FlakyServer(lambda request: ok(pooling(request))) as healthy,
+    ):
+        client = client_of([hung.url, healthy.url], max_concurrency=2, timeout_seconds=0.5, backoff_seconds=60)
+        rewards = asyncio.run(_many_calls(client, 40))
+        assert all(isinstance(row, list) for row in rewards)
+        assert len(hung.requests) <= 2 and len(healthy.requests) == 40
+
+
+def test_calls_that_wait_for_their_turn_keep_retry_after(client_of):
+    def busy_first(request):
+        return (429, {"Retry-After": "0.6"}, {}) if request.number < 2 else ok(pooling(request))
+
+    with FlakyServer(busy_first) as server:
+        rewards = asyncio.run(_many_calls(client_of(server.url, max_concurrency=2), 20))
+        assert all(isinstance(row, list) for row in rewards)
+        first, _, third, *_ = [request.time for request in server.requests]
+        assert third - first >= 0.6 and len(server.requests) == 22
+
+
+def test_a_call_whose_turn_does_not_come_says_so_and_blames_no_server(client_of):
+    with FlakyServer(lambda request: (time.sleep(0.4), ok(pooling(request)))[1]) as server:
+        client = client_of(server.url, max_concurrency=1, deadline_seconds=1.5)
+        rewards = asyncio.run(_many_calls(client, 12))
+        late = [error.reason for error in rewards if isinstance(error, RewardError)]
+        assert any("1 others (max_concurrency) were under way all the time (0 attempts" in reason for reason in late)
+        assert client._transport._servers[0].strikes == 0
+
+
 def test_nobody_there_is_an_error_that_names_the_server(client_of):
     url = _dead_url()
     error = refused(client_of(url, retries=2), ITEMS[:1])

@@ -18,10 +18,9 @@ import orjson
 from megatron_polar.errors import UserError, printable
 from megatron_polar.policies.answers import Answer, Ask, NoAnswer
 from megatron_polar.policies.remote import HttpSpec, read_key
-from megatron_polar.retry_after import retry_after
+from megatron_polar.retry_after import may_pass, retry_after
 
 _COMPLETIONS, _CHAT = "/v1/completions", "/v1/chat/completions"
-_PASSING_STATUSES = (408, 409, 425, 500, 502, 503, 504)
 _ENDING_STATUSES = {
     401: "check the key and api_key_env",
     402: "check the account",
@@ -249,7 +248,7 @@ class Endpoint:
         status = response.status_code
         if status == httpx.codes.TOO_MANY_REQUESTS:
             raise _Throttled(self._described(response), pause=retry_after(response.headers))
-        if status in _PASSING_STATUSES:
+        if status == httpx.codes.CONFLICT or may_pass(status):
             raise _Passing(self._described(response))
         is_one_prompt = status == httpx.codes.FORBIDDEN and self._last_answer  # a filter, where others got through
         if status in _ENDING_STATUSES and not is_one_prompt:

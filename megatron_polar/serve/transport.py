@@ -12,7 +12,7 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,12 +20,11 @@ from typing import Any, TypeVar
 import httpx
 
 from megatron_polar.errors import UserError, printable
-from megatron_polar.retry_after import retry_after
+from megatron_polar.retry_after import may_pass, retry_after
 from megatron_polar.serve.wire import BadReply
 
 Answer = TypeVar("Answer")
 
-_PASSING_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 _MAX_PAUSE_SECONDS = 30.0
 _CONNECT_SECONDS = 10.0
 _LOOK_SECONDS, _MOST_LOOKS = 5.0, 3
@@ -58,14 +57,19 @@ class _Passing(Exception):
         self.pause, self.position, self.is_loading = pause, position, is_loading
 
 
+class _TooLate(Exception):
+    """The deadline came first, which says nothing of any server."""
+
+
 @dataclass
 class _Server:
     """One base URL; it is left alone until `wakes` (monotonic seconds) after `strikes` failures in a row. `is_known`:
-    it has said what it serves, or will not, after so many `looks` without a reply."""
+    it has said what it serves, or will not, after so many `looks` without a reply, the last of them until `looked`."""
 
     url: str
     is_known: bool = False
     looks: int = 0
+    looked: float = 0.0
     wakes: float = 0.0
     strikes: int = 0
 
@@ -121,45 +125,70 @@ class Transport:
         `deadline` is in seconds of time.monotonic(). Raises Refused or Unanswered, and what `inspect` raises. To be
         called through `submit`.
         """
+        session = self._session
+        assert session is not None, "ask() runs on the thread that submit() started"
         started, attempts, too_early, failure, place = time.monotonic(), 0, 0, None, path
         while attempts - too_early <= self._retries:
-            server = self._choose()
-            pause = max(0.0, server.wakes - time.monotonic()) * self._random.uniform(1.0, 1.25)
-            if time.monotonic() + pause >= deadline:
-                failure = failure or _Passing(f"every server asked to be left alone, for {pause:.0f} s or more")
-                break
-            await asyncio.sleep(pause)
-            attempts, begun, place = attempts + 1, time.monotonic(), f"{server.url}{path}"
             try:
-                answer = await self._attempt(server, path, body, read=read, deadline=deadline)
+                async with self._slot(session, deadline):
+                    server = self._choose()  # with the slot in hand: what was learnt while waiting for it counts
+                    pause = max(0.0, server.wakes - time.monotonic()) * self._random.uniform(1.0, 1.25)
+                    if not pause:
+                        attempts, begun, place = attempts + 1, time.monotonic(), f"{server.url}{path}"
+                        answer = await self._attempt(session, server, path, body, read=read, deadline=deadline)
+                        server.strikes = 0
+                        return answer
             except _Passing as error:
                 failure = error
                 too_early += error.is_loading
                 self._let_rest(server, begun=begun, attempts=attempts - too_early, pause=error.pause)
-            else:
-                server.strikes = 0
-                return answer
+                continue
+            except _TooLate as error:
+                failure = failure or _Passing(str(error))
+                break
+            if time.monotonic() + pause >= deadline:
+                failure = failure or _Passing(f"every server asked to be left alone, for {pause:.0f} s or more")
+                break
+            await asyncio.sleep(pause)
         used = f"{attempts} attempt{'s' * (attempts != 1)} in {time.monotonic() - started:.1f} s"
         raise Unanswered(f"{place}: {failure} ({used})", position=failure.position)
 
+    @contextlib.asynccontextmanager
+    async def _slot(self, session: "_Session", deadline: float) -> AsyncIterator[None]:
+        """Be one of the requests that may be under way at a time."""
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                await session.slots.acquire()
+        except TimeoutError:
+            raise _TooLate(f"{self._max_concurrency} others (max_concurrency) were under way all the time") from None
+        try:
+            yield
+        finally:
+            session.slots.release()
+
     async def _attempt(
-        self, server: _Server, path: str, body: bytes, *, read: Callable[[Any], Answer], deadline: float
+        self,
+        session: "_Session",
+        server: _Server,
+        path: str,
+        body: bytes,
+        *,
+        read: Callable[[Any], Answer],
+        deadline: float,
     ) -> Answer:
-        session = self._session
-        assert session is not None, "ask() runs on the thread that submit() started"
-        async with session.slots:
-            if self._inspect is not None and not server.is_known:
-                await self._look_at(server, session, seconds=min(_LOOK_SECONDS, deadline - time.monotonic()))
-            seconds = max(0.001, min(self._timeout, deadline - time.monotonic()))
-            try:
-                # httpx's own limits are per read; a reply that trickles in would outlast them.
-                response = await asyncio.wait_for(session.http.post(server.url + path, content=body), seconds)
-            except (TimeoutError, httpx.TimeoutException):
-                raise _Passing(f"no reply within {seconds:.3g} s") from None
-            except httpx.HTTPError as error:
-                what = str(error) or type(error).__name__
-                raise _Passing(f"no connection ({self._printable(what)})") from None
-        if response.status_code in _PASSING_STATUSES:
+        if self._inspect is not None and not server.is_known:
+            await self._look_at(server, session, seconds=min(_LOOK_SECONDS, deadline - time.monotonic()))
+        seconds = max(0.001, min(self._timeout, deadline - time.monotonic()))
+        try:
+            # httpx's own limits are per read; a reply that trickles in would outlast them.
+            response = await asyncio.wait_for(session.http.post(server.url + path, content=body), seconds)
+        except (TimeoutError, httpx.TimeoutException):
+            reason = f"no reply within {seconds:.3g} s"
+            raise (_Passing if seconds >= self._timeout else _TooLate)(reason) from None
+        except httpx.HTTPError as error:
+            what = str(error) or type(error).__name__
+            raise _Passing(f"no connection ({self._printable(what)})") from None
+        if may_pass(response.status_code):
             pause = retry_after(response.headers)
             raise _Passing(self._describe(response), pause=pause, is_loading=_is_loading(response))
         if response.status_code != httpx.codes.OK:
@@ -174,15 +203,17 @@ class Transport:
     async def _look_at(self, server: _Server, session: "_Session", *, seconds: float) -> None:
         """Ask a server what it serves. Where it does not say, nothing is known against it; one that cannot be asked now
         is asked again next time."""
+        begun = time.monotonic()
         try:
             response = await asyncio.wait_for(session.http.get(f"{server.url}/v1/models"), max(0.001, seconds))
         except httpx.HTTPError:
             return
         except TimeoutError:
-            server.looks += 1
+            if server.looked <= begun:  # looks that were under way together count once
+                server.looks, server.looked = server.looks + 1, time.monotonic()
             server.is_known = server.looks >= _MOST_LOOKS
             return
-        if response.status_code in _PASSING_STATUSES:
+        if may_pass(response.status_code):
             return
         with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError, RecursionError):
             if response.status_code == httpx.codes.OK:
