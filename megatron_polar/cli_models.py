@@ -1,6 +1,7 @@
 """The verbs that bring models in, out and online: convert and serve. Part of cli.py."""
 
 import argparse
+import math
 from pathlib import Path
 
 from megatron_polar.errors import UserError
@@ -67,13 +68,15 @@ def _from_hf(options: argparse.Namespace) -> int:
 
 def _to_hf(options: argparse.Namespace) -> int:
     from megatron_polar.convert.convert import to_hf
+    from megatron_polar.train.checkpoint_files import find_checkpoint
 
     check_output_directory(options.output)
-    if not options.max_shard_size_gb > 0:
-        raise UserError(f"--max-shard-size-gb {options.max_shard_size_gb} must be above 0")
+    if not 0 < options.max_shard_size_gb < math.inf:
+        raise UserError(f"--max-shard-size-gb {options.max_shard_size_gb} must be a number above 0")
     max_bytes = int(options.max_shard_size_gb * 2**30)
+    checkpoint = find_checkpoint(options.checkpoint)  # once: a run may save another while this one is written
     to_hf(
-        options.checkpoint,
+        checkpoint,
         output=options.output,
         layout=options.layout,
         dtype=options.dtype,
@@ -82,7 +85,7 @@ def _to_hf(options: argparse.Namespace) -> int:
     if options.verify:
         from megatron_polar.score.verify_export import verify_conversion
 
-        return verify_conversion(options.checkpoint, options.output, with_texts=True)
+        return verify_conversion(checkpoint, options.output, with_texts=True)
     return 0
 
 

@@ -189,6 +189,11 @@ RULES = [
     ("optimizer.lr=0", "optimizer.lr=0.0", "above 0"),
     ("data.candidates_per_comparison=1", "data.candidates_per_comparison=1", "at least 2"),
     ("data.max_sequence_length=8", "data.max_sequence_length=8", "use 16 or more"),
+    (
+        "model.max_position_embeddings=4096 data.max_sequence_length=4097",
+        "data.max_sequence_length=4097 is more than model.max_position_embeddings=4096",
+        "raise the second",
+    ),
     ("train.num_steps=null", "train.num_steps=None", "exactly one of the two"),
     ("train.num_epochs=1", "train.num_epochs=1.0", "exactly one of the two"),
     ("train.num_steps=0", "train.num_steps=0", "above 0"),

@@ -100,6 +100,29 @@ def test_an_export_has_a_tokenizer_that_transformers_4_knows(tokenizer_path, tmp
     assert (loaded.padding_side, loaded.model_max_length) == ("left", 64)
 
 
+@pytest.mark.parametrize("has_config", [True, False])
+def test_an_export_asks_for_no_tokenizer_code_of_somebody_else(has_config, tokenizer_path, tmp_path):
+    """InternLM's own tokenizer names Python beside it; engines are told to trust the export, for its model's sake."""
+    (tmp_path / "made").mkdir()
+    export_tokenizer(load_tokenizer(tokenizer_path), tmp_path / "made", max_length=64)
+    source = make_model("internlm2", tmp_path / "source", tokenizer_path=tokenizer_path)
+    for file in (*source.glob("tokenizer*"), source / "polar_tokens.json"):
+        file.unlink()
+    shutil.copyfile(tmp_path / "made/tokenizer.json", source / "tokenizer.json")
+    if has_config:
+        config = json.loads((tmp_path / "made/tokenizer_config.json").read_bytes())
+        config |= {"tokenizer_class": "InternLM2Tokenizer"}
+        config |= {"auto_map": {"AutoTokenizer": ["them/repo--tokens.Slow", "them/repo--tokens.Fast"]}}
+        (source / "tokenizer_config.json").write_text(json.dumps(config))
+    checkpoint = from_hf(source, output=tmp_path / "run")
+    export = to_hf(checkpoint, output=tmp_path / "export", layout="internlm2")
+    assert b"auto_map" not in (export / "tokenizer_config.json").read_bytes()
+    ours = load_tokenizer(checkpoint / "tokenizer")
+    assert load_tokenizer(export).fingerprint == ours.fingerprint
+    loaded = AutoTokenizer.from_pretrained(export, trust_remote_code=True)
+    assert loaded("ba ke").input_ids == [ours.bos_id, *ours.encode("ba ke")]
+
+
 @pytest.mark.parametrize("are_renamed", [False, True])
 def test_a_unigram_model_is_exported(are_renamed, tmp_path, capsys):
     """sentencepiece's default kind, with control tokens of its own or named by tokenizer_config.json."""

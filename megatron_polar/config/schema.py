@@ -49,7 +49,8 @@ class ModelSection:
     vocab_size: int | None = None
     """Rows of the embedding before padding; default: the tokenizer's vocabulary size."""
     max_position_embeddings: int | None = None
-    """Positions that the exported configuration promises; default: `data.max_sequence_length`. Changes no weights."""
+    """Positions that the exported configuration promises, at least `data.max_sequence_length`, which is the default.
+    Changes no weights."""
     make_vocab_size_divisible_by: int = 128
     """The embedding is padded to a multiple of this, independent of the layout."""
     init_method_std: float | None = None

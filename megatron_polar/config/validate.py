@@ -22,12 +22,23 @@ def validate(config: RunConfig, *, for_training: bool = True) -> None:
     _check_training(config)
     if for_training and not config.data.train:
         raise UserError("data.train is empty; name at least one dataset made by `megatron-polar preprocess`")
+    if for_training:
+        _check_positions(config)
     for name in ("train", "validation"):
         weights = [source.weight for source in getattr(config.data, name)]
         if any(w is None for w in weights) and any(w is not None for w in weights):
             raise UserError(f"data.{name}: some sources have a weight and some do not; give all a weight, or none")
         if any(w is not None and w <= 0 for w in weights):
             raise UserError(f"data.{name}: weights {weights} must be above 0; remove a source that shall not be used")
+
+
+def _check_positions(config: RunConfig) -> None:
+    longest, positions = config.data.max_sequence_length, config.model.max_position_embeddings
+    if positions is not None and longest > positions:
+        raise UserError(
+            f"data.max_sequence_length={longest} is more than model.max_position_embeddings={positions}, which is what "
+            f"the model was made for; lower the first, or raise the second where it is to learn longer texts"
+        )
 
 
 def check_layout(parallel: ParallelSection, architecture: Architecture) -> None:

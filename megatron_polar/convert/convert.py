@@ -198,7 +198,7 @@ def to_hf(
         family,
         architecture,
         vocab_size=vocab_size,
-        max_positions=config.model.max_position_embeddings or config.data.max_sequence_length,
+        max_positions=max(config.model.max_position_embeddings or 0, config.data.max_sequence_length),
         dtype=_TORCH_NAMES[kind],
         ids={name: id for name, id in ids.items() if id is not None},
     )
@@ -209,9 +209,8 @@ def to_hf(
     if state.wrapper:
         settings[EXPORTED_WRAPPER] = state.wrapper
     with _fresh_directory(output) as target:
-        with refusing_what_is_wrong(directory):
-            tensors = _exported(saved, wanted, architecture, vocab_size=vocab_size, kind=kind)
-            write_tensors(target, tensors, shards=shards)
+        tensors = _exported(saved, wanted, architecture, vocab_size=vocab_size, kind=kind)
+        write_tensors(target, tensors, shards=shards)
         if layout == "internlm2":
             for name in ("configuration_internlm2.py", "modeling_internlm2.py"):
                 code = package_files("megatron_polar.convert") / "internlm2" / name
@@ -256,7 +255,8 @@ def _exported(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     with log.Progress("converting", total=len(wanted), unit="tensors") as bar:
         for entry in wanted:
-            tensor = saved.read(entry.key, layer=entry.layer)
+            with refusing_what_is_wrong(saved.directory):
+                tensor = saved.read(entry.key, layer=entry.layer)
             if entry.key == EMBEDDING:
                 tensor = tensor[:vocab_size]  # the rest is padding
             tensor = _in_range(tensor, kind, entry=entry)
@@ -281,16 +281,22 @@ def _in_range(tensor: torch.Tensor, kind: torch.dtype, *, entry: Entry) -> torch
 
 @contextmanager
 def _fresh_directory(output: Path) -> Iterator[Path]:
-    """A directory that gets its name when it is complete. Raises UserError when there is something already."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    """A directory that gets its name when it is complete. One that is there already and empty, perhaps through a link
+    or as a mount point, gets the files then, config.json last, without which it is no model. Raises UserError where
+    there is something else."""
+    is_there = output.exists()
+    if is_there and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: exists and is not empty; remove it, or choose another --output")
     output.parent.mkdir(parents=True, exist_ok=True)
-    target = output.with_name(f".{output.name}.{os.urandom(4).hex()}.converting")
+    parent, name = (output, "model") if is_there else (output.parent, output.name)
+    target = parent / f".{name}.{os.urandom(4).hex()}.converting"
     target.mkdir()
     try:
         yield target
-        if output.exists():
-            output.rmdir()
-        target.rename(output)
+        if is_there:
+            for path in sorted(target.iterdir(), key=lambda path: path.name == "config.json"):
+                path.rename(output / path.name)
+        else:
+            target.rename(output)
     finally:
         shutil.rmtree(target, ignore_errors=True)

@@ -194,8 +194,8 @@ def _one_line(error: Exception) -> str:
 def config_of(source: HuggingFaceModel, *, run_directory: str, dtype: torch.dtype) -> RunConfig:
     """What is needed to score with a model and to start from it; of training there was none yet."""
     precision = "bf16" if dtype == torch.bfloat16 else "fp32"
-    polar = _positive_or(source.config.get(EXPORTED_SEQUENCE_LENGTH), DataSection(train=()).max_sequence_length)
-    longest = min(source.model.max_position_embeddings, polar)
+    otherwise = min(source.model.max_position_embeddings, DataSection(train=()).max_sequence_length)
+    longest = _positive_or(source.config.get(EXPORTED_SEQUENCE_LENGTH), otherwise)
     return RunConfig(
         run=RunSection(directory=run_directory),
         model=source.model,
@@ -243,7 +243,10 @@ def write_tensors(directory: Path, tensors: Iterator[tuple[str, torch.Tensor]], 
             if found != name:
                 raise ValueError(f"{found} came where {name} was planned")
             content[name] = tensor.contiguous()
-        save_file(content, directory / file, metadata={"format": "pt"})
+        try:
+            save_file(content, directory / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise UserError(f"{directory / file}: cannot be written ({_one_line(error)}); is there room?") from error
         (directory / file).chmod(0o644)
         sync_file(directory / file)
         weight_map |= dict.fromkeys(content, file)

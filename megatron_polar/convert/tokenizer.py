@@ -22,7 +22,7 @@ def export_tokenizer(tokenizer: Tokenizer, target: Path, *, max_length: int) -> 
     """Write a tokenizer into an export. Its control tokens are active in text there, and BOS comes by itself, as in
     POLAR's own. Warns when transformers encodes a probe differently from training. Raises UserError for a tokenizer
     that the export's files cannot express."""
-    from transformers import PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
 
     tokenizer.save(target)
     if tokenizer.kind == "sentencepiece":
@@ -31,7 +31,9 @@ def export_tokenizer(tokenizer: Tokenizer, target: Path, *, max_length: int) -> 
             raise UserError(
                 f"{target}: the exported tokenizer is not that of the checkpoint; give it as tokenizer.json"
             )
-    fast = PreTrainedTokenizerFast.from_pretrained(target)
+    else:
+        _name_class(target / "tokenizer_config.json")
+    fast = AutoTokenizer.from_pretrained(target, trust_remote_code=False)  # as engines do it
     different = [probe for probe in _PROBES if not _agrees(fast, tokenizer, probe)]
     if different:
         log.warn(
@@ -52,6 +54,14 @@ def warn_of_another_tokenizer(tokenizer: Tokenizer, *, given: Path, model: Path)
         log.warn(
             f"{given}: encodes {different[0]!r} differently from {model}'s own tokenizer, with which it was trained"
         )
+
+
+def _name_class(path: Path) -> None:
+    """Let tokenizer.json speak for itself: a class of its own (`auto_map`) is Python of somebody else's, which is not
+    in the export, and which an engine that trusts the export's own model code would fetch and run."""
+    config = orjson.loads(path.read_bytes()) if path.is_file() else {}
+    config.pop("auto_map", None)
+    path.write_bytes(orjson.dumps(config | {"tokenizer_class": _CLASS}, option=orjson.OPT_INDENT_2))
 
 
 def _write_fast(tokenizer: Tokenizer, target: Path, *, max_length: int) -> None:
