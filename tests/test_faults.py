@@ -108,13 +108,13 @@ def _saved_state(checkpoint: Path) -> dict[str, np.ndarray]:
     return {name: tensor.numpy() for name, tensor in tensors.items() if torch.is_tensor(tensor)} | steps
 
 
-def always_nan(config) -> tuple[int, str]:
-    """Every loss from the second step on is not a number."""
+def always_nan(config, good_losses: int = 3) -> tuple[int, str]:
+    """Every loss after the first `good_losses` micro-batches is not a number."""
     passed = [0]
 
     def spoiled(name: str) -> str | None:
         passed[0] += name == "loss"
-        return "nan" if name == "loss" and passed[0] > 3 else None
+        return "nan" if name == "loss" and passed[0] > good_losses else None
 
     faults.point = spoiled
     return train_with(config)
@@ -145,6 +145,33 @@ def test_too_many_bad_steps_stop_with_a_report_and_a_command_that_replays(tmp_pa
     (checkpoint_of(tmp_path / "run", 6) / "state.json").write_bytes(b"{")  # damaged: an older one is taken
     assert run_ranks(replay_step_4, 1, config, "")[0] == 0
     assert "step_00000003" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_a_run_none_of_whose_steps_was_taken_ends_as_one_whose_steps_were(sharded, tmp_path, trajectory_corpus):
+    """Weights that are NaN from the start, say: when the last good ones are saved, the optimizer has no moments yet."""
+    changes = {"faults__max_consecutive_bad_steps": 2, "optimizer__use_distributed_optimizer": sharded}
+    config = tiny_config(trajectory_corpus, tmp_path / "run", train__num_steps=20, **changes)
+    (status, message) = run_ranks(always_nan, 1, config, 0)[0]
+    assert status == BAD_STEPS and "3 steps in a row were skipped" in message
+    report = orjson.loads((tmp_path / "run" / "bad_steps.json").read_bytes())
+    assert [event["step"] for event in report["steps"]] == [1, 2, 3]
+    assert find_checkpoint(tmp_path / "run").name == "step_00000003"
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_a_checkpoint_from_before_the_first_step_taken_resumes(sharded, tmp_path, trajectory_corpus):
+    changes = {"checkpoint__save_interval": 1, "optimizer__use_distributed_optimizer": sharded}
+    config = tiny_config(trajectory_corpus, tmp_path / "run", train__num_steps=3, **changes)
+    assert run_ranks(train_with, 1, config, "loss:1=nan") == [(0, "")]
+    wanted = saved_state(checkpoint_of(tmp_path / "run", 3))
+    for step in (2, 3):
+        shutil.rmtree(checkpoint_of(tmp_path / "run", step))
+    assert run_ranks(train_with, 1, config, "") == [(0, "")]
+    found = saved_state(checkpoint_of(tmp_path / "run", 3))
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        assert np.array_equal(found[name], wanted[name]), name
 
 
 def test_a_step_of_an_interleaved_pipeline_is_replayed(tmp_path, trajectory_corpus, capfd):

@@ -138,6 +138,28 @@ def signal_while_building(config) -> tuple[int, str]:
     return train_with(config)
 
 
+def test_a_signal_while_one_rank_still_builds_stops_all_of_them(tmp_path, trajectory_corpus):
+    """Others wait for it already; for them it is no mistake of that rank."""
+    config = tiny_config(trajectory_corpus, tmp_path / "run")
+    outcomes = run_ranks(signal_first_rank_in_model, 2, config)
+    assert [status for status, _ in outcomes] == [STOPPED] * 2
+    assert all("stopped by SIGUSR1 before the run was built" in message for _, message in outcomes)
+
+
+def signal_first_rank_in_model(config) -> tuple[int, str]:
+    from megatron_polar.train import build
+
+    make = build.build_model
+
+    def build_model(config, *, topology, **options):
+        if topology.rank == 0:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return make(config, topology=topology, **options)
+
+    build.build_model = build_model
+    return train_with(config)
+
+
 def test_a_rank_that_fails_while_the_run_is_built_ends_the_others(tmp_path, trajectory_corpus):
     config = tiny_config(trajectory_corpus, tmp_path / "run", faults__stall_timeout_seconds=3.0)
     assert faults_training.run_job(config, world_size=2, body=fail_while_building) == [STALLED, 1]

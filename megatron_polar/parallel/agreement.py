@@ -18,11 +18,15 @@ def machines_of_ranks() -> list[str]:
 
 
 def raise_everywhere(problem: UserError | None) -> None:
-    """Raise on every rank what one has found; where others have not, with its rank and machine."""
+    """Raise on every rank what one has found; where others have not, with its rank and machine. A RunStopped, which is
+    no mistake of one rank, as it is."""
     everyone = _gather((node_name(), problem))
     found = [(rank, host, problem) for rank, (host, problem) in enumerate(everyone) if problem is not None]
     if not found:
         return
+    for _, _, stopped in found:
+        if isinstance(stopped, RunStopped):
+            raise stopped
     rank, host, problem = found[0]
     if len(found) == len(everyone):
         raise problem

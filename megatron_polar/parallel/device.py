@@ -181,7 +181,7 @@ def substitute_cuda() -> None:
 
 
 def _mend_distributed_optimizer() -> None:
-    """Three places where DistributedOptimizer expects the fused Adam of Transformer Engine or Apex.
+    """Two places where DistributedOptimizer expects the fused Adam of Transformer Engine or Apex.
 
     Without these it gets torch's AdamW, with its `step` tensors. A second call does nothing.
     """
@@ -189,16 +189,7 @@ def _mend_distributed_optimizer() -> None:
     if _optimizer_is_mended:
         return
     _optimizer_is_mended = True
-    sharded_state_dict, load_state_dict = DistributedOptimizer.sharded_state_dict, DistributedOptimizer.load_state_dict
-
-    def sharded_state_dict_with_state(self, model_sharded_state_dict, is_loading=False, *arguments, **keywords):
-        # AdamW has no state before its first step, but loading needs tensors to load into.
-        for group in self.optimizer.param_groups if is_loading else ():
-            for parameter in group["params"]:
-                if not self.optimizer.state[parameter]:
-                    moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                    self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
-        return sharded_state_dict(self, model_sharded_state_dict, is_loading, *arguments, **keywords)
+    load_state_dict = DistributedOptimizer.load_state_dict
 
     def load_state_dict_with_own_steps(self, state_dict):
         # megatron-core shares one `step` tensor between all parameters, and AdamW counts it up once for each of them.
@@ -214,6 +205,5 @@ def _mend_distributed_optimizer() -> None:
             if name != "step" and name in tensors:
                 destination.copy_(tensors[name])
 
-    DistributedOptimizer.sharded_state_dict = sharded_state_dict_with_state
     DistributedOptimizer.load_state_dict = load_state_dict_with_own_steps
     DistributedOptimizer._set_main_param_and_optimizer_states = set_main_param_and_optimizer_states

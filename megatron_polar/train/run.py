@@ -387,11 +387,11 @@ def _stop_if_steps_keep_failing(training: Training) -> None:
     run, done = training.run, training.done
     if run.guard.in_a_row <= run.config.faults.max_consecutive_bad_steps:
         return
+    first = done - run.guard.in_a_row + 1
+    command = f"megatron-polar train {run.directory}/config.yaml --replay-step {first}"
+    training.journal.write_bad_steps(first=first, replay=command)  # whatever comes of the save
     training.checkpointer.finish()
     if training.saved != done:
         _save(training, blocking=True)  # skipped steps have changed nothing: these are the last good weights
-    first = done - run.guard.in_a_row + 1
-    command = f"megatron-polar train {run.directory}/config.yaml --replay-step {first}"
-    training.journal.write_bad_steps(first=first, replay=command)
     remedy = f"see {run.directory}/{BAD_STEPS_FILE}, and look into the first of them, with as many ranks: {command}"
     run.guard.check_limit(step=done, remedy=remedy)

@@ -25,6 +25,8 @@ from megatron_polar.train.shard_files import load_shards, refusing_what_is_wrong
 
 _CONFIGURED = ("lr", "max_lr", "min_lr", "weight_decay", "wd_mult", "lr_mult", "betas", "eps")
 """Entries of the optimizer's parameter groups that come from the `optimizer` section."""
+_TORCH_ADAM = torch.optim.Adam, torch.optim.AdamW
+"""These count steps for every parameter; Transformer Engine's does for every group."""
 
 
 def layout_of(topology: Topology) -> dict[str, int]:
@@ -145,10 +147,33 @@ def sharded_state(model: BuiltModel, *, optimizer: MegatronOptimizer, topology: 
     weights = _sharded_weights(model)
     metadata = content_metadata() | {"dp_cp_group": topology.groups.dp_cp}
     shards = weights.get("model", weights)  # interleaved chunks stay apart, each under its name
+    _begin_moments(optimizer)
     optimizer_state = optimizer.sharded_state_dict(shards, is_loading=is_loading, metadata=metadata)
+    _keep_step_zero(optimizer_state, optimizer=optimizer)
     _hold_main_weights(weights, model=model, optimizer=None if is_loading else optimizer)
     rng = ShardedObject("rng_state", _rng_state(), (topology.world_size,), (topology.rank,), replica_id=0)
     return weights | {"optimizer": optimizer_state, "rng": rng}
+
+
+def _begin_moments(optimizer: MegatronOptimizer) -> None:
+    """Zero moments where no step has been taken yet, be it that the first ones were skipped: megatron-core can save no
+    optimizer without a state, and loads into one that is there."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        adam = part.optimizer
+        if adam is None or any(adam.state.values()):
+            continue
+        part.init_state_fn(adam, part.config)
+        if isinstance(adam, _TORCH_ADAM):
+            for state in adam.state.values():
+                state["step"] = torch.tensor(0.0)
+
+
+def _keep_step_zero(optimizer_state: dict, *, optimizer: MegatronOptimizer) -> None:
+    """Without the distributed optimizer megatron-core saves the number of steps apart, and none where it is 0."""
+    (part, *_) = getattr(optimizer, "chained_optimizers", [optimizer])
+    moments = optimizer_state.get("optimizer", optimizer_state).get("state")
+    if moments and isinstance(part.optimizer, _TORCH_ADAM):
+        moments.setdefault("common_step", torch.tensor(0.0))
 
 
 def _hold_main_weights(weights: dict, *, model: BuiltModel, optimizer: MegatronOptimizer | None) -> None:
