@@ -148,8 +148,8 @@ polar_train() { # CONFIG.yaml [section.key=value ...]
 
 polar_open_run() { # find the run directory, heed its marks, say what runs where
   local config=$1
-  RUN=$(polar_python -m megatron_polar.launch.job run-directory "$@") || exit $?
-  mkdir -p "$RUN" || exit 1
+  RUN=$(polar_python -m megatron_polar.launch.job run-directory "$@") || polar_elsewhere $? "to read the configuration"
+  mkdir -p "$RUN" || polar_elsewhere $? "to make $RUN"
   polar_say "job $SLURM_JOB_ID restart ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST: $config in $RUN"
   if [ -e "$RUN/DONE" ]; then
     polar_say "$RUN/DONE is there: nothing to do; remove it to train on"
@@ -207,7 +207,8 @@ polar_run_ranks() {
   local step watcher
   [ -z "$ASKED" ] || polar_go_on "asked to end by SIG$ASKED before the ranks were started"
   rm -f "$POLAR_LOG_DIR"/exit-* # of the preflight
-  polar_python -m megatron_polar.launch.job begin "$RUN" || exit $?
+  polar_python -m megatron_polar.launch.job begin "$RUN" || polar_elsewhere $? "to write into $RUN"
+  rm -f "slurm/logs/first-node-$SLURM_JOB_ID"
   polar_ranks 1 "$POLAR_PYTHON" -m megatron_polar train "$@" &
   step=$!
   trap 'ASKED=USR1; polar_say "time is nearly up: asking for a checkpoint"; polar_ask' USR1
@@ -296,6 +297,15 @@ polar_decide() { # what happened, and what now
   esac
 }
 
+polar_elsewhere() { # status, what for: what the first node cannot do another may; where two in a row cannot, none can
+  local mark=slurm/logs/first-node-$SLURM_JOB_ID
+  if [ "$1" = "$USER_ERROR" ]; then exit "$1"; fi
+  if rm "$mark" 2>/dev/null; then polar_die "$1" "status $1 $2, as on another first node before"; fi
+  touch "$mark"
+  SICK=${SLURMD_NODENAME:-}
+  polar_go_on "status $1 $2 on the first node: trying without it"
+}
+
 polar_go_on() { # reason: requeue this job, without the nodes that are known to be bad
   local job
   polar_say "$1"
@@ -303,7 +313,7 @@ polar_go_on() { # reason: requeue this job, without the nodes that are known to 
     polar_say "Slurm has requeued this job already: it goes on elsewhere, and this script ends"
     exit "$FENCED"
   fi
-  if [ -e "$RUN/STOP" ]; then
+  if [ -n "$RUN" ] && [ -e "$RUN/STOP" ]; then
     polar_say "$RUN/STOP is there: not going on; remove it and submit again to do so"
     polar_cancel_chain
     exit "$DONE"
@@ -327,7 +337,7 @@ polar_go_on() { # reason: requeue this job, without the nodes that are known to 
 }
 
 polar_bad_nodes() { # run directory: nodes that have failed the preflight and that Slurm knows
-  sort -u "$1/bad_nodes" 2>/dev/null | grep -Fx -f <(sinfo --noheader --Node --format=%N) | paste -sd,
+  { cat "$1/bad_nodes" 2>/dev/null; echo "${SICK:-}"; } | sort -u | grep -Fx -f <(sinfo --noheader --Node --format=%N) | paste -sd,
 }
 
 polar_exclude() { # job: keep it off the bad nodes, and off those that its user has excluded
@@ -354,7 +364,7 @@ polar_array() { # verb arguments...: from a shell, submit parts and what joins t
   local verb=$1 part=() parts merge python
   shift
   if [ -n "${SLURMD_NODENAME:-}" ]; then # in a job, and not in the shell of salloc
-    if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then part=(--part "$SLURM_ARRAY_TASK_ID/$POLAR_PARTS"); fi
+    if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then part=(--part "$SLURM_ARRAY_TASK_ID/${POLAR_PARTS:-$SLURM_ARRAY_TASK_COUNT}"); fi
     polar_srun --ntasks=1 -- "$POLAR_PYTHON" -m megatron_polar "$verb" --workers "${SLURM_CPUS_PER_TASK:-1}" "$@" "${part[@]}"
     exit $?
   fi

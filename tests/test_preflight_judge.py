@@ -211,6 +211,22 @@ def test_where_all_hang_the_one_they_wait_for_is_named(n1, n2, n3, reason):
     assert reason in str(verdict.problems[0])
 
 
+def test_where_most_hang_those_that_met_an_error_are_named():
+    """A dead InfiniBand port: all have met over TCP, and added over NVLink within each node."""
+    far = ("meeting", "node")
+    dead = {"all_reduce": AllReduce(stages=far, error="ncclSystemError: no route")}
+    others = {f"n{number}": hung(*far) for number in (1, 3, 4, 5)}
+    verdict = judge(nodes(5, n2=dead, **others), expected=5)
+    assert (verdict.status, verdict.bad_nodes) == (PREFLIGHT_FAILED, ("n2",))
+    assert "failed where most others only waited: ncclSystemError: no route" in str(verdict.problems[0])
+    rail = [
+        Failure("n4", "", 27, "NET/IB : port error", is_among_others=True)
+    ]  # of a rank that is not the node's first
+    assert judge(nodes(5, n2=hung(*far), **others), failures=rail, expected=5).bad_nodes == ("n4",)
+    everywhere = [Failure(f"n{number}", "", 8 * number, "lost a peer", is_among_others=True) for number in range(1, 6)]
+    assert judge(nodes(5, n2=hung(*far), **others), failures=everywhere, expected=5).status == USER_ERROR
+
+
 def test_a_rank_that_failed_by_itself_explains_the_silence_of_the_others():
     failures = [Failure("n2", "", rank, "torch sees no GPU") for rank in (8, 9)]
     verdict = judge(nodes(3, n1=hung(), n2={"all_reduce": None}, n3={"all_reduce": None}), failures=failures)

@@ -283,13 +283,34 @@ def test_what_cannot_get_on_is_not_started_for_ever(cluster, trajectory_corpus, 
     assert "nowhere: no checkpoint here" in log_of(wrong)
 
 
+@pytest.mark.parametrize("sick", ["node1", "node"])
+def test_a_first_node_that_cannot_begin_is_left_out_once(sick, cluster, trajectory_corpus, tmp_path):
+    """Its container does not start, or its disk is gone: the preflight, which it would start, cannot tell."""
+    run, python = tmp_path / "run", tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ncase $SLURMD_NODENAME in {sick}*) exit 7 ;; esac\nexec {PYTHON} "$@"\n')
+    python.chmod(0o755)
+    job = submit(
+        cluster, run, nano(trajectory_corpus, run, "train.num_steps=2", "parallel.tensor_model_parallel_size=1",
+        "parallel.sequence_parallel=false"), nodes=1, POLAR_PYTHON=str(python)
+    )  # fmt: skip
+    found = cluster.wait(job, *ENDS)
+    assert "status 7 to read the configuration on the first node: trying without it" in log_of(run)
+    if sick == "node1":
+        assert found["JobState"] == "COMPLETED", log_of(run)
+    else:
+        assert (found["JobState"], found["ExitCode"]) == ("FAILED", "7:0"), log_of(run)
+        assert "as on another first node before" in log_of(run)
+
+
 def test_a_stop_file_ends_a_chain_of_torchrun_jobs_with_a_checkpoint(cluster, trajectory_corpus, tmp_path):
     run = tmp_path / "run"
     overrides = nano(trajectory_corpus, run, "train.num_steps=500", "checkpoint.save_interval=1000")
     options = ("--chain", "2", "--nodes=2", "--ntasks-per-node=1", f"--output={run}.log", "slurm/pretrain_7b.sh")
+    own = [name for name in cluster.environment if name.startswith(("POLAR_", "SLURM_CONF"))]
     done = cluster.run(
         "slurm/launch.sh", *options, *overrides, POLAR_LAUNCHER="torchrun", POLAR_RANKS_PER_NODE="1",
-        POLAR_FAULT="after_update=slow",
+        POLAR_FAULT="after_update=slow", SBATCH_EXPORT=",".join([*own, "PATH", "POLAR_LAUNCHER", "POLAR_RANKS_PER_NODE",
+        "POLAR_FAULT"]),
     )  # fmt: skip
     first, second = re.findall(r"Submitted batch job (\d+)", done.stdout)
     wait_for_step(run, 3)

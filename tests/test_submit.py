@@ -69,6 +69,29 @@ def test_a_dry_run_prints_the_command(launch, config):
     assert "stand-in: --test-only --nodes=1" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("kept_out", "options"),
+    [
+        ("ALL,MINE=1", []),
+        ("NONE", ["--export=POLAR_CHAIN,POLAR_REQUEUE", "--get-user-env"]),
+        ("NIL", ["--export=POLAR_CHAIN,POLAR_REQUEUE"]),
+        ("HOME,MINE=1", ["--export=HOME,MINE=1,POLAR_CHAIN,POLAR_REQUEUE"]),
+    ],
+)
+@pytest.mark.parametrize("by_option", [True, False])
+def test_the_jobs_of_a_chain_know_of_it_where_a_site_keeps_variables_out(by_option, kept_out, options, launch, config):
+    words = ["--no-paths", "--chain=2", *([f"--export={kept_out}"] if by_option else []), config, "run.device=cpu"]
+    says = "echo $POLAR_CHAIN stand-in: $@ >&2"
+    done = launch(*words, says=says, **({} if by_option else {"SBATCH_EXPORT": kept_out}))
+    assert done.returncode == 0, done.stderr
+    submitted = [line.split() for line in done.stderr.splitlines() if "stand-in: --nodes" in line]
+    assert len(submitted) == 2
+    for words in submitted:
+        place = words.index("--no-requeue") + 1
+        assert words[place : words.index("slurm/train.sh")] == options
+        assert words[0].startswith("polar-")
+
+
 def test_without_a_dry_run_it_submits_as_often_as_a_chain_has_jobs(launch, config):
     done = launch("--no-paths", "--chain", "3", config, "run.device=cpu")
     assert done.returncode == 0, done.stderr
@@ -246,12 +269,13 @@ def test_a_job_of_the_array_samples_from_servers(launch, tmp_path):
     srun = tmp_path / "bin" / "srun"
     srun.write_text('#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"\n')
     srun.chmod(0o755)
-    job = {"SLURMD_NODENAME": "node1", "SLURM_CPUS_PER_TASK": "16", "POLAR_PARTS": "2"}
+    job = {"SLURMD_NODENAME": "node1", "SLURM_CPUS_PER_TASK": "16"}
+    told, kept_out = {"POLAR_PARTS": "2"}, {"SLURM_ARRAY_TASK_COUNT": "2"}  # by the shell; by Slurm with --export=NONE
     with chat_server.running("a", "b") as server:
         entries = [f"- {{name: {m}, endpoint: '{server.url}', model: {m}, api: completions}}\n" for m in "ab"]
         (tmp_path / "pool.yaml").write_text("policies:\n" + "".join(entries))
         words = [f"--pool={tmp_path}/pool.yaml", f"--output={tmp_path}/out", "--num-prompts=6", "--prompts-per-shard=3"]
-        for part in ({"SLURM_ARRAY_TASK_ID": "0"}, {"SLURM_ARRAY_TASK_ID": "1"}, {}):
+        for part in ({"SLURM_ARRAY_TASK_ID": "0"} | told, {"SLURM_ARRAY_TASK_ID": "1"} | kept_out, {}):
             done = launch(*words, script="sample.sh", **job, **part)
             assert done.returncode == 0, done.stderr
         assert set(server.counts()["answered"].values()) == {1} and server.counts()["seen"] == 18

@@ -2,7 +2,8 @@
 
 In a collective all wait for one, so most nodes without a result are victims. The most telling evidence counts, and
 what is weaker is not asked any more: a rank that failed by itself, ranks that never came, a node that fell silent
-while the others still wrote, one that is a stage behind. Where none of it names anybody, nobody is named.
+while the others still wrote, one that is a stage behind, a few that met an error where most only waited. Where none of
+it names anybody, nobody is named.
 """
 
 import statistics
@@ -33,11 +34,13 @@ def judge_all_reduce(
     """The problems of the nodes that were to take part; `num_missing` nodes have left no report, which is known."""
     asked = [report for report in reports if report.wants_all_reduce]
     found = {report.node: report.all_reduce for report in asked if report.all_reduce is not None}
-    problems = list(_failed(failures, {report.node for report in reports}))
+    alone = [failure for failure in failures if not failure.is_among_others]
+    problems = list(_failed(alone, {report.node for report in reports}))
     if asked and not all(report.node in found and found[report.node].is_done for report in asked):
         problems = problems or list(_absent(asked, found))
         if not problems and not num_missing:
-            problems = list(_silent(asked, found)) or list(_behind(found)) or [_nobody(found)]
+            problems = list(_silent(asked, found)) or list(_behind(found))
+            problems = problems or list(_failing(found, failures)) or [_nobody(found)]
         return problems
     clocks = {node: result.clock_unix_seconds for node, result in found.items() if result.clock_unix_seconds}
     problems += [*_wrong(found), *_slow(found, min_bandwidth_gb_s), *_skewed(clocks, max_clock_seconds)]
@@ -84,6 +87,16 @@ def _behind(found: Mapping[str, AllReduce]) -> Iterable[Problem]:
             where = result.error or f"gave up while waiting for {result.waited_for}"
             message = f"did not reach {_NAMES[STAGES[len(result.stages)]]}, as others did: {where}"
             yield Problem(node, _COLUMN, "behind", message, _LOOK_AT_THE_NODE)
+
+
+def _failing(found: Mapping[str, AllReduce], failures: Sequence[Failure]) -> Iterable[Problem]:
+    """A dead link says so at its ends. Where a rank dies of it, all others meet errors, too, and nobody knows."""
+    errors = {failure.node: failure.message for failure in failures if failure.is_among_others}
+    errors |= {node: result.error for node, result in found.items() if result.error}
+    if 2 * len(errors) < len(found):
+        for node, error in errors.items():
+            message = f"failed where most others only waited: {error}"
+            yield Problem(node, _COLUMN, "failed", message, "drain the node and check its links (ibstat, NVLink)")
 
 
 def _nobody(found: Mapping[str, AllReduce]) -> Problem:

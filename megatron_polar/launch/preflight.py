@@ -112,10 +112,11 @@ class _Rank:
 
     def fail(self, message: str) -> None:
         """Write down why this rank ends: alone, or among others, whose fault it may be."""
-        if self.is_among_others:
+        if self.is_among_others and self.report is not None:
             self._write_unfinished(error=message)
         else:
-            write_failure(self.output, Failure(self.place.node, job_name(), self.place.rank, message))
+            mine = Failure(self.place.node, job_name(), self.place.rank, message, is_among_others=self.is_among_others)
+            write_failure(self.output, mine)
 
     def _write_unfinished(self, **changes) -> None:
         result = self.measurement.result if self.measurement is not None else AllReduce()

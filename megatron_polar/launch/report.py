@@ -124,12 +124,14 @@ class NodeReport:
 
 @dataclass(frozen=True)
 class Failure:
-    """A rank that could not even come to meet the others, and why."""
+    """A rank that could not even come to meet the others, and why; `is_among_others`: it had come, and the fault may be
+    theirs."""
 
     node: str
     job: str
     rank: int
     message: str
+    is_among_others: bool = False
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ def write_report(directory: Path, report: NodeReport) -> None:
 
 
 def write_failure(directory: Path, failure: Failure) -> None:
-    """Write down why a rank did not come."""
+    """Write down why a rank did not come, or what it met among the others."""
     write_durably(_failure_path(directory, failure.node, failure.rank), orjson.dumps(failure))
 
 

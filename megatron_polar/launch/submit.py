@@ -34,6 +34,7 @@ Check a job and submit it.
 --no-paths  opens no dataset, tokenizer or checkpoint: to try account, partition and sizes before there are any
 --chain N   N jobs, each of which goes on where the one before it stopped, in place of one that is requeued
 Options of sbatch are written as one word: --time=12:00:00, --account=my_project."""
+_CHAIN_VARIABLES = ("POLAR_CHAIN", "POLAR_REQUEUE")
 _UNREACHABLE = ("Could not establish a configuration source", "Unable to contact slurm controller", "resolve_ctls")
 
 
@@ -70,7 +71,7 @@ def submit(request: Request, site: Site) -> None:
         raise refusal
     if request.dry_run:
         return
-    series = {"POLAR_CHAIN": f"{chain}.{int(time.time())}", "POLAR_REQUEUE": "0"} if chain else {}
+    series = dict(zip(_CHAIN_VARIABLES, (f"{chain}.{int(time.time())}", "0"), strict=True)) if chain else {}
     for _ in range(request.chain or 1):
         _sbatch([*options, str(request.job), *request.arguments], series)
     print(f"log: slurm/logs/; run: {run}; to stop with a checkpoint: touch {run}/STOP")
@@ -108,8 +109,22 @@ def _options(request: Request, shape: Shape, *, site: Site, run: Path, chain: st
     if excluded:
         options.append(f"--exclude={','.join(excluded)}")
     if chain is not None:  # jobs of one name and user run one after the other
-        options += ["--dependency=singleton", f"--job-name={chain}", "--no-requeue"]
+        options += ["--dependency=singleton", f"--job-name={chain}", "--no-requeue", *_exports(request)]
     return options
+
+
+def _exports(request: Request) -> list[str]:
+    """What brings a chain's variables to its jobs where a site, or its user, keeps those of a shell out of jobs."""
+    given = request.option("export") or os.environ.get("SBATCH_EXPORT") or "ALL"
+    match given.upper().split(",")[0]:
+        case "ALL":
+            return []
+        case "NONE":  # which, alone, has the login environment read on the node
+            return [f"--export={','.join(_CHAIN_VARIABLES)}", "--get-user-env"]
+        case "NIL":
+            return [f"--export={','.join(_CHAIN_VARIABLES)}"]
+        case _:
+            return [f"--export={given},{','.join(_CHAIN_VARIABLES)}"]
 
 
 def _bad_nodes(run: Path) -> list[str]:
