@@ -149,7 +149,7 @@ def compare(scratch: Path, arguments: argparse.Namespace) -> dict:
     tokenizer = arguments.tokenizer
     if tokenizer is None:
         sample = (line.decode("utf-8") for _, line in read_jsonl(once))
-        tokenizer = train_tokenizer(sample, vocab_size=8000, output=scratch / "t.model", max_sentences=1000)
+        tokenizer = train_tokenizer(sample, vocab_size=8000, output=scratch / "t.model", max_texts=1000)
     runs = {}
     for name, source in (("x1", once), ("x10", ten_times)):
         runs[name] = measure_in_new_process(

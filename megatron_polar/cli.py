@@ -219,6 +219,7 @@ def _add_tokenizer(verbs) -> None:
     verb.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="JSONL files or directories of records")
     verb.add_argument("--output", type=Path, required=True, help="the .model file to write")
     verb.add_argument("--vocab-size", type=int, default=1024)
+    verb.add_argument("--max-texts", type=int, default=200_000, help="prompts and answers read, from the first on")
     verb.set_defaults(run=_train_tokenizer)
 
 
@@ -229,7 +230,7 @@ def _train_tokenizer(options: argparse.Namespace) -> None:
 
     check_output_file(options.output)
     texts = read_texts(list_inputs(options.inputs))
-    path = train_tokenizer(texts, vocab_size=options.vocab_size, output=options.output)
+    path = train_tokenizer(texts, vocab_size=options.vocab_size, output=options.output, max_texts=options.max_texts)
     log.info(f"{path}: {options.vocab_size} pieces")
 
 

@@ -78,6 +78,9 @@ def test_the_time_of_a_near_loop_does_not_grow_with_the_square_of_its_length(uni
         ("...", "..."),
         ("1. First item\n2. Second it", "1. First item"),
         ("It was in 1984. And th", "It was in 1984."),
+        ("Dr. Smith said that thi", "Dr. Smith said that thi"),
+        ("I saw it. So did J. Doe and Mr. Li, e.g. in Ma", "I saw it."),
+        ("Is it so? No. It isn", "Is it so? No."),
     ],
 )
 def test_an_ending_is_trimmed_behind_its_last_whole_sentence(text, trimmed):

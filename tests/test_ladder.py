@@ -22,6 +22,7 @@ from megatron_polar.config.schema import DatasetSource, ParallelSection
 from megatron_polar.config.validate import check_layout
 from megatron_polar.errors import USER_ERROR, UserError
 from megatron_polar.scaling.gather import gather_runs
+from megatron_polar.scaling.items import read_items
 from megatron_polar.scaling.laws import Sizes, batch_size, peak_learning_rate
 from megatron_polar.scaling.runs import read_run
 from megatron_polar.scaling.shapes import shape_of_size
@@ -378,10 +379,28 @@ def test_losses_of_an_evaluation_go_before_those_of_the_loop(study, tmp_path, ca
         read_run(runs[1], evaluation="test")
 
 
-def write_evaluation(directory: Path, *, scale: float, first: str = "a", check: str = "passed") -> None:
+def test_equal_items_may_come_from_files_of_any_name(tmp_path):
+    """Their hash says that they are equal; an older evaluation has none, and names are all that is known."""
+    for name, first, texts in (
+        ("a", "one.jsonl:1", "f" * 64),
+        ("b", "two.jsonl.gz:1", "f" * 64),
+        ("c", "x:1", "0" * 64),
+    ):
+        write_evaluation(tmp_path / name, scale=1.0, first=first, texts=texts)
+    same, renamed, other = (read_items(tmp_path / name).identity for name in "abc")
+    assert same == renamed != other
+    write_evaluation(tmp_path / "a", scale=1.0, first="one.jsonl:1")
+    write_evaluation(tmp_path / "b", scale=1.0, first="two.jsonl:1")
+    assert read_items(tmp_path / "a").identity != read_items(tmp_path / "b").identity
+
+
+def write_evaluation(
+    directory: Path, *, scale: float, first: str = "a", check: str = "passed", texts: str | None = None
+) -> None:
     """What `evaluate` leaves of three items."""
     directory.mkdir(exist_ok=True)
-    (directory / "summary.json").write_text(json.dumps({"suite": "policies", "swap_check": check}))
+    summary = {"suite": "policies", "swap_check": check} | ({"items_sha256": texts} if texts else {})
+    (directory / "summary.json").write_text(json.dumps(summary))
     items = [
         {"identifier": first, "levels": [0, 1, 1], "rewards": [3.0 * scale, 2.0 * scale, 0.0]},
         {"identifier": "b", "levels": [1, 0], "rewards": [0.0, 2.0 * scale]},

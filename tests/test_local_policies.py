@@ -69,6 +69,20 @@ def test_local_models_answer_and_the_same_seed_gives_the_same_bytes(models, tmp_
     assert described["counts"]["answered"] == 8 and described["counts"]["tokens"] <= 8 * 12
 
 
+def test_what_a_models_directory_says_of_sampling_is_not_sampled_with(models, tmp_path):
+    """pool.yaml says all of it; a penalty of somebody's generation_config.json would be in no manifest."""
+    own = models / "one" / "generation_config.json"
+    before = own.read_text()
+    pool = write_pool(models, "one", "two")
+    draw(pool, tmp_path / "plain")
+    own.write_text(json.dumps(json.loads(before) | {"repetition_penalty": 5.0, "do_sample": True, "min_p": 0.5}))
+    try:
+        draw(pool, tmp_path / "penalised")
+    finally:
+        own.write_text(before)
+    assert lines_of(tmp_path / "plain") == lines_of(tmp_path / "penalised")
+
+
 def test_an_answer_is_what_stands_behind_the_prompt(models, tmp_path):
     """Greedy (one candidate): the text is transformers' own continuation, with its first space."""
     import torch

@@ -336,6 +336,15 @@ def test_no_text_is_not_blamed_on_the_vocabulary(tmp_path):
             train_tokenizer(texts, vocab_size=300, output=tmp_path / "t.model")
 
 
+def test_texts_that_are_not_looked_at_are_spoken_of(tmp_path, capsys):
+    """Inputs of two languages one behind the other, of which the second would be spelt in bytes."""
+    train_tokenizer(TEXTS, vocab_size=380, output=tmp_path / "all.model", max_texts=len(TEXTS))
+    assert "not looked at" not in capsys.readouterr().err
+    some = train_tokenizer([*TEXTS, "東京" * 50], vocab_size=380, output=tmp_path / "some.model", max_texts=len(TEXTS))
+    assert f"the first {len(TEXTS):,} texts are used" in capsys.readouterr().err
+    assert some.read_bytes() == (tmp_path / "all.model").read_bytes()
+
+
 def test_a_tokenizer_is_not_replaced_by_another(tmp_path):
     path = train_tokenizer(TEXTS, vocab_size=380, output=tmp_path / "t.model")
     before = path.read_bytes()

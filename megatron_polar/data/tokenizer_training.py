@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
+from megatron_polar import log
 from megatron_polar.data.tokenizer import REWARD_TOKEN, SEPARATOR_TOKEN
 from megatron_polar.errors import UserError
 from megatron_polar.manifest import write_durably
@@ -14,21 +15,28 @@ _SENTENCE_CHARACTERS = 4096
 _LEAST = 256 + 6 + 1  # bytes, special tokens and one piece
 
 
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int, output: Path, max_sentences: int = 200_000) -> Path:
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int, output: Path, max_texts: int = 200_000) -> Path:
     """Train a small sentencepiece BPE with byte fallback and POLAR's control tokens; write and return `output`
     (.model).
 
     Text comes back byte for byte (identity normalisation, no dummy prefix), but for U+2581, sentencepiece's own sign
-    for a space. Deterministic: the first `max_sentences` texts in their order, one thread. Raises UserError when there
-    is no text, when `vocab_size` cannot hold the 256 bytes, the special pieces and the text's letters, or is more than
-    the texts can fill, and for an `output` that is there and would change: datasets may have been made with it.
+    for a space. Deterministic: the first `max_texts` in their order, one thread; warns where there are more. Raises
+    UserError when there is no text, when `vocab_size` cannot hold the 256 bytes, the special pieces and the text's
+    letters, or is more than the texts can fill, and for an `output` that is there and would change: datasets may have
+    been made with it.
     """
     import sentencepiece
 
     output = Path(output)
     if vocab_size < _LEAST:
         raise UserError(f"--vocab-size {vocab_size}: bytes and special tokens alone need {_LEAST}; ask for more")
-    sentences = list(_sentences(texts, limit=max_sentences))  # a broken line is the data's fault, not the vocabulary's
+    texts = iter(texts)
+    sentences = list(_sentences(texts, limit=max_texts))  # a broken line is the data's fault, not the vocabulary's
+    if next(texts, None) is not None:
+        log.warn(
+            f"train-tokenizer: the first {max_texts:,} texts are used, and what comes behind them is not looked at; "
+            f"mix the inputs, or raise --max-texts"
+        )
     if not any(sentences):
         raise UserError("train-tokenizer: the inputs hold no text; check the paths")
     model = io.BytesIO()

@@ -15,6 +15,8 @@ _SHINGLE_WORDS = 3
 _PERMUTATIONS = 128
 _NUMBER_OF_ITEM = re.compile(r"[ \t]*\d{1,3}\.")
 """The number of an item of a list is no sentence."""
+_ABBREVIATION = re.compile(r"(?<![^\W_])(?:Mrs?|Ms|Dr|Prof|St|Mt|vs|cf|ca|approx|Figs?|Eqs?|Vol|pp|e\.g|i\.e|[A-Z])\.$")
+"""Nor does one of these mostly end one: English titles, initials and the commonest of texts on facts."""
 _SENTENCE_END = re.compile(r"[.!?。！？…][\"'”’»)\]*_`]*(?=\s|$)|[。！？]|\n(?=\s*\S)|```(?=\s|$)")
 
 
@@ -89,13 +91,14 @@ def _periodic_end(text: str, unit: int) -> int:
 
 def trim_ending(text: str) -> str:
     """Cut `text` behind its last whole sentence or line; without one it stays as it is."""
-    ends = [found.end() for found in _SENTENCE_END.finditer(text) if not _is_number_of_item(text, found.end())]
+    ends = [found.end() for found in _SENTENCE_END.finditer(text) if not _ends_no_sentence(text, found.end())]
     return text[: ends[-1]].rstrip() if ends and text[: ends[-1]].strip() else text
 
 
-def _is_number_of_item(text: str, end: int) -> bool:
-    """Whether the line up to `end` is a number and a point."""
-    return bool(_NUMBER_OF_ITEM.fullmatch(text, text.rfind("\n", 0, end) + 1, end))
+def _ends_no_sentence(text: str, end: int) -> bool:
+    """Whether the line up to `end` is a number and a point, or its last word is an abbreviation."""
+    start = text.rfind("\n", 0, end) + 1
+    return bool(_NUMBER_OF_ITEM.fullmatch(text, start, end) or _ABBREVIATION.search(text[max(start, end - 12) : end]))
 
 
 def clean_text(draft: Draft, cleaning: Cleaning) -> Cleaned:

@@ -65,7 +65,7 @@ def _keys(value: Any) -> set[str]:
 def _load_model(spec: TransformersSpec) -> tuple[Any, Any]:
     """Tokenizer and model of a directory, on their device."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     from transformers.utils import logging
 
     from megatron_polar.mkl import find_kernels
@@ -74,6 +74,9 @@ def _load_model(spec: TransformersSpec) -> tuple[Any, Any]:
     logging.disable_progress_bar()  # of a second's work; it would stand between our own lines
     tokenizer = AutoTokenizer.from_pretrained(spec.path, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(spec.path, local_files_only=True, use_safetensors=True, dtype="auto")
+    own = model.generation_config  # its penalties and the like would be sampled with, and no pool.yaml would say so
+    ids = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**ids)
     return tokenizer, model.to(torch.device(spec.device)).eval()
 
 

@@ -36,13 +36,15 @@ def read_items(directory: Path) -> Items:
         if summary["swap_check"] != "passed":
             raise UserError(f"{directory}: its label-swap check says {summary['swap_check']}; evaluate again")
         of_items = [summary.get(name) for name in ("items_sha256", "reference_scheme", "num_references")]
-        identity.update(orjson.dumps([suite, *of_items]))  # no items_sha256: of an evaluation by an older version
+        identity.update(orjson.dumps([suite, *of_items]))
+        has_no_texts = of_items[0] is None  # an evaluation by an older version
         for line in (directory / "rewards.jsonl").read_bytes().splitlines():
             item = orjson.loads(line)
             rewards, levels = np.asarray(item["rewards"], dtype=np.float64), item["levels"]
             if not np.isfinite(rewards).all():
                 raise UserError(f"{directory}/rewards.jsonl: a reward of {item['identifier']} is no number")
-            identity.update(orjson.dumps([item["identifier"], levels]))
+            name = item["identifier"] if has_no_texts else ""  # of equal texts a file may have any name
+            identity.update(orjson.dumps([name, levels]))
             ordered = [(i, j) for i, j in permutations(range(len(levels)), 2) if levels[i] < levels[j]]
             if not ordered:
                 continue

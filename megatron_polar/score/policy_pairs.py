@@ -50,16 +50,21 @@ def policy_pairs(
     if not items or not all(map(_is_discrimination, items)):
         return None
     pairs = ordered_pairs(items, rewards)
-    rows, columns = (np.array([_policies(item)[side] for item in items])[pairs.item] for side in (0, 1))
-    policies = sorted({*rows.tolist(), *columns.tolist()})
-    cells = [[(rows == row) & (columns == column) for column in policies] for row in policies]
+    names, places = np.unique(np.array([_policies(item) for item in items])[pairs.item], return_inverse=True)
+    policies, (rows, columns) = names.tolist(), places.reshape(-1, 2).T
+    right, num_pairs = np.zeros((len(policies), len(policies))), np.zeros((len(policies), len(policies)), dtype=int)
+    np.add.at(right, (rows, columns), pairs.score)
+    np.add.at(num_pairs, (rows, columns), 1)
     auc, macro, pooled = _areas(items, rewards, seed=seed)
     return PolicyPairs(
         policies=policies,
-        accuracy=[[float(pairs.score[cell].mean()) if cell.any() else None for cell in line] for line in cells],
-        num_pairs=[[int(cell.sum()) for cell in line] for line in cells],
-        by_reference={name: measure_accuracy(pairs, rows == name) for name in policies},
-        by_contrast={name: measure_accuracy(pairs, columns == name) for name in policies},
+        accuracy=[
+            [float(share / count) if count else None for share, count in zip(*line, strict=True)]
+            for line in zip(right, num_pairs, strict=True)
+        ],
+        num_pairs=num_pairs.tolist(),
+        by_reference={name: measure_accuracy(pairs, rows == place) for place, name in enumerate(policies)},
+        by_contrast={name: measure_accuracy(pairs, columns == place) for place, name in enumerate(policies)},
         auc=auc,
         macro_auc=macro,
         pooled_auc=pooled,
