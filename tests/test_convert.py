@@ -399,6 +399,14 @@ def add_tensor(directory: Path) -> None:
     index.write_text(json.dumps(content))
 
 
+def deepen_head(directory: Path) -> None:
+    """As Qwen2's own reward models: a layer, an activation, a layer."""
+    index = directory / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["score.0.weight"] = content["weight_map"].pop("score.weight")
+    index.write_text(json.dumps(content))
+
+
 REFUSED = {
     "no model": (lambda d: (d / "config.json").unlink(), "no config.json here"),
     "broken json": (lambda d: (d / "config.json").write_text("{"), "config.json: cannot be read"),
@@ -417,6 +425,7 @@ REFUSED = {
     "quantised weights": (change_config(quantization_config={"quant_method": "fp8"}), "quantization_config is set"),
     "scaled positions": (change_config(rope_parameters={"rope_type": "yarn"}), "RoPE scaling"),
     "a missing tensor": (drop_tensor, "has no tensor model.layers.1.self_attn.k_proj.weight"),
+    "a head of several layers": (deepen_head, "its head has several layers, POLAR's has one: take another model"),
     "an additional tensor": (add_tensor, "such as score.bias"),
     "a file outside": (point_outside, "does not map tensors to files of this directory"),
     "a cut file": (cut_file, "fetch"),

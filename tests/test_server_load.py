@@ -131,6 +131,24 @@ def test_nan_is_422_and_a_failure_500_with_an_id_and_hurt_no_other_request(check
         assert client.get("/ready").status_code == 200
 
 
+def spoil_and_forgive() -> None:
+    from megatron_polar.serve import application
+
+    application._UNREADY_SECONDS = 1.0
+    spoil_long_outputs()
+
+
+def test_a_server_that_is_sent_nothing_while_it_is_unready_becomes_ready(checkpoint, tmp_path):
+    """Behind a load balancer no comparison would come to show that it is well."""
+    with serving(checkpoint, directory=tmp_path, prepare=spoil_and_forgive) as server, server.client() as client:
+        for _ in range(3):
+            error_of(client.post("/v1/score", json={"items": [ITEM | {"outputs": ["zo " * 30]}]}), 422)
+        deadline = time.monotonic() + 20
+        while client.get("/ready").status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
 def count_instead_of_scoring() -> None:
     """Every sequence gets another reward, as rounding may have it on some processors."""
     numbers = itertools.count()

@@ -130,10 +130,11 @@ def open_model(directory: Path | str) -> HuggingFaceModel:
     wanted = {name for entry in entries(family, architecture_of(model), with_head=has_head) for name in entry.names}
     missing = sorted(wanted - files.keys())
     if missing:
-        raise UserError(
-            f"{directory}: has no tensor {missing[0]}" + (f" and {len(missing) - 1} others" if missing[1:] else "")
-            + f", which {config['architectures'][0]} needs; fetch the files again"
-        )  # fmt: skip
+        needs = f"has no tensor {missing[0]}" + (f" and {len(missing) - 1} others" if missing[1:] else "")
+        needs += f", which {config['architectures'][0]} needs"
+        is_deep = any(name.startswith("score.0.") for name in files)
+        remedy = "its head has several layers, POLAR's has one: take another model" if is_deep else "fetch them again"
+        raise UserError(f"{directory}: {needs}; {remedy}")
     unknown = sorted(name for name in files.keys() - wanted if not name.endswith(family.ignored))
     if unknown:
         raise UserError(

@@ -46,7 +46,8 @@ from megatron_polar.serve.tokens import tokenize
 _OPEN_PATHS = ("/health", "/ready")
 _CLIENT_LEFT = 499
 _DRAINED_BODIES = 8
-_FAILURES_TO_BE_UNREADY = 3
+_FAILURES_TO_BE_UNREADY, _UNREADY_SECONDS = 3, 60.0
+"""For so long after the last one: who is sent nothing while unready would stay so."""
 
 Reader = Callable[[dict, Settings], Question]
 
@@ -202,7 +203,8 @@ class Application:
             _, batcher = self._loaded()
         except RequestError as error:
             return _error(error)
-        if batcher.failures_in_a_row >= _FAILURES_TO_BE_UNREADY:
+        is_fresh = batcher.seconds_since_failure < _UNREADY_SECONDS
+        if is_fresh and batcher.failures_in_a_row >= _FAILURES_TO_BE_UNREADY:
             return _error(RequestError(503, "failing", f"the last {batcher.failures_in_a_row} comparisons failed"))
         if batcher.seconds_in_batch > self._limits.request_seconds:
             return _error(RequestError(503, "stalled", f"one batch has taken {batcher.seconds_in_batch:.0f} s so far"))

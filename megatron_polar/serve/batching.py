@@ -57,13 +57,18 @@ class Batcher:
         self._num_sequences, self._num_tokens = 0, 0  # of the jobs in the queue
         self._arrived = asyncio.Event()
         self._seconds_per_sequence = 0.0
-        self.failures_in_a_row = 0
+        self.failures_in_a_row, self._failed_at = 0, 0.0
         self._batch_since: float | None = None
 
     @property
     def seconds_in_batch(self) -> float:
         """How long the batch that is being scored has taken so far; 0 between batches."""
         return 0.0 if self._batch_since is None else time.monotonic() - self._batch_since
+
+    @property
+    def seconds_since_failure(self) -> float:
+        """How long ago the last comparison failed."""
+        return time.monotonic() - self._failed_at
 
     def check_room(self, num_sequences: int) -> None:
         """Raises QueueFull where so many more may not wait; an empty queue takes any number."""
@@ -140,8 +145,7 @@ class Batcher:
                 for job in batch:
                     await self._score([job])
             else:
-                self.failures_in_a_row += 1
-                _settle(batch[0], error=error)
+                self._fail(batch[0], error)
             return
         finally:
             self._batch_since = None
@@ -151,8 +155,11 @@ class Batcher:
                 self.failures_in_a_row = 0
                 _settle(job, rewards=values)
             else:
-                self.failures_in_a_row += 1
-                _settle(job, error=NotFinite("a reward is not finite"))
+                self._fail(job, NotFinite("a reward is not finite"))
+
+    def _fail(self, job: _Job, error: Exception) -> None:
+        self.failures_in_a_row, self._failed_at = self.failures_in_a_row + 1, time.monotonic()
+        _settle(job, error=error)
 
     def _measure(self, batch: list[_Job], *, seconds: float) -> None:
         num_sequences = sum(job.num_sequences for job in batch)
