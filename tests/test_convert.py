@@ -72,13 +72,6 @@ def test_every_tensor_comes_back_bitwise_through_tp2_pp2(name, trajectory_corpus
     assert len(list((tmp_path / "back").glob("model-*-of-*.safetensors"))) > 1
 
 
-class NoOptimizer:
-    """Without a step there is no state of an optimizer to save."""
-
-    def sharded_state_dict(self, *arguments, **keywords) -> dict:
-        return {}
-
-
 def resave(converted: Path, corpus: Path, run_directory: Path, parallel: dict) -> None:
     """Load in a layout of four ranks and save from there."""
     checkpoint = find_checkpoint(converted)
@@ -86,13 +79,13 @@ def resave(converted: Path, corpus: Path, run_directory: Path, parallel: dict) -
     config = tiny_config(corpus, run_directory, parallel=parallel, train__precision=saved.train.precision)
     config = dataclasses.replace(config, model=saved.model)
     run = build_run(config, *join_ranks(config))
-    load_weights(checkpoint, model=run.model)
+    load_weights(checkpoint, model=run.model, optimizer=run.optimizer)
     state = TrainingState(1, 8, run.data.train.fingerprint, 128, layout_of(run.topology), "gloo", saved.train.precision)
     Checkpointer(
         run_directory,
         section=config.checkpoint,
         model=run.model,
-        optimizer=NoOptimizer(),
+        optimizer=run.optimizer,
         topology=run.topology,
         config_yaml=dump_config(config),
         tokenizer_directory=run.data.tokenizer_directory,
@@ -401,9 +394,11 @@ def add_tensor(directory: Path) -> None:
 
 def deepen_head(directory: Path) -> None:
     """As Qwen2's own reward models: a layer, an activation, a layer."""
+    save_file({f"score.{place}.weight": torch.zeros(4, 4) for place in (0, 2)}, directory / "head.safetensors")
     index = directory / "model.safetensors.index.json"
     content = json.loads(index.read_text())
-    content["weight_map"]["score.0.weight"] = content["weight_map"].pop("score.weight")
+    del content["weight_map"]["score.weight"]
+    content["weight_map"] |= {f"score.{place}.weight": "head.safetensors" for place in (0, 2)}
     index.write_text(json.dumps(content))
 
 

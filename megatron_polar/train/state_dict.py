@@ -155,10 +155,14 @@ def sharded_state(model: BuiltModel, *, optimizer: MegatronOptimizer, topology: 
     return weights | {"optimizer": optimizer_state, "rng": rng}
 
 
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
 def _begin_moments(optimizer: MegatronOptimizer) -> None:
     """Zero moments where no step has been taken yet, be it that the first ones were skipped: megatron-core can save no
     optimizer without a state, and loads into one that is there."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in _parts(optimizer):
         adam = part.optimizer
         if adam is None or any(adam.state.values()):
             continue
@@ -170,9 +174,8 @@ def _begin_moments(optimizer: MegatronOptimizer) -> None:
 
 def _keep_step_zero(optimizer_state: dict, *, optimizer: MegatronOptimizer) -> None:
     """Without the distributed optimizer megatron-core saves the number of steps apart, and none where it is 0."""
-    (part, *_) = getattr(optimizer, "chained_optimizers", [optimizer])
     moments = optimizer_state.get("optimizer", optimizer_state).get("state")
-    if moments and isinstance(part.optimizer, _TORCH_ADAM):
+    if moments and all(isinstance(part.optimizer, _TORCH_ADAM) for part in _parts(optimizer)):
         moments.setdefault("common_step", torch.tensor(0.0))
 
 
