@@ -81,7 +81,18 @@ OUTPUTS = ["<think>hm</think>ba", "<think>hm", "ke"]
 
 def score(function: RewardFunction, outputs=OUTPUTS):
     with function.client:
-        return function.rewards(prompts=["p"] * 3, references=["r"] * 3, outputs=outputs)
+        count = len(outputs)
+        return function.rewards(prompts=["p"] * count, references=["r"] * count, outputs=outputs)
+
+
+def test_where_thinking_is_required_an_answer_without_its_end_is_malformed(server):
+    """The template has opened the block, and the token limit has come before its end: these are thoughts."""
+    outputs = ["thoughts</think>ba", "thoughts that are cut o"]
+    penalty = function_of(server, think="required", malformed_think="penalty", malformed_think_reward=-3.0)
+    assert score(penalty, outputs) == [reward_of("p", "r", "ba"), -3.0]
+    with pytest.raises(RewardError, match="or not there") as caught:
+        score(function_of(server, think="required"), outputs)
+    assert caught.value.indices == (1,)
 
 
 def test_a_malformed_think_block_is_an_error_unless_its_worth_is_said(server):
@@ -137,6 +148,7 @@ def test_columns_of_different_lengths_are_refused(server):
         ({"URL": "http://a:1", "TIMEOUT": "3"}, "MEGATRON_POLAR_REWARD_TIMEOUT is not known"),
         ({"URL": "http://a:1", "RETRIES": "many"}, "MEGATRON_POLAR_REWARD_RETRIES='many' is not a number"),
         ({"URL": "http://a:1", "MALFORMED_THINK": "skip"}, "malformed_think='skip'"),
+        ({"URL": "http://a:1", "THINK": "always"}, "think='always'"),
         ({"URL": "http://a:1", "MALFORMED_THINK": "penalty"}, "give both or neither"),
         ({"URL": "http://a:1", "MALFORMED_THINK_REWARD": "0"}, "give both or neither"),
         ({"URL": "http://a:1", "MEAN": "-10"}, "give both"),
@@ -169,6 +181,7 @@ def test_every_setting_can_be_given_by_the_environment():
         "RETRIES": "3",
         "API_KEY_FILE": "key",
         "WRAPPER": "pretrain",
+        "THINK": "required",
         "MALFORMED_THINK": "penalty",
         "MALFORMED_THINK_REWARD": "-1",
         "MEAN": "-10",

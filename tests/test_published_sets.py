@@ -196,6 +196,27 @@ def test_the_ties_score_equals_its_published_definition():
         assert found == pytest.approx(published_ties(scores), abs=1e-12)
 
 
+def test_a_draw_takes_both_prompts_of_a_tie_and_one_without_any_has_no_score_of_ties(tmp_path):
+    """Terms over nothing once counted as failed, so that a perfect scorer had 0.6 in a small draw."""
+    rows = [reward_bench_row(f"{number}", "Math") for number in range(60)]
+    rows += [
+        reward_bench_row(f"{kind}:{n}", "ties", right=r) for n in range(20) for kind, r in (("ref", 1), ("tied", 3))
+    ]
+    path = write_lines(tmp_path / "t.jsonl", rows)
+    for seed in range(8):
+        items = load_suite("reward-bench-2", path, limit=9, seed=seed)
+        assert len(items) == 9
+        ties = Counter(item.identifier.rpartition(":")[2] for item in items if item.category == "Ties")
+        assert sum(count == 1 for count in ties.values()) <= 1  # the last one drawn, at the limit
+        perfect = [[1.0 if level == 0 else 0.0 for level in item.levels] for item in items]
+        found = published_scores("reward-bench-2", items, perfect).scores
+        wanted = 1.01 if 2 in ties.values() else None
+        assert found["Ties"].score == (wanted and pytest.approx(wanted)) if ties else "Ties" not in found
+    (alone,) = (item for item in load_suite("reward-bench-2", path) if item.identifier.endswith("tied:3"))
+    rewards = [1.0 if level == 0 else 0.0 for level in alone.levels]
+    assert published_scores("reward-bench-2", [alone], [rewards]).scores["Ties"].score is None
+
+
 def test_a_perfect_score_of_ties_is_above_one_and_the_overall_score_is_the_mean_of_subsets(tmp_path):
     rows = [reward_bench_row(f"{number}", subset) for number, subset in enumerate(["Factuality", "Factuality", "Math"])]
     rows += [reward_bench_row("ref:1", "ties"), reward_bench_row("tied:1", "ties", right=3)]

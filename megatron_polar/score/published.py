@@ -230,8 +230,8 @@ def ties_score(kinds: Sequence[str], facts: Sequence[TieFacts | None], weights: 
         + 0.2 share of N with min(gap(ref), gap(tied)) > spread(tied)
         + 0.01 mean over N of tanh(min(gap(ref), gap(tied)) / spread(tied) - 1), 0 where that is 0 / 0
 
-    over the N of which both prompts are there. So a perfect score may be 1.01, as published. A share of nothing counts
-    as 0 in the first two terms, as published; in the others, which the publishers leave undefined, too.
+    over the N of which both prompts are there. So a perfect score may be 1.01, as published. Where one of them is a
+    share of nothing, as in a small draw, it is NaN.
     """
     at = {kind: index for index, kind in enumerate(kinds) if kind}
     both = sorted(kind.split(":")[1] for kind in at if kind.startswith("tied:") and f"ref:{kind.split(':')[1]}" in at)
@@ -247,7 +247,7 @@ def ties_score(kinds: Sequence[str], facts: Sequence[TieFacts | None], weights: 
         terms.append((0.3, np.array([facts[number].gap > 0 for number in index]), weights[:, index]))
     total = np.zeros(len(weights))
     for share, values, weight in terms:
-        total += share * np.nan_to_num(weighted_mean(values.astype(np.float64), weight), nan=0.0)
+        total += share * weighted_mean(values.astype(np.float64), weight)
     return total
 
 

@@ -18,6 +18,7 @@ from megatron_polar import log
 from megatron_polar.data import public
 from megatron_polar.data.lines import list_inputs, read_jsonl
 from megatron_polar.data.public.files import draw
+from megatron_polar.data.public.reward_bench_2 import TIES
 from megatron_polar.data.records import Preference, Trajectory, TrajectoryGroup, parse_record
 from megatron_polar.errors import UserError
 from megatron_polar.score.more_references import further_trajectories, items_with_references
@@ -181,8 +182,16 @@ def with_wrapper(items: Sequence[EvaluationItem], wrapper: str) -> list[Evaluati
 
 
 def _draw_items(items: list[EvaluationItem], limit: int, *, seed: int) -> list[EvaluationItem]:
-    drawn = heapq.nsmallest(limit, range(len(items)), key=lambda i: _draw_key(seed, items[i].identifier))
+    drawn = heapq.nsmallest(limit, range(len(items)), key=lambda i: _draw_key(seed, _drawn_as(items[i])))
     return [items[index] for index in sorted(drawn)]
+
+
+def _drawn_as(item: EvaluationItem) -> str:
+    """Two prompts of RewardBench 2's Ties, ref:7 and tied:7, are scored together, and so drawn one after the other."""
+    if item.category != TIES:
+        return item.identifier
+    source, _, number = item.identifier.rpartition(":")
+    return f"{source.removesuffix('/ref').removesuffix('/tied')}/tie:{number}"
 
 
 def _draw_key(seed: int, name: str) -> bytes:

@@ -4,6 +4,7 @@ model. The event loop stays free meanwhile."""
 import asyncio
 import math
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -141,14 +142,17 @@ class Batcher:
         try:
             rewards = await asyncio.get_running_loop().run_in_executor(self._executor, self._score_tokens, comparisons)
         except Exception as error:
-            if len(batch) > 1:
-                for job in batch:
-                    await self._score([job])
-            else:
+            traceback.clear_frames(error.__traceback__)  # they hold what the forward pass had made, perhaps all memory
+            if len(batch) == 1:
                 self._fail(batch[0], error)
-            return
+                return
+            rewards = None
         finally:
             self._batch_since = None
+        if rewards is None:  # here, where the error is gone
+            for job in batch:
+                await self._score([job])
+            return
         self._measure(batch, seconds=time.monotonic() - start)
         for job, values in zip(batch, rewards, strict=True):
             if all(map(math.isfinite, values)):

@@ -23,7 +23,7 @@ Messages = str | list[dict]
 References = Messages | list[Messages]
 """One reference, or a list of them, whose rewards are averaged."""
 _OPENED, _CLOSED = "<think>", "</think>"
-_MALFORMED = ("error", "keep", "penalty")
+_THINK, _MALFORMED = ("optional", "required"), ("error", "keep", "penalty")
 _READERS: dict[Any, Callable[[str], Any]] = {
     str: str,
     str | None: str,
@@ -32,6 +32,7 @@ _READERS: dict[Any, Callable[[str], Any]] = {
     float | None: float,
     int | None: int,
     tuple[str, ...]: lambda text: tuple(part.strip() for part in text.split(",") if part.strip()),
+    Literal["optional", "required"]: str,
     Literal["error", "keep", "penalty"]: str,
 }
 
@@ -40,8 +41,10 @@ _READERS: dict[Any, Callable[[str], Any]] = {
 class RewardSettings:
     """How rewards are asked for and what is done to them; the fields up to `wrapper` are RewardClient's.
 
-    `malformed_think` says what becomes of an output whose <think> block is unclosed, repeated or not at its start:
-    an error, the whole text scored as it is, or the fixed reward `malformed_think_reward`. A reward becomes
+    `think="required"` takes an output without </think> for a malformed one, as that of a policy whose chat template
+    opens the block is when it was cut off in its thoughts. `malformed_think` says what becomes of an output whose
+    <think> block is unclosed, repeated or not at its start: an error, the whole text scored as it is, or the fixed
+    reward `malformed_think_reward`. A reward becomes
     (reward - mean) / std where both are given; the paper's runs had std 10 and mean -10 (1.8B) or -5 (7B).
     `reference_column` is the column that holds references in TRL and ms-swift; `end_tokens` are cut off the end of
     OpenRLHF's answers.
@@ -62,6 +65,7 @@ class RewardSettings:
     retries: int = 8
     api_key_file: str | None = None
     wrapper: str | None = None
+    think: Literal["optional", "required"] = "optional"
     malformed_think: Literal["error", "keep", "penalty"] = "error"
     malformed_think_reward: float | None = None
     mean: float | None = None
@@ -72,6 +76,7 @@ class RewardSettings:
     def __post_init__(self) -> None:
         for name, value, choices in (
             ("wrapper", self.wrapper or WRAPPERS[0], WRAPPERS),
+            ("think", self.think, _THINK),
             ("malformed_think", self.malformed_think, _MALFORMED),
         ):
             if value not in choices:
@@ -129,15 +134,16 @@ class RewardSettings:
         )
 
 
-def strip_thinking(text: str) -> str | None:
-    """The answer behind a <think> block, or the text itself without one; None when the block is malformed.
+def strip_thinking(text: str, *, is_required: bool = False) -> str | None:
+    """The answer behind a <think> block, or the text itself without one; None when the block is malformed, or is
+    required and not there.
 
     A lone </think> ends a block that the chat template opened in the prompt. Source: POLAR's RFT scores the answer
     without its thinking (polar_method.md section 2).
     """
     opened, closed = text.count(_OPENED), text.count(_CLOSED)
     if not opened and not closed:
-        return text
+        return None if is_required else text
     thinking, _, answer = text.partition(_CLOSED)
     if closed != 1 or opened > 1 or (opened and not thinking.lstrip().startswith(_OPENED)):
         return None
@@ -195,12 +201,12 @@ class RewardFunction:
     def _answer(self, output: Messages) -> str | None:
         turns = output if isinstance(output, list) else [{"content": output}]
         text = prompt_text(turns)
-        answers = [strip_thinking(turn["content"]) for turn in turns]
+        answers = [strip_thinking(turn["content"], is_required=self.settings.think == "required") for turn in turns]
         if None not in answers:
             return "\n".join(answers)
         if self.settings.malformed_think == "error":
             raise UserError(
-                f"its {_OPENED} block is unclosed, repeated or not at its start; say what that is worth: "
+                f"its {_OPENED} block is unclosed, repeated, not at its start or not there; say what that is worth: "
                 f"{PREFIX}MALFORMED_THINK=keep scores the whole text, =penalty gives {PREFIX}MALFORMED_THINK_REWARD"
             )
         return text if self.settings.malformed_think == "keep" else None

@@ -11,12 +11,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import orjson
 
 from megatron_polar import log
 from megatron_polar.config.presets import Architecture
-from megatron_polar.data.steps import Step
+from megatron_polar.data.steps import Step, StepWork
 from megatron_polar.manifest import write_durably
 from megatron_polar.train.journal import LineFile, productive_seconds, read_rows
 from megatron_polar.train.objective import SUMS
@@ -52,6 +53,20 @@ def rates(sums: dict[str, float], *, prefix: str = "rm/") -> dict[str, float]:
     return {f"{prefix}accuracy": sums["correct"] / pairs} | {f"{prefix}{name}": value for name, value in mean.items()}
 
 
+class _Noted(NamedTuple):
+    """What a row needs of a step, whose micro-batches may be on the GPU and are not kept."""
+
+    work: StepWork
+    num_comparisons: int
+    imbalance: float
+    num_micro_batches: int
+    prompt_tokens_cut: int
+
+    @classmethod
+    def of(cls, step: Step) -> "_Noted":
+        return cls(step.work, step.num_comparisons, step.imbalance, len(step.micro_batches), step.prompt_tokens_cut)
+
+
 class Metrics:
     """Collects steps, and writes one row per logging interval. Tokens and FLOPs are those of all data-parallel ranks,
     which every rank knows from the plan (data/steps.py). `may_write` is asked before every row."""
@@ -75,7 +90,7 @@ class Metrics:
         self.global_batch_size = global_batch_size
         self._started_at, self._productive_seconds = started_at, 0.0
         self._times: deque[float] = deque(maxlen=_ETA_WINDOW)
-        self._pending: list[tuple[Step, StepResult, float, float]] = []
+        self._pending: list[tuple[_Noted, StepResult, float, float]] = []
         self._learning_rate = 0.0
         self._writer = None
         self._may_write = may_write
@@ -97,7 +112,7 @@ class Metrics:
         """Take note of one finished step; `waited_seconds` of its seconds went by before its data were there."""
         self._learning_rate = learning_rate
         self._times.append(seconds)
-        self._pending.append((step, result, seconds, waited_seconds))
+        self._pending.append((_Noted.of(step), result, seconds, waited_seconds))
 
     def write(
         self, iteration: int, *, memory_bytes: int, reliability: dict[str, float], pairs: dict[str, float]
@@ -154,7 +169,7 @@ class Metrics:
             "tokens/logical_per_s": logical / total_seconds,
             "data/wait_share": sum(waited_seconds) / total_seconds,
             "data/flops_imbalance": statistics.fmean(step.imbalance for step in steps),
-            "data/micro_batches": statistics.fmean(len(step.micro_batches) for step in steps),
+            "data/micro_batches": statistics.fmean(step.num_micro_batches for step in steps),
             "data/prompt_tokens_cut": statistics.fmean(step.prompt_tokens_cut for step in steps),
         }
         if self.peak_tflops is not None:
