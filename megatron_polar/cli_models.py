@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from pathlib import Path
 
 from megatron_polar.errors import UserError
@@ -45,7 +46,14 @@ def add_convert(verbs) -> None:
     way.set_defaults(run=_to_hf)
 
 
+def _hide_gpus(options: argparse.Namespace) -> None:
+    """Both models are compared on the CPU; before torch looks for GPUs."""
+    if options.verify:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def _from_hf(options: argparse.Namespace) -> int:
+    _hide_gpus(options)
     from megatron_polar.convert.convert import from_hf
 
     check_output_directory(options.output)
@@ -67,6 +75,7 @@ def _from_hf(options: argparse.Namespace) -> int:
 
 
 def _to_hf(options: argparse.Namespace) -> int:
+    _hide_gpus(options)
     from megatron_polar.convert.convert import to_hf
     from megatron_polar.train.checkpoint_files import find_checkpoint
 

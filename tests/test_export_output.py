@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 import torch
 from hugging_face_models import make_model, tensors_of
+from ranks import run_ranks
 from safetensors import SafetensorError
 
 from megatron_polar import cli
@@ -69,10 +71,23 @@ def test_a_full_disk_is_not_the_checkpoints_fault(error, run, tmp_path, monkeypa
 def test_the_step_that_was_exported_is_the_one_that_is_verified(run, tmp_path, monkeypatch):
     """A run may save another one meanwhile."""
     seen = []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as the command does, which here would outlive it
     monkeypatch.setattr(verify_export, "verify_conversion", lambda checkpoint, *_, **__: seen.append(checkpoint) or 0)
     arguments = ["--output", str(tmp_path / "out"), "--layout", "sequence-classification", "--verify"]
     assert cli.main(["convert", "to-hf", "--checkpoint", str(run), *arguments]) == 0
     assert seen == [find_checkpoint(run)] and seen[0].name == "step_00000000"
+
+
+def test_verification_runs_where_there_are_gpus(run, tmp_path):
+    """It compares on the CPU, and training refuses that where it sees GPUs."""
+    arguments = ["convert", "to-hf", "--checkpoint", str(run), "--output", str(tmp_path / "out"), "--verify"]
+    assert run_ranks(with_a_gpu_unless_hidden, 1, [*arguments, "--layout", "sequence-classification"]) == [0]
+
+
+def with_a_gpu_unless_hidden(arguments: list[str]) -> int:
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    torch.cuda.is_available = lambda: os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+    return cli.main(arguments)
 
 
 def test_an_export_is_cut_where_its_checkpoint_is(run, tmp_path, monkeypatch):

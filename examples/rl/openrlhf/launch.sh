@@ -9,7 +9,7 @@
 # plain form; where no chat template is used, the label can be the reference alone.
 #
 # Without this package on the workers the reward server's own address does: --reward.remote_url
-# http://HOST:8000/get_reward. No thinking is stripped and nothing normalised then, and labels must be texts.
+# http://HOST:8000/get_reward. No thinking is stripped and nothing normalised then, and labels must be texts or lists of them.
 set -euo pipefail
 model=$1 prompts=$2
 here=$(cd "$(dirname "$0")" && pwd)
