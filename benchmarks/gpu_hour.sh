@@ -32,10 +32,11 @@ part() {
 }
 
 part environment 2 "$PYTHON benchmarks/gpu_environment.py"
-part parity 4 "$PYTHON -m pytest -q -p no:cacheprovider tests/test_gpu.py"
-part runs 5 "$PYTHON -m pytest -q -p no:cacheprovider tests/test_gpu_runs.py"
+part parity 4 "$PYTHON -m pytest -v -p no:cacheprovider tests/test_gpu.py"
+part runs 5 "$PYTHON -m pytest -v -p no:cacheprovider tests/test_gpu_runs.py -k score"
 part throughput_7b 5 "$PYTHON benchmarks/throughput.py --preset polar_7b --layers $layers --rows 2 --steps 5 --fp8 off tensorwise"
 part throughput_1_8b 4 "$PYTHON benchmarks/throughput.py --preset polar_1_8b --candidates 2 --rows 3 --steps 4"
+part resumes 7 "$PYTHON -m pytest -v -p no:cacheprovider tests/test_gpu_runs.py -k resumed"
 part twins 8 "$PYTHON benchmarks/fp8_twins.py --variants bf16 tensorwise --seeds 0 1 2 3 4 5 --batch 32 --jobs 4 --output OUTPUT/fp8_twins.md"
 part layouts 5 "$PYTHON benchmarks/layouts.py --layers 8 --candidates 2 4 --comparisons 16"
 part recipes 5 "$PYTHON benchmarks/throughput.py --preset polar_7b --layers $layers --rows 2 --steps 5 --candidates 2 --layouts shared_prefix --fp8 off blockwise delayed --profile"

@@ -43,9 +43,17 @@ ALL_MODELS = [*TRANSFORMERS_MODELS, *INTERNLM2_MODELS]
 
 
 def make_model(
-    name: str, directory: Path, *, tokenizer_path: Path, dtype=torch.float32, shard: str = "20KB", seed: int = 0
+    name: str,
+    directory: Path,
+    *,
+    tokenizer_path: Path,
+    dtype=torch.float32,
+    shard: str = "20KB",
+    seed: int = 0,
+    std: float = 0.3,
+    **shape,
 ) -> Path:
-    """Write a model of `ALL_MODELS` with the tests' tokenizer."""
+    """Write a model of `ALL_MODELS` with the tests' tokenizer; `shape` is of transformers' models alone."""
     directory.mkdir(parents=True)
     tokenizer = load_tokenizer(tokenizer_path)
     tokenizer.save(directory)
@@ -59,11 +67,11 @@ def make_model(
     kind, changes = TRANSFORMERS_MODELS[name]
     torch.manual_seed(seed)
     config = getattr(transformers, kind.split("For")[0] + "Config")(
-        vocab_size=tokenizer.vocab_size, pad_token_id=tokenizer.pad_id, num_labels=1, **{**SHAPE, **changes}
+        vocab_size=tokenizer.vocab_size, pad_token_id=tokenizer.pad_id, num_labels=1, **{**SHAPE, **changes, **shape}
     )
     model = getattr(transformers, kind)(config)
     for parameter in model.parameters():  # their own start has norms of one and biases of zero
-        torch.nn.init.normal_(parameter, std=0.3)
+        torch.nn.init.normal_(parameter, std=std)
     model.to(dtype).save_pretrained(directory, max_shard_size=shard)
     return directory
 

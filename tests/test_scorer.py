@@ -113,6 +113,27 @@ def test_scores_equal_the_rewards_of_training(trained, records):
     assert np.ptp(flat(wanted)) > 0.1
 
 
+def _random_states_at_build(checkpoint) -> list[int]:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    seen, build = [], scorer_module.build_model
+
+    def build_model(*arguments, **options):
+        seen.append(len(get_cuda_rng_tracker().get_states()))
+        return build(*arguments, **options)
+
+    scorer_module.build_model = build_model
+    load_scorer(checkpoint, device_kind="cpu")
+    return seen
+
+
+def test_the_layers_random_states_are_there_before_a_model_is_built(trained):
+    """On a GPU megatron-core's embedding and Transformer Engine's attention ask for one, though they draw nothing from
+    it, and raise where there is none; on the CPU nobody asks."""
+    ((count,),) = run_ranks(_random_states_at_build, 1, trained.run.directory)
+    assert count > 0
+
+
 def test_what_was_trained_in_fp8_is_scored_in_bf16(trained, records, monkeypatch):
     """On any machine: the checkpoint has no FP8 in it."""
 

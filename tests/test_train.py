@@ -19,6 +19,7 @@ from megatron_polar.config.presets import PRESETS
 from megatron_polar.config.schema import DatasetSource
 from megatron_polar.data.comparisons import ComparisonDataset
 from megatron_polar.data.steps import Step, StepWork
+from megatron_polar.errors import UserError
 from megatron_polar.parallel import topology as ranks
 from megatron_polar.parallel.device import select_device
 from megatron_polar.train.build import count_steps, open_data
@@ -288,3 +289,20 @@ def _seeds(config) -> tuple[int, int]:
     data = open_data(config, topology=topology)
     assert isinstance(data.train, ComparisonDataset)
     return data.train.seed, data.validation.seed
+
+
+def refuse_with_engine(config) -> str:
+    from megatron_polar.parallel import device
+
+    device.HAVE_APEX_OR_TE = True
+    with pytest.raises(UserError) as caught:
+        train(config)
+    return str(caught.value)
+
+
+def test_training_on_the_cpu_is_refused_where_the_optimizer_is_for_gpus(trajectory_corpus, tmp_path):
+    """With Transformer Engine installed and GPUs hidden, as on a login node."""
+    config = tiny_config(trajectory_corpus, tmp_path / "run")
+    (message,) = run_ranks(refuse_with_engine, 1, config)
+    assert "whose optimizer runs on GPUs alone" in message
+    assert not (tmp_path / "run").exists()

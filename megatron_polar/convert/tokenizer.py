@@ -33,7 +33,7 @@ def export_tokenizer(tokenizer: Tokenizer, target: Path, *, max_length: int) -> 
             )
     else:
         _name_class(target / "tokenizer_config.json")
-    fast = AutoTokenizer.from_pretrained(target, trust_remote_code=False)  # as engines do it
+    fast = AutoTokenizer.from_pretrained(target)  # as engines do it
     different = [probe for probe in _PROBES if not _agrees(fast, tokenizer, probe)]
     if different:
         log.warn(

@@ -2,7 +2,8 @@
 
 DALI hands over arrays only, so a step travels as one row of 64-bit integers (`flatten`, `restore`). Its workers prepare
 steps ahead in shared memory. With a GPU the row is also copied there, ahead of its step and on DALI's own stream; the
-arrays of that copy stand beside those on the host (`MicroBatch.on_device`). The host waits for neither copy.
+arrays of that copy stand beside those on the host (`MicroBatch.on_device`). The host waits for it only where it is not
+done when its step begins.
 """
 
 import dataclasses

@@ -109,6 +109,18 @@ def select_device(kind: Literal["auto", "cuda", "cpu"], *, local_rank: int) -> D
     return Device("cpu", _CPU, "gloo", "cpu")
 
 
+def check_cpu_can_train(device: Device) -> None:
+    """Raise UserError for training on the CPU where megatron-core has taken Transformer Engine's or Apex's optimizer.
+
+    It does so on import wherever there is one, and its kernels are for GPUs. Scoring needs none of it.
+    """
+    if device.kind == "cpu" and HAVE_APEX_OR_TE:
+        raise UserError(
+            "training would be on the CPU, and this environment has Transformer Engine (or Apex), whose optimizer runs "
+            "on GPUs alone; let a GPU be seen, or use an environment of requirements.txt alone"
+        )
+
+
 class _CudaToCpu(TorchFunctionMode):
     """Sends every request for a CUDA tensor to the CPU; megatron-core writes device="cuda", .cuda() and
     pin_memory=True."""

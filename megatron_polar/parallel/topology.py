@@ -129,7 +129,13 @@ def seed_ranks(topology: Topology, *, seed: int) -> None:
     random.seed(own)
     np.random.seed(own)
     torch.manual_seed(own)
-    model_parallel_cuda_manual_seed(own)
+    seed_layers(own)
+
+
+def seed_layers(seed: int) -> None:
+    """Seed the random states of megatron-core's layers, which must be there before a model is built on a GPU: embedding
+    and Transformer Engine's attention ask for one even where they draw nothing."""
+    model_parallel_cuda_manual_seed(seed)
 
 
 def shut_down() -> None:

@@ -222,6 +222,7 @@ def load_scorer(
     parallel = parallel or ParallelSection()
     device = select_device(device_kind, local_rank=ranks.local_rank())
     topology = ranks.initialize(parallel, device=device)
+    ranks.seed_layers(0)
     source = open_model(checkpoint) if is_hugging_face(checkpoint) else None
     if source is None:
         directory = agree_on_checkpoint(checkpoint, topology=topology).path

@@ -22,7 +22,7 @@ from megatron_polar.errors import UserError, naming
 from megatron_polar.model.build import BuiltModel, build_model
 from megatron_polar.parallel import topology as ranks
 from megatron_polar.parallel.agreement import agree_on, check_in_parts, raise_everywhere
-from megatron_polar.parallel.device import Device, make_deterministic, select_device
+from megatron_polar.parallel.device import Device, check_cpu_can_train, make_deterministic, select_device
 from megatron_polar.parallel.topology import Topology
 from megatron_polar.train.gradients import GradientReduction
 from megatron_polar.train.guard import StepGuard
@@ -104,6 +104,7 @@ def join_ranks(config: RunConfig) -> tuple[Device, Topology]:
     """Choose this rank's device and meet the other ranks. Raises UserError."""
     refuse_planted_outputs(Path(config.run.directory))
     device = select_device(config.run.device, local_rank=ranks.local_rank())
+    check_cpu_can_train(device)
     if config.run.deterministic:
         make_deterministic(device)
     topology = ranks.initialize(config.parallel, device=device)
