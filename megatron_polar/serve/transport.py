@@ -127,24 +127,26 @@ class Transport:
         """
         session = self._session
         assert session is not None, "ask() runs on the thread that submit() started"
-        started, attempts, too_early, failure, place = time.monotonic(), 0, 0, None, path
+        started, attempts, too_early, failure = time.monotonic(), 0, 0, None
+        place = here = path
         while attempts - too_early <= self._retries:
             try:
                 async with self._slot(session, deadline):
                     server = self._choose()  # with the slot in hand: what was learnt while waiting for it counts
                     pause = max(0.0, server.wakes - time.monotonic()) * self._random.uniform(1.0, 1.25)
                     if not pause:
-                        attempts, begun, place = attempts + 1, time.monotonic(), f"{server.url}{path}"
+                        attempts, begun, here = attempts + 1, time.monotonic(), f"{server.url}{path}"
                         answer = await self._attempt(session, server, path, body, read=read, deadline=deadline)
                         server.strikes = 0
                         return answer
             except _Passing as error:
-                failure = error
+                failure, place = error, here
                 too_early += error.is_loading
                 self._let_rest(server, begun=begun, attempts=attempts - too_early, pause=error.pause)
                 continue
             except _TooLate as error:
-                failure = failure or _Passing(str(error))
+                if failure is None:
+                    failure, place = _Passing(str(error)), here
                 break
             if time.monotonic() + pause >= deadline:
                 failure = failure or _Passing(f"every server asked to be left alone, for {pause:.0f} s or more")
